@@ -1,0 +1,1 @@
+"""The vocabulary and mathematics of GRPO, and the drivers that run it."""
