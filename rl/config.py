@@ -1,0 +1,203 @@
+"""The recipe: every setting of a run, its default, and what it means.
+
+Defaults live here and nowhere else. A value that engine and learner share exists once (``sampling``, ``objective``).
+``rl.recipe.load_recipe`` reads the YAML and the command-line overrides into a :class:`Recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Optional
+
+MISSING = "???"
+
+
+class EngineKind(StrEnum):
+    torch = "torch"
+    vllm = "vllm"
+
+
+class Aggregation(StrEnum):
+    sequence_mean = "sequence_mean"
+    token_mean = "token_mean"
+
+
+class ZeroVariance(StrEnum):
+    keep = "keep"
+    replace = "replace"
+
+
+class IndexerTraining(StrEnum):
+    frozen = "frozen"
+    kl = "kl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardUse:
+    """One reward of a domain: ``{use: math_answer, weight: 1.0, args: {...}}``."""
+
+    use: str = MISSING
+    """Name of a reward that ships with Keel, or the dotted path of a function: ``my_package.rewards:brevity``."""
+    weight: float = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+    name: Optional[str] = None
+    """Name of its part in metrics; defaults to the last word of ``use``."""
+    timeout_s: float = 30.0
+    """Seconds one call may take before its worker is killed."""
+    retries: int = 1
+    """How often a call that raised or hung is tried again before its sample counts as failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One kind of task. One entry is a specialist, several are mixed RL in one stage."""
+
+    weight: float = 1.0
+    """Share of prompts, relative to the other domains."""
+    prompts: Any = MISSING
+    """A JSONL or Parquet file, or ``{reasoning_gym: chain_sum, size: 10000, seed: 0, args: {...}}``."""
+    eval_prompts: Any = None
+    """Prompts for evaluation, in the same form; by default they are held out of ``prompts``."""
+    thinking: bool = True
+    """Whether the reply starts inside ``<think>``."""
+    system: Optional[str] = None
+    """System message put before every prompt of this domain."""
+    group_size: int = 16
+    kl_beta: float = 0.0
+    """Strength of the KL to the reference model; 0 for every domain means that no reference model is loaded."""
+    rewards: list[RewardUse] = field(default_factory=list)
+    """The first one decides ``accuracy/<domain>``: the share of samples on which it reaches 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Where the policy comes from: ``path`` (a Hugging Face directory) or ``init`` (a random deepseek_v32 model)."""
+
+    path: Optional[str] = None
+    init: Optional[dict[str, Any]] = None
+    """config.json keys of a deepseek_v32 model that starts from random weights with the byte tokenizer."""
+    dtype: str = "float32"
+    max_context: int = 4096
+    """Tokens of prompt and reply together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn, in this order: temperature, min-p, top-k, top-p. Engine and learner both read it."""
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float = 0.0
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    engine: EngineKind = EngineKind.torch
+    engines: int = 1
+    tensor_parallel: int = 1
+    max_num_seqs: int = 64
+    """Sequences an engine generates at the same time."""
+    max_staleness: int = 1
+    """Oldest policy a trained token may come from, in weight versions; 0 is strictly on-policy lock-step."""
+    threads: int = 1
+    """CPU threads of one torch engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The GRPO objective of the design page and its four stabilisers (the KL's strength is per domain)."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    off_policy_delta: Optional[float] = 0.1
+    """Nats per token above which a sequence with negative advantage is masked; null turns the mask off."""
+    keep_routing: bool = True
+    keep_sampling_mask: bool = True
+    aggregation: Aggregation = Aggregation.sequence_mean
+    divide_by_std: bool = False
+    zero_variance: ZeroVariance = ZeroVariance.keep
+    """What becomes of a group without reward variance: trained as it is (its advantages are 0) or replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    ranks: int = 1
+    zero_stage: int = 2
+    micro_tokens: int = 16384
+    """Upper bound on the tokens of one packed micro-batch (a longer sample gets one of its own)."""
+    minibatches: int = 1
+    """Optimizer steps per rollout batch."""
+    lr: float = 1.0e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    grad_clip: float = 1.0
+    indexer: IndexerTraining = IndexerTraining.frozen
+    """``kl`` trains the lightning indexer on its own KL loss (paper Eq. 4) beside the policy; its inputs are detached."""
+    indexer_weight: float = 1.0
+    max_skipped_steps: int = 3
+    """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
+    threads: int = 1
+    """CPU threads of one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised:
+    """A cold start: next-token training on demonstrations before RL."""
+
+    steps: int = 0
+    demonstrations: Any = None
+    """A JSONL or Parquet file of ``{messages: [...]}`` ending in an assistant message, or ``{function: path:name, size: N, args: {...}}``
+    (called with one prompt and a random generator, returns the assistant's reply)."""
+    batch_size: int = 64
+    lr: float = 1.0e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    indexer: IndexerTraining = IndexerTraining.kl
+    dense_warmup_steps: int = 0
+    """First steps with dense attention in which only the indexer learns (paper Eq. 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    every: int = 0
+    """Steps between evaluations; 0 evaluates only before the first step and after the last."""
+    num_prompts: int = 0
+    """Prompts per domain; 0 means no evaluation."""
+    samples_per_prompt: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    every: int = 0
+    """Steps between resumable checkpoints; 0 writes one after the last step only."""
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = MISSING
+    """The run's directory is ``<runs>/<name>``."""
+    runs: str = "runs"
+    seed: int = 0
+    steps: int = 100
+    prompts_per_step: int = 32
+    """Groups the learner trains on in one step, over all domains."""
+    model: Model = field(default_factory=Model)
+    domains: dict[str, Domain] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
+    rollout: Rollout = field(default_factory=Rollout)
+    objective: Objective = field(default_factory=Objective)
+    learner: Learner = field(default_factory=Learner)
+    supervised: Supervised = field(default_factory=Supervised)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log_samples: int = 16
+    """Trajectories written to ``samples/`` each step."""
+    reward_workers: int = 1
