@@ -1,0 +1,236 @@
+"""What a run leaves behind: ``runs/<name>/``.
+
+    recipe.yaml            the resolved recipe
+    status.json            {"status": running | finished | stopped, "reason", "started", "ended"}
+    metrics.jsonl          one object a step of reinforcement learning; step 0 is the evaluation before the first
+    supervised.jsonl       one object a step of the cold start, whose steps count from 1 on their own
+    events.out.tfevents.*  the same numbers for TensorBoard; those of the cold start are named ``supervised/...``
+    samples/step_N.jsonl   trajectories, one ``Trajectory.record()`` a line
+    report.html, checkpoints/step_N/, model/   written by others at the paths given here
+
+JSON has no NaN: a number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  (protobuf builds it when imported)
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from rl.errors import RecipeError, UserError
+from rl.trajectory import Trajectory
+
+RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStatus:
+    """Content of ``status.json``. A run that was killed stays ``running``: only a run that ended itself says so."""
+
+    status: str
+    reason: str | None = None  # why it stopped
+    started: str  # ISO 8601 with the zone
+    ended: str | None = None
+
+
+class RunDirectory:
+    """Writer of a run's directory.
+
+    As a context manager it ends the run: ``finished`` when the block ends, ``stopped`` with the reason when it raises.
+
+        with RunDirectory.create("runs/quickstart", recipe=text) as run:
+            run.log({"step": 1, "reward/mean": 0.4})
+    """
+
+    def __init__(self, path: Path, status: RunStatus) -> None:
+        """Use :meth:`create`."""
+        self.path = path
+        self.status = status
+        self._metrics = _JsonLines(self.metrics)
+        self._supervised = _JsonLines(self.supervised)
+        self._events = EventFileWriter(str(path), flush_secs=10)
+
+    @classmethod
+    def create(cls, path: str | Path, *, recipe: str) -> RunDirectory:
+        """Claims ``path``, which must not exist or be empty, and writes the resolved recipe.
+
+        Raises :class:`RecipeError` when it holds anything, so that two runs never share a directory.
+        """
+        path = Path(path)
+        status = RunStatus(status=RUNNING, started=_now())
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise RecipeError(f"{path} already holds {_describe(path)}; choose another name=... or delete it")
+            with open(path / "status.json", "x") as claim:  # of two runs that start at once, one gets the directory
+                json.dump(asdict(status), claim, indent=2)
+        except FileExistsError as error:
+            if path.is_dir():
+                raise RecipeError(f"{path} was just taken by another run; choose another name=...") from error
+            raise RecipeError(f"{path} is a file, so no run can be kept there; choose another name=...") from error
+        except OSError as error:
+            raise RecipeError(f"{path} cannot be written: {error.strerror}; choose another runs=...") from error
+        write_whole(path / "recipe.yaml", recipe)
+        (path / "samples").mkdir()
+        return cls(path, status)
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def supervised(self) -> Path:
+        return self.path / "supervised.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Writes one step; ``metrics["step"]`` must be larger than the step before it. Step 0 is before training."""
+        step = self._metrics.append(metrics)
+        self._add_event(step, metrics, prefix="")
+
+    def log_supervised(self, metrics: Mapping[str, float]) -> None:
+        """Writes one step of the cold start, in the same form."""
+        step = self._supervised.append(metrics)
+        self._add_event(step, metrics, prefix="supervised/")
+
+    def log_samples(self, step: int, trajectories: Iterable[Trajectory]) -> None:
+        """Writes ``samples/step_N.jsonl``; values JSON does not know (in an answer) are written as their ``str``."""
+        lines = (json.dumps(_jsonable({"step": step} | t.record()), ensure_ascii=False) for t in trajectories)
+        write_whole(self.samples / f"step_{step}.jsonl", "".join(line + "\n" for line in lines))
+
+    def finish(self) -> None:
+        """Marks the run as complete. Call it when everything that belongs to the run is on disk."""
+        self._end(replace(self.status, status=FINISHED, ended=_now()))
+
+    def stop(self, reason: str) -> None:
+        """Marks the run as ended before its time, and why."""
+        self._end(replace(self.status, status=STOPPED, reason=reason, ended=_now()))
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.status.status != RUNNING:
+            return
+        if error is None:
+            self.finish()
+        else:
+            self.stop(_reason(error))
+
+    def _end(self, status: RunStatus) -> None:
+        if self.status.status != RUNNING:
+            raise ValueError(f"{self.path} is already {self.status.status}")
+        self._events.close()
+        write_whole(self.path / "status.json", json.dumps(asdict(status), indent=2, ensure_ascii=False))
+        self.status = status
+
+    def _add_event(self, step: int, metrics: Mapping[str, float], prefix: str) -> None:
+        values = [
+            Summary.Value(tag=prefix + name, simple_value=float(value))
+            for name, value in metrics.items()
+            if name != "step"
+        ]
+        event = Event(wall_time=datetime.now().timestamp(), step=step, summary=Summary(value=values))
+        self._events.add_event(event)
+
+
+class _JsonLines:
+    """An append-only file of one object a step. Each line is one write, so a reader never sees half of an older one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = -1
+
+    def append(self, metrics: Mapping[str, float]) -> int:
+        step = int(metrics["step"])
+        if step <= self._last:
+            raise ValueError(f"{self._path.name}: step {step} comes after step {self._last}")
+        row = {"step": step} | {name: _number(name, value) for name, value in metrics.items() if name != "step"}
+        with open(self._path, "ab", buffering=0) as file:
+            file.write(json.dumps(row).encode() + b"\n")
+        self._last = step
+        return step
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or all of this one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _number(name: str, value: Any) -> float | int | None:
+    if isinstance(value, bool | int):
+        return int(value)
+    try:
+        value = float(value)  # takes numpy and torch scalars too
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name} is {value!r}, not a number") from error
+    return value if math.isfinite(value) else None
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain JSON values, without the NaN that Python's encoder would let through."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy arrays and scalars
+        return _jsonable(value.tolist())
+    return str(value)
+
+
+def _describe(path: Path) -> str:
+    try:
+        status = json.loads((path / "status.json").read_text())["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "files"
+    return "a run that is running or was killed" if status == RUNNING else f"a {status} run"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+        return "interrupted"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,79 @@
+"""A scored sample together with what the learner made of it: one line of ``samples/step_N.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rl.sample import NDArray, Scored
+
+LONGEST_CHARACTER = 4  # bytes of one character in UTF-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """What a person needs to judge one sample: the conversation, its reward, and every token's numbers."""
+
+    scored: Scored
+    token_texts: Sequence[str]  # [T], see ``token_texts``
+    advantage: float
+    log_ratios: NDArray | None = None  # float32 [T], learner minus rollout log-probability; None when not known
+    masked: bool = False  # whether the off-policy mask dropped it from the surrogate
+
+    def __post_init__(self) -> None:
+        sample = self.scored.sample
+        for name, stream in (("token_texts", self.token_texts), ("log_ratios", self.log_ratios)):
+            if stream is not None and len(stream) != len(sample):
+                raise ValueError(f"trajectory {sample.id}: {name} has {len(stream)} entries for {len(sample)} tokens")
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values. Streams have one entry a token; flags are 0 or 1; unknown streams are null."""
+        sample = self.scored.sample
+        routed = np.ones(len(sample), bool) if sample.routed is None else sample.routed
+        return {
+            "id": sample.id,
+            "prompt": sample.prompt.id,
+            "domain": sample.prompt.domain,
+            "messages": [dict(message) for message in sample.prompt.messages],
+            "answer": sample.prompt.answer,
+            "reply": sample.reply,
+            "status": str(sample.status),
+            "reward": self.scored.reward,
+            "parts": dict(self.scored.parts),
+            "advantage": self.advantage,
+            "masked": self.masked,
+            "token_ids": sample.token_ids.tolist(),
+            "tokens": list(self.token_texts),
+            "sampled": sample.sampled.astype(int).tolist(),
+            "rollout_logprobs": _rounded(sample.rollout_logprobs),
+            "log_ratios": None if self.log_ratios is None else _rounded(self.log_ratios),
+            "kept_sizes": None if sample.kept is None else sample.kept.sizes.tolist(),
+            "routed": None if sample.routes is None else routed.astype(int).tolist(),
+            "versions": sample.versions.tolist(),
+        }
+
+
+def token_texts(token_ids: Sequence[int] | NDArray, decode: Callable[[list[int]], str]) -> list[str]:
+    """The text each token adds, so that joining them reads as the whole text.
+
+    Where several tokens of a byte-level vocabulary spell one character, the last of them carries it and the others are
+    empty. ``decode`` is the tokenizer's, with special tokens kept.
+    """
+    texts: list[str] = []
+    pending: list[int] = []
+    for position, token in enumerate(token_ids, start=1):
+        pending.append(int(token))
+        text = decode(pending)
+        unfinished = text.endswith("\ufffd") and len(pending) < LONGEST_CHARACTER and position < len(token_ids)
+        texts.append("" if unfinished else text)
+        if not unfinished:
+            pending.clear()
+    return texts
+
+
+def _rounded(stream: NDArray) -> list[float]:
+    """Five significant digits: plenty to read, and a third of the bytes."""
+    return [float(f"{value:.5g}") for value in stream.tolist()]
