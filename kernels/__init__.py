@@ -1,0 +1,61 @@
+"""The dispatch point of Keel's kernels: each function here picks an implementation by the device of its first tensor.
+
+`kernels.reference` holds the plain-torch meaning of every function and serves every device that has no entry in
+`_IMPLEMENTATIONS`. A module registered there replaces the functions that it defines, under the same signatures.
+
+`__version__` matters: transformers probes for a package of this name and asks for its version.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from kernels import reference
+
+__version__ = "0.1.0"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_IMPLEMENTATIONS: dict[str, ModuleType] = {}
+
+
+def _by_device(meaning: Callable[P, R]) -> Callable[P, R]:
+    name = meaning.__name__
+
+    @functools.wraps(meaning)
+    def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, torch.Tensor), f"{name}: the first argument must be a tensor"
+        module = _IMPLEMENTATIONS.get(first.device.type)
+        return getattr(module, name, meaning)(*args, **kwargs)
+
+    return dispatch
+
+
+indexer_scores = _by_device(reference.indexer_scores)
+topk_mask = _by_device(reference.topk_mask)
+topk_indices = _by_device(reference.topk_indices)
+masked_mha = _by_device(reference.masked_mha)
+latent_attention = _by_device(reference.latent_attention)
+sparse_attention = _by_device(reference.sparse_attention)
+mean_attention = _by_device(reference.mean_attention)
+indexer_kl = _by_device(reference.indexer_kl)
+kept_logprobs = _by_device(reference.kept_logprobs)
+
+__all__ = [
+    "indexer_kl",
+    "indexer_scores",
+    "kept_logprobs",
+    "latent_attention",
+    "masked_mha",
+    "mean_attention",
+    "sparse_attention",
+    "topk_indices",
+    "topk_mask",
+]

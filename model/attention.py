@@ -1,0 +1,159 @@
+"""Multi-head latent attention (MLA) over the keys that the lightning indexer selects.
+
+Two forms of one function. Training and whole sequences use the MHA form: per-head keys and values, attention masked to
+the selected keys. Generation uses the absorbed MQA form: queries are carried into the latent space, and all heads share
+the cached latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+import kernels
+from model.cache import CacheStep
+from model.config import ModelConfig
+from model.indexer import Indexer, IndexerHeads
+from model.norm import RMSNorm
+from model.packing import Packing
+from model.rope import RotaryAngles, softmax_scale
+
+IndexerLoss = Literal["dense", "sparse"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeSequences:
+    """How one forward over whole sequences attends; the same for every layer."""
+
+    angles: RotaryAngles
+    packing: Packing | None
+    causal: torch.Tensor  # bool [1, T, T], T the longest sequence
+    indexer_loss: IndexerLoss | None
+    always_index: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedTokens:
+    """How one forward against a cache attends; the same for every layer."""
+
+    angles: RotaryAngles
+    step: CacheStep
+
+
+class Attention(nn.Module):
+    """MLA with its indexer; one layer's."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        heads = config.num_attention_heads
+        self.layer = layer
+        self.num_heads = heads
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value_dim, self.latent_dim = config.v_head_dim, config.kv_lora_rank
+        self.index_topk = config.index_topk
+        self.scale = softmax_scale(config)
+        bias = config.attention_bias
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim)
+        self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.value_dim, config.hidden_size, bias=bias)
+        self.indexer = Indexer(config)
+
+    def forward(
+        self, hidden: torch.Tensor, how: WholeSequences | CachedTokens
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden [B, T, hidden_size], normed. Returns the same shape, and the indexer's loss where it was asked for."""
+        query_latent = self.q_a_layernorm(self.q_a_proj(hidden))
+        queries = self.q_b_proj(query_latent).unflatten(-1, (self.num_heads, -1))
+        query_nope, query_rope = queries.split([self.nope_dim, self.rope_dim], dim=-1)
+        query_rope = how.angles.rotate_interleaved(query_rope)
+        latent, rope_key = self.kv_a_proj_with_mqa(hidden).split([self.latent_dim, self.rope_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        rope_key = how.angles.rotate_interleaved(rope_key.unsqueeze(2)).squeeze(2)
+
+        if isinstance(how, CachedTokens):
+            heads = self._absorbed(hidden, query_latent, query_nope, query_rope, latent, rope_key, how)
+            return self.o_proj(heads.flatten(-2)), None
+        heads, loss = self._expanded(hidden, query_latent, query_nope, query_rope, latent, rope_key, how)
+        return self.o_proj(heads.flatten(-2)), loss
+
+    def _expanded(
+        self,
+        hidden: torch.Tensor,
+        query_latent: torch.Tensor,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        how: WholeSequences,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """MHA form: attention heads [B, T, H, value_dim] and the indexer's loss."""
+        packing = how.packing
+        keys_values = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1))
+        key_nope, values = keys_values.split([self.nope_dim, self.value_dim], dim=-1)
+        shared = rope_key.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
+        queries = _pad(torch.cat([query_nope, query_rope], dim=-1), packing)
+        keys = _pad(torch.cat([key_nope, shared], dim=-1), packing)
+        values = _pad(values, packing)
+
+        mask, loss = how.causal, None
+        outgrown = mask.shape[-1] > self.index_topk
+        if how.indexer_loss is not None or outgrown or how.always_index:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None):
+                index = self.indexer(hidden.detach(), query_latent.detach(), how.angles)
+            if how.indexer_loss is not None or outgrown:
+                scores = _scores(index, how)
+                if outgrown and how.indexer_loss != "dense":
+                    mask = kernels.topk_mask(scores.detach(), self.index_topk)
+                if how.indexer_loss is not None:
+                    target = kernels.mean_attention(queries.detach(), keys.detach(), mask, self.scale)
+                    loss = _unpad(kernels.indexer_kl(scores, target, mask), packing).sum()
+        return _unpad(kernels.masked_mha(queries, keys, values, mask, self.scale), packing), loss
+
+    def _absorbed(
+        self,
+        hidden: torch.Tensor,
+        query_latent: torch.Tensor,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        latent: torch.Tensor,
+        rope_key: torch.Tensor,
+        how: CachedTokens,
+    ) -> torch.Tensor:
+        """MQA form against the cache: attention heads [B, Q, H, value_dim]."""
+        step = how.step
+        to_key, to_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+            [self.nope_dim, self.value_dim], dim=1
+        )
+        queries = torch.cat([torch.einsum("bqhn,hnr->bqhr", query_nope, to_key), query_rope], dim=-1)
+        entries = step.extend_latents(self.layer, torch.cat([latent, rope_key], dim=-1))
+        index_keys = index = None
+        if step.keeps_index_keys:
+            index = self.indexer(hidden, query_latent, how.angles)
+            index_keys = step.extend_index_keys(self.layer, index.keys)
+        if index is not None and index_keys is not None and step.window > self.index_topk:
+            scores = kernels.indexer_scores(index.queries, index_keys, index.weights, step.visible)
+            selected = kernels.topk_indices(scores, self.index_topk)
+            heads = kernels.sparse_attention(queries, entries, selected, self.scale, self.latent_dim)
+        else:
+            heads = kernels.latent_attention(queries, entries, step.visible, self.scale, self.latent_dim)
+        return torch.einsum("bqhr,hvr->bqhv", heads, to_value)
+
+
+def _scores(index: IndexerHeads, how: WholeSequences) -> torch.Tensor:
+    streams = (_pad(stream, how.packing) for stream in (index.queries, index.keys, index.weights))
+    return kernels.indexer_scores(*streams, visible=how.causal)
+
+
+def _pad(row: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    return row if packing is None else packing.pad(row)
+
+
+def _unpad(padded: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    return padded if packing is None else packing.unpad(padded)

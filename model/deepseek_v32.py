@@ -1,0 +1,188 @@
+"""The deepseek_v32 language model: DeepSeek-V3's MLA and mixture of experts, with DeepSeek Sparse Attention.
+
+Parameters and buffers bear the names that transformers' DeepseekV32ForCausalLM uses in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model.attention import Attention, CachedTokens, IndexerLoss, WholeSequences
+from model.cache import CacheStep, CacheView
+from model.config import ModelConfig
+from model.moe import MLP, Experts, MoE, Router, Routing
+from model.norm import RMSNorm
+from model.packing import Packing
+from model.rope import Rope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneOutput:
+    """What `DeepseekV32.backbone` returns."""
+
+    hidden: torch.Tensor  # [B, T, hidden_size] after the final norm
+    routes: torch.Tensor | None  # int64 [B, T, moe_layers, top_k], when record_routes was set
+    indexer_loss: torch.Tensor | None  # scalar, summed over query tokens and layers, when asked for
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        sparse = layer in config.moe_layers
+        self.mlp = MoE(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        how: WholeSequences | CachedTokens,
+        replay: torch.Tensor | None,
+        recorded: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Returns (hidden, experts chosen or None for a dense layer, indexer loss or None)."""
+        attended, loss = self.self_attn(self.input_layernorm(hidden), how)
+        hidden = hidden + attended
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, MoE):
+            output, experts = self.mlp(normed, replay, recorded)
+            return hidden + output, experts, loss
+        return hidden + self.mlp(normed), None, loss
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, input_ids: torch.Tensor, how: WholeSequences | CachedTokens, routes: Routing | None, record_routes: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        hidden = self.embed_tokens(input_ids)
+        recorded = None if routes is None or bool(routes.recorded.all()) else routes.recorded
+        replays = iter(()) if routes is None else iter(routes.experts.long().unbind(2))
+        chosen, losses = [], []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            replay = next(replays, None) if isinstance(layer.mlp, MoE) else None
+            hidden, experts, loss = layer(hidden, how, replay, recorded)
+            if experts is not None:
+                chosen.append(experts)
+            if loss is not None:
+                losses.append(loss)
+        indexer_loss = torch.stack(losses).sum() if losses else None
+        return self.norm(hidden), torch.stack(chosen, dim=2) if record_routes and chosen else None, indexer_loss
+
+
+class DeepseekV32(nn.Module):
+    """A causal language model; constructed with random weights of standard deviation `initializer_range`.
+
+    `always_index`: run the indexer's projections even in a forward that leaves no key out. ZeRO-3 needs it where ranks
+    may disagree on that, because they must all gather the same parameters in the same order.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.always_index = False
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._rope = Rope(config)
+        self.apply(self._initialise)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        routes: Routing | None = None,
+    ) -> torch.Tensor:
+        """Next-token logits [B, T, vocab_size] of input_ids [B, T]; the arguments are those of `backbone`."""
+        output = self.backbone(input_ids, positions=positions, cu_seqlens=cu_seqlens, routes=routes)
+        return self.lm_head(output.hidden)
+
+    def backbone(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cache: CacheView | None = None,
+        routes: Routing | None = None,
+        record_routes: bool = False,
+        indexer_loss: IndexerLoss | None = None,
+    ) -> BackboneOutput:
+        """Everything but the head, over input_ids int [B, T].
+
+        Whole sequences (no cache): a row is a sequence, or, with cu_seqlens (int [S + 1], and B = 1), several packed
+        ones that do not attend to each other. Attention is causal by order; `positions` (int [B, T]) only sets the
+        rotary angles and defaults to the place within the sequence.
+
+        With a cache: `positions` is required, -1 marks padding (not written, output meaningless); every query is first
+        written and then sees its slot's entries up to its own position. No gradient.
+
+        `indexer_loss` (whole sequences only) adds the indexer's KL to the attention's own distribution, which alone
+        trains the indexer and trains nothing else. "sparse" (TR Eq. 4): over the selected keys, attention as ever.
+        "dense" (Eq. 3), the warm-up stage: over all keys, and this forward's attention also uses all of them.
+
+        Raises ValueError for arguments that do not go together.
+        """
+        if cache is not None:
+            if positions is None or cu_seqlens is not None or indexer_loss is not None:
+                raise ValueError("backbone with a cache takes positions, and neither cu_seqlens nor indexer_loss")
+            with torch.no_grad():
+                cached = CachedTokens(angles=self._rope(positions), step=CacheStep(cache, positions))
+                hidden, chosen, _ = self.model(input_ids, cached, routes, record_routes)
+            return BackboneOutput(hidden=hidden, routes=chosen, indexer_loss=None)
+        how = self._whole_sequences(input_ids, positions, cu_seqlens, indexer_loss)
+        hidden, chosen, loss = self.model(input_ids, how, routes, record_routes)
+        return BackboneOutput(hidden=hidden, routes=chosen, indexer_loss=loss)
+
+    def _whole_sequences(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        indexer_loss: IndexerLoss | None,
+    ) -> WholeSequences:
+        num_rows, num_tokens = input_ids.shape
+        packing = None
+        if cu_seqlens is not None:
+            if num_rows != 1:
+                raise ValueError(f"cu_seqlens describe one packed row, but input_ids has {num_rows}")
+            packing = Packing(cu_seqlens, num_tokens)
+        if positions is None:
+            order = torch.arange(num_tokens, device=input_ids.device).unsqueeze(0)
+            positions = order if packing is None else packing.positions
+        longest = num_tokens if packing is None else packing.longest
+        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=input_ids.device).tril_()
+        return WholeSequences(
+            angles=self._rope(positions),
+            packing=packing,
+            causal=causal,
+            indexer_loss=indexer_loss,
+            always_index=self.always_index,
+        )
+
+    def _initialise(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding | Router):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Experts):
+            nn.init.normal_(module.gate_up_proj, std=std)
+            nn.init.normal_(module.down_proj, std=std)
