@@ -55,7 +55,7 @@ class CacheStep:
     Raises ValueError for positions beyond `view.lengths` or lengths beyond the cache.
     """
 
-    __slots__ = ("visible", "window", "_cache", "_rows", "_slots")
+    __slots__ = ("_cache", "_rows", "_slots", "visible", "window")
 
     def __init__(self, view: CacheView, positions: torch.Tensor) -> None:
         cache, slots = view.cache, view.slots

@@ -97,8 +97,7 @@ class DeepseekV32(nn.Module):
         self.always_index = False
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         self._rope = Rope(config)
         self.apply(self._initialise)
 
@@ -150,6 +149,11 @@ class DeepseekV32(nn.Module):
         how = self._whole_sequences(input_ids, positions, cu_seqlens, indexer_loss)
         hidden, chosen, loss = self.model(input_ids, how, routes, record_routes)
         return BackboneOutput(hidden=hidden, routes=chosen, indexer_loss=loss)
+
+    def tie_weights(self) -> None:
+        """Makes the head share the embedding's parameter where the config says so; needed again after `to_empty`."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def _whole_sequences(
         self,

@@ -87,7 +87,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer: gate_up_proj [E, 2 * inner, hidden] (gate rows first), down_proj [E, hidden, inner].
+    """All routed experts of a layer: gate_up_proj [E, 2 * inner, D] (gate rows first) and down_proj [E, D, inner].
 
     Stacked because ZeRO averages different experts together, or hangs, when each is a parameter of its own.
     """

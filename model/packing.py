@@ -12,7 +12,7 @@ class Packing:
     Raises ValueError where it does not cover the row.
     """
 
-    __slots__ = ("num_sequences", "longest", "positions", "_slots")
+    __slots__ = ("_slots", "longest", "num_sequences", "positions")
 
     def __init__(self, cu_seqlens: torch.Tensor, num_tokens: int) -> None:
         lengths = cu_seqlens.diff()
