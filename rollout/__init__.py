@@ -1,0 +1,1 @@
+"""Generation: the engine protocol, the embedded torch engine and its actors, and conversations."""

@@ -1,0 +1,286 @@
+"""The embedded engine: continuous batching over the slots of a latent cache, in this process, on any torch device."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from model import CacheView, DeepseekV32, LatentCache
+from model.checksum import checksums
+from rl.errors import DataError
+from rl.sample import NDArray
+from rollout.engine import Completion, EngineStats, Finish, Request, check_window
+from rollout.prefix import PrefixIndex
+from rollout.sampler import sample
+from rollout.slots import SlotTable
+
+Finished = list[tuple[str, Completion]]
+"""Completions with the ids of their requests."""
+
+ROW_MULTIPLE = 16
+"""Rows of a forward pass are padded to a multiple of this; see "Batch independence" below."""
+
+PREFILL_TOKENS = 2048
+"""Tokens of one prefill call, padding included; longer prompts are prefilled in chunks."""
+
+
+class TorchEngine:
+    """Generates up to `max_num_seqs` sequences of at most `max_context` tokens at a time; call :meth:`step` to advance.
+
+    A step admits waiting requests to free slots, prefills their prompts (siblings of one prompt share one prefill),
+    and decodes one token for every active sequence. Weights change only in :meth:`commit`, so between two steps.
+
+    Batch independence. A request's random numbers are a function of its seed and of positions, every operation
+    treats rows separately, and a slot shows nothing of the sequence before. What is left is the rounding of matrix
+    products, whose kernels may differ with the number of rows: rows are padded to multiples of ROW_MULTIPLE, from which
+    on the libraries we measured give each row the same bits whatever is beside it. Experts still see as many rows as
+    were routed to them. So the logits of a request in different company agree to rounding (about 1e-6 relative in
+    fp32), and its tokens are the same unless a draw or a top-k choice falls into that gap.
+    """
+
+    def __init__(
+        self,
+        module: DeepseekV32,
+        *,
+        max_num_seqs: int,
+        max_context: int,
+        version: int = 0,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        config = module.config
+        self.module = module.eval().requires_grad_(False)
+        self.max_num_seqs = max_num_seqs
+        self.max_context = max_context
+        self.version = version
+        weight = module.lm_head.weight
+        num_slots = -(-max_num_seqs // ROW_MULTIPLE) * ROW_MULTIPLE
+        self._device = weight.device
+        self._cache = LatentCache(config, num_slots, max_context, dtype=weight.dtype, device=weight.device)
+        self._table = SlotTable(
+            num_slots,
+            max_context,
+            route_shape=(len(config.moe_layers), config.num_experts_per_tok) if config.moe_layers else None,
+            num_experts=config.n_routed_experts,
+        )
+        self._prefill_tokens = prefill_tokens
+        self._free = deque(range(max_num_seqs))  # the slot idle for longest comes first
+        self._waiting: deque[Request] = deque()
+        self._ids: set[str] = set()
+        self._prefixes = PrefixIndex(num_slots)
+        self._tensors = dict(module.state_dict(keep_vars=True))
+        self._staged: dict[str, torch.Tensor] = {}
+        self._num_generated = self._num_prompt = self._num_prefilled = self._num_steps = 0
+        self._busy_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._ids)
+
+    def submit(self, *requests: Request) -> None:
+        """Queues requests, all of them or none.
+
+        Raises DataError, naming the request, for a prompt that does not fit the window or holds ids that the
+        vocabulary lacks, and ValueError for an id that is in use.
+        """
+        for request in requests:
+            self._check(request)
+        names = [request.id for request in requests]
+        for name in names:
+            if name in self._ids or names.count(name) > 1:
+                raise ValueError(f"request {name}: the id is in use")
+        self._ids.update(names)
+        self._waiting.extend(requests)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Submits and steps until these requests are done; other requests' completions are lost."""
+        self.submit(*requests)
+        done: dict[str, Completion] = {}
+        while not all(request.id in done for request in requests):
+            done.update(self.step())
+        return [done[request.id] for request in requests]
+
+    @torch.inference_mode()
+    def step(self) -> Finished:
+        """Advances every active sequence by a token and returns the requests that are complete."""
+        began = time.perf_counter()
+        finished = self._admit()
+        if self._table.active.any():
+            finished += self._decode()
+        self._busy_s += time.perf_counter() - began
+        return finished
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> Finished:
+        """Ends the named requests, or all; returns what they had generated."""
+        named = self._ids.copy() if request_ids is None else self._ids.intersection(request_ids)
+        ended = [(r.id, self._table.never_started(r)) for r in self._waiting if r.id in named]
+        self._waiting = deque(r for r in self._waiting if r.id not in named)
+        self._ids.difference_update(name for name, _ in ended)
+        slots = [slot for slot in np.flatnonzero(self._table.active).tolist() if self._table.request(slot).id in named]
+        return ended + self._release([(slot, Finish.ABORT) for slot in slots])
+
+    def stage(self, bucket: Mapping[str, torch.Tensor]) -> None:
+        """Keeps tensors for the next :meth:`commit`; they must not change until then.
+
+        Raises ValueError naming the parameter that the model lacks or that has another shape.
+        """
+        for name, tensor in bucket.items():
+            live = self._tensors.get(name)
+            if live is None:
+                raise ValueError(f"weight update: the engine's model has no parameter or buffer {name}")
+            if live.shape != tensor.shape:
+                raise ValueError(
+                    f"weight update: {name} has shape {tuple(tensor.shape)} but the engine's is {tuple(live.shape)}"
+                )
+        self._staged.update(bucket)
+
+    @torch.no_grad()
+    def commit(self, version: int) -> dict[str, int]:
+        """Copies what was staged into the live tensors, as `version`; returns the checksums of all live tensors.
+
+        Active sequences keep the cache that earlier weights wrote. Prompts in the cache are not shared any more.
+        """
+        for name, tensor in self._staged.items():
+            self._tensors[name].copy_(tensor)
+        self._staged = {}
+        self._prefixes.clear()
+        self.version = version
+        return checksums(self._tensors.items())
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_generated_tokens=self._num_generated,
+            num_prompt_tokens=self._num_prompt,
+            num_prefilled_tokens=self._num_prefilled,
+            num_decode_steps=self._num_steps,
+            busy_s=self._busy_s,
+            num_active=int(self._table.active.sum()),
+            num_waiting=len(self._waiting),
+            version=self.version,
+        )
+
+    def _check(self, request: Request) -> None:
+        check_window(f"request {request.id}: the prompt", len(request.token_ids), self.max_context)
+        vocab_size = self.module.config.vocab_size
+        foreign = (request.token_ids < 0) | (request.token_ids >= vocab_size)
+        if foreign.any():
+            raise DataError(
+                f"request {request.id}: token id {request.token_ids[foreign][0]} is outside the model's vocabulary of "
+                f"{vocab_size}; the tokenizer and the model do not belong together"
+            )
+
+    def _admit(self) -> Finished:
+        newcomers: list[tuple[int, bytes]] = []
+        prompts: dict[bytes, list[int]] = {}  # to prefill: the first slot computes, the others copy
+        while self._waiting and self._free:
+            request, slot = self._waiting.popleft(), self._free.popleft()
+            key = request.token_ids.tobytes()
+            newcomers.append((slot, key))
+            source = self._prefixes.slot(key)
+            if source is None:
+                self._prefixes.evict(slot)
+                prompts.setdefault(key, []).append(slot)
+            elif source != slot:
+                self._copy_prompt(source, [slot], len(request.token_ids))
+                self._prefixes.hold(key, slot)
+            self._table.assign(slot, request)
+            self._num_prompt += len(request.token_ids)
+        if not newcomers:
+            return []
+        self._prefill(prompts)
+        slots = np.array([slot for slot, _ in newcomers])
+        return self._draw(slots, np.stack([self._prefixes.logits(key) for _, key in newcomers]))
+
+    def _prefill(self, prompts: Mapping[bytes, list[int]]) -> None:
+        """Writes the prompts' cache rows, chunk by chunk for all of them together, and indexes their last logits."""
+        keys, slots = list(prompts), np.array([slots[0] for slots in prompts.values()], np.int64)
+        lengths = self._table.lengths[slots]
+        begin = 0
+        while len(rows := np.flatnonzero(lengths > begin)):
+            width = max(ROW_MULTIPLE, self._prefill_tokens // len(rows) // ROW_MULTIPLE * ROW_MULTIPLE)
+            width = min(width, -(-(int(lengths.max()) - begin) // ROW_MULTIPLE) * ROW_MULTIPLE)
+            positions = np.arange(begin, begin + width) + np.zeros((len(rows), 1), np.int64)
+            positions[positions >= lengths[rows, None]] = -1
+            hidden = self._forward(slots[rows], positions)
+            ending = np.flatnonzero(lengths[rows] <= begin + width)
+            last = torch.from_numpy(lengths[rows[ending]] - 1 - begin).to(self._device)
+            logits = self._logits(hidden[torch.from_numpy(ending).to(self._device), last])
+            for row, row_logits in zip(rows[ending].tolist(), logits, strict=True):
+                first, *others = prompts[keys[row]]
+                self._copy_prompt(first, others, int(lengths[row]))
+                for slot in (first, *others):
+                    self._prefixes.hold(keys[row], slot, row_logits)
+            self._num_prefilled += int((positions >= 0).sum())
+            begin += width
+
+    def _decode(self) -> Finished:
+        table = self._table
+        slots = np.flatnonzero(table.active)
+        num_rows = -(-len(slots) // ROW_MULTIPLE) * ROW_MULTIPLE
+        if 4 * num_rows >= 3 * len(table.active):
+            rows = np.arange(len(table.active))  # the whole cache in its own order is attended to without a copy
+        else:
+            rows = np.concatenate([slots, np.flatnonzero(~table.active)[: num_rows - len(slots)]])
+        busy = np.flatnonzero(table.active[rows])
+        hidden = self._forward(rows, (table.lengths[rows] - 1)[:, None])  # -1, padding, for idle slots
+        self._num_steps += 1
+        logits = self._logits(hidden[:, 0])
+        return self._draw(rows[busy], logits if len(busy) == len(rows) else logits[busy])
+
+    def _forward(self, slots: NDArray, positions: NDArray) -> torch.Tensor:
+        """Feeds the tokens at `positions` (int64 [B, Q], -1 for padding) of `slots`; hidden states [B, Q, D]."""
+        # Reading past a sequence's end is harmless (masked), and sums over fewer than 16 keys round in another order.
+        lengths = np.maximum(positions.max(axis=1) + 1, min(2 * ROW_MULTIPLE, self.max_context))
+        view = CacheView(cache=self._cache, slots=self._tensor(slots), lengths=self._tensor(lengths))
+        output = self.module.backbone(
+            self._tensor(self._table.tokens[slots[:, None], positions]),
+            positions=self._tensor(positions),
+            cache=view,
+            record_routes=self._table.routes is not None,
+        )
+        if self._table.routes is not None:
+            assert output.routes is not None
+            routes = output.routes.to(torch.int16).cpu().numpy().astype(self._table.routes.dtype)
+            row, column = np.nonzero(positions >= 0)
+            self._table.routes[slots[row], positions[row, column]] = routes[row, column]
+        return output.hidden
+
+    def _logits(self, hidden: torch.Tensor) -> NDArray:
+        """float32 [B, V] on the host, of hidden [B, D]."""
+        num_rows = hidden.shape[0]
+        short = -num_rows % ROW_MULTIPLE
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, short)) if short else hidden
+        return self.module.lm_head(padded)[:num_rows].float().cpu().numpy()
+
+    def _draw(self, slots: NDArray, logits: NDArray) -> Finished:
+        draws = sample(logits, self._table.sampling.take(slots), self._table.lengths[slots])
+        self._num_generated += len(slots)
+        return self._release(self._table.append(slots, draws, self.version))
+
+    def _release(self, ended: Sequence[tuple[int, Finish]]) -> Finished:
+        finished = []
+        for slot, finish in ended:
+            name = self._table.request(slot).id
+            finished.append((name, self._table.release(slot, finish)))
+            self._free.append(slot)
+            self._ids.remove(name)
+        return finished
+
+    def _copy_prompt(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
+        """Gives the slots `targets` what slot `source` holds of its first `num_tokens` tokens."""
+        if not targets:
+            return
+        slots = list(targets)
+        stores = (
+            [self._cache.latents] if self._cache.index_keys is None else [self._cache.latents, self._cache.index_keys]
+        )
+        for store in stores:
+            store[:, slots, :num_tokens] = store[:, source, :num_tokens].unsqueeze(1)
+        if self._table.routes is not None:
+            self._table.routes[slots, :num_tokens] = self._table.routes[source, :num_tokens]
+
+    def _tensor(self, array: NDArray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, torch.long)
