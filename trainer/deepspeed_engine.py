@@ -1,0 +1,243 @@
+"""DeepSpeed as the learner uses it: loss in, one verified optimizer step out, the same at every ZeRO stage.
+
+deepspeed is imported where it is used, not with this module: the driver imports the learner's handle without paying for
+it, and ``DS_ACCELERATOR`` must be in the environment before the first import.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
+from rl.errors import RecipeError
+
+CHECKPOINT_TAG = "state"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimization:
+    """How the parameters that require gradients are trained."""
+
+    lr: float
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0  # largest global norm; 0 never clips
+
+    def lr_at(self, applied_steps: int) -> float:
+        """Linear warm-up: the first step already moves, and step ``warmup_steps`` is the first at full rate."""
+        return self.lr * min(1.0, (applied_steps + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """What of the training state is spread over the ranks (ZeRO stage 0 to 3), and in which dtype weights are kept."""
+
+    zero_stage: int = 2
+    dtype: torch.dtype = torch.float32
+    bucket_elements: int = 50_000_000
+    persistence_elements: int = 100_000
+    """Parameters smaller than this stay whole on every rank at stage 3."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise RecipeError(f"learner.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise RecipeError(f"model.dtype is {self.dtype}; the learner trains in float32 or bfloat16")
+        if self.zero_stage == 0 and self.dtype == torch.bfloat16:
+            # DeepSpeed has no fp32 gradient accumulation there, and bf16 accumulation loses small gradients.
+            raise RecipeError("learner.zero_stage 0 trains float32 only; use stage 1, 2 or 3 with model.dtype bfloat16")
+
+    def config(self, *, grad_clip: float) -> dict[str, Any]:
+        """The DeepSpeed config."""
+        config: dict[str, Any] = {
+            # Micro-batches are ours, so DeepSpeed's own counts are placeholders; step() is the only boundary.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": grad_clip,
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "overlap_comm": False,
+                # Would replace torch.nn.functional.linear for the whole process, with other bf16 rounding.
+                "memory_efficient_linear": False,
+                "reduce_bucket_size": self.bucket_elements,
+                "stage3_prefetch_bucket_size": self.bucket_elements,
+                "stage3_param_persistence_threshold": self.persistence_elements,
+            },
+            "log_level": "error",
+        }
+        if self.dtype == torch.bfloat16:
+            config["bf16"] = {"enabled": True}
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+            config["communication_data_type"] = "fp32"
+        return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What one optimizer step did; the same on every rank."""
+
+    applied: bool  # False: a gradient was not finite, and nothing changed
+    grad_norm: float  # global, before clipping; nan when not applied
+    lr: float
+
+
+def join_ranks(*, rank: int, world_size: int, store: Store, timeout: timedelta) -> torch.device:
+    """Enters the process group of the learner (nccl with a GPU, gloo without) and returns this rank's device."""
+    gpu = torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
+    # A Ray actor sees its own GPU only, so that one is always the first.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", LOCAL_SIZE="1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    backend = "nccl" if gpu else "gloo"
+    device_id = device if gpu else None
+    dist.init_process_group(
+        backend, rank=rank, world_size=world_size, store=store, timeout=timeout, device_id=device_id
+    )
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils.logging import set_log_level_from_string
+
+    set_log_level_from_string("error")
+    # Would build a shared-memory collective with g++ at first use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return device
+
+
+class DeepSpeedEngine:
+    """Trains ``module``. Call it for a forward pass; every forward is followed by its own ``backward``.
+
+    Ranks must make the same calls in the same order, equally many micro-batches included.
+    """
+
+    def __init__(self, module: nn.Module, optimization: Optimization, sharding: Sharding) -> None:
+        import deepspeed
+
+        self.module = module
+        self.optimization = optimization
+        self.sharding = sharding
+        self.applied_steps = 0
+        self._stage0_norm = math.nan
+        optimizer = torch.optim.AdamW(
+            _decay_groups(module, optimization.weight_decay),
+            lr=optimization.lr,
+            betas=optimization.betas,
+            fused=torch.cuda.is_available(),
+        )
+        # DeepSpeed clips at stage 0 without telling the norm, so there the optimizer's own hook does both.
+        if sharding.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._clip_at_stage0)
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=sharding.config(grad_clip=optimization.grad_clip if sharding.zero_stage else 0.0),
+        )
+        self._engine: Any = engine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> bool:
+        """Accumulates the gradient of this rank's part of a loss whose parts add up over ranks and micro-batches.
+
+        Returns whether the loss is finite. One that is not gets NaN gradients, so that all ranks reject the step.
+        """
+        finite = bool(torch.isfinite(loss))
+        # DeepSpeed averages gradients over the ranks; the loss is a sum.
+        scale = dist.get_world_size() if finite else math.nan
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        return finite
+
+    def step(self) -> StepOutcome:
+        """Clips, updates the weights and clears the gradients; leaves the weights alone if a gradient is not finite."""
+        lr = self.optimization.lr_at(self.applied_steps)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.sharding.zero_stage == 0 and not self._finite_at_stage0():
+            self._engine.zero_grad()
+            return StepOutcome(applied=False, grad_norm=math.nan, lr=lr)
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            return StepOutcome(applied=False, grad_norm=math.nan, lr=lr)
+        self.applied_steps += 1
+        norm = self._stage0_norm if self.sharding.zero_stage == 0 else float(self._engine.get_global_grad_norm())
+        return StepOutcome(applied=True, grad_norm=norm, lr=lr)
+
+    def _finite_at_stage0(self) -> bool:
+        """Stages 1 to 3 look for themselves; stage 0 would apply NaN."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all().float()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def _clip_at_stage0(self, *_: Any) -> None:
+        bound = self.optimization.grad_clip or math.inf
+        self._stage0_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), bound))
+
+    def save(self, directory: Path) -> None:
+        """Writes weights and optimizer state, each rank its own part. All ranks call it."""
+        state = {"applied_steps": self.applied_steps}
+        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, client_state=state)
+
+    def load(self, directory: Path) -> None:
+        """Restores what :meth:`save` wrote. All ranks call it, on an engine that has not stepped yet."""
+        _, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
+        self.applied_steps = state["applied_steps"]
+
+    def close(self) -> None:
+        """Releases the optimizer state and DeepSpeed's hooks; the module is not usable afterwards."""
+        self._engine.destroy()
+        del self._engine
+        gc.collect()
+
+
+def shard_frozen(module: nn.Module, sharding: Sharding) -> Callable[..., Any]:
+    """A module that is only run, never trained: partitioned over the ranks at stage 3, whole otherwise."""
+    module.requires_grad_(False)
+    if sharding.zero_stage < 3:
+        return module.to(sharding.dtype)
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=module, config=sharding.config(grad_clip=0.0))
+    return engine
+
+
+def gathered(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Makes partitioned parameters whole within the context; the ranks enter it together, with the same parameters."""
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned)
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole parameter, also while it is partitioned."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay shrinks matrices; norms and biases keep their scale."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,238 @@
+"""The driver's handle on the learner: one Ray actor per rank, called together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rl.config import Recipe
+from rl.errors import RunStopped, UserError
+from rl.metrics import Mean, merge
+from rl.sample import NDArray
+from trainer.pack import Minibatch
+from trainer.phase import Phase
+from trainer.rank import LOOPBACK, LearnerRank
+from trainer.step import RankStep
+from trainer.supervised import Demonstration, pack_demonstrations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedStep:
+    """An optimizer step that changed nothing, because its loss or its gradient was not finite."""
+
+    step: int  # which optimizer step of the phase, counted from 1
+    sample_ids: tuple[str, ...]  # of the micro-batches whose loss was not finite; all of the step if each loss was
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What the optimizer steps over one batch did, over all ranks."""
+
+    metrics: dict[str, Mean]
+    skipped: tuple[SkippedStep, ...]
+    learner_logprobs: Mapping[str, NDArray]  # by sample: float32 [T], each just before its own optimizer step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBuckets:
+    """The weights on their way to the engines, as Ray references to ``{name: CPU tensor}``."""
+
+    refs: list[Any]
+    num_bytes: int
+
+
+class Learner:
+    """All ranks of the learner. Methods must not be called while another one is under way."""
+
+    def __init__(self, recipe: Recipe, actors: Sequence[Any], *, timeout_s: float) -> None:
+        self.recipe = recipe
+        self.timeout_s = timeout_s
+        self.num_steps = 0  # optimizer steps of this phase, skipped ones included
+        self._actors = list(actors)
+        self._skipped_in_a_row = 0
+
+    @classmethod
+    async def start(
+        cls,
+        recipe: Recipe,
+        model_dir: str | Path,
+        *,
+        phase: Phase = Phase.REINFORCEMENT,
+        timeout_s: float = 1800.0,
+        start_timeout_s: float = 300.0,
+    ) -> Learner:
+        """Starts the ranks and begins a phase from the weights in ``model_dir``.
+
+        ``timeout_s`` bounds every later call, and how long a rank waits for the others inside one.
+
+        Raises:
+            RunStopped: a rank did not start, died or stopped answering; names the rank.
+            UserError: what a rank says about the recipe or the model directory.
+        """
+        learner = cls(recipe, _actors(recipe), timeout_s=timeout_s)
+        try:
+            # The first call returns when the process is up, which needs its share of the cluster to be free.
+            await learner._all("__ray_ready__", timeout_s=start_timeout_s)
+            host = LOOPBACK if _one_node() else ray.util.get_node_ip_address()
+            port = await learner._one(0, "open_store", host)
+            await learner._all("join", host, port, timeout_s)
+            await learner.begin(phase, model_dir)
+        except BaseException:
+            learner.close()
+            raise
+        return learner
+
+    async def begin(self, phase: Phase, model_dir: str | Path) -> None:
+        """Starts a phase from the weights in ``model_dir`` with a fresh optimizer; see :class:`Phase`."""
+        self.num_steps = self._skipped_in_a_row = 0
+        await self._all("begin", phase, Path(model_dir).absolute())
+
+    async def step(self, minibatches: Sequence[Minibatch]) -> StepResult:
+        """One GRPO optimizer step per mini-batch, in order.
+
+        Raises:
+            RunStopped: ``max_skipped_steps`` optimizer steps in a row were not finite.
+        """
+        shares = [([minibatch.share(rank) for minibatch in minibatches],) for rank in range(len(self._actors))]
+        return self._result(minibatches, await self._each("step", shares))
+
+    async def supervised_step(self, demonstrations: Sequence[Demonstration]) -> StepResult:
+        """One optimizer step over demonstrations; raises like :meth:`step`."""
+        minibatch = pack_demonstrations(
+            demonstrations, ranks=len(self._actors), micro_tokens=self.recipe.learner.micro_tokens
+        )
+        steps = await self._each("supervised_step", [(minibatch.share(rank),) for rank in range(len(self._actors))])
+        return self._result([minibatch], [[step] for step in steps])
+
+    async def weight_buckets(self, max_bytes: int = 256 << 20) -> WeightBuckets:
+        """Puts the current weights, by their in-memory names, into Ray's object store, at most ``max_bytes`` each."""
+        refs, num_bytes = (await self._all("weight_buckets", max_bytes))[0]
+        return WeightBuckets(refs=refs, num_bytes=num_bytes)
+
+    async def checksums(self) -> dict[str, int]:
+        """``model.checksums`` of the tensors that :meth:`weight_buckets` sends."""
+        return (await self._all("checksums"))[0]
+
+    async def save_model(self, path: str | Path) -> None:
+        """Writes the current weights in Hugging Face layout."""
+        await self._all("save_model", Path(path).absolute())
+
+    async def save_checkpoint(self, directory: str | Path) -> None:
+        """Writes what a later run needs to go on exactly from here."""
+        await self._all("save_checkpoint", Path(directory).absolute())
+
+    async def load_checkpoint(self, directory: str | Path) -> None:
+        """Goes on from :meth:`save_checkpoint`; comes right after :meth:`start` or :meth:`begin`."""
+        await self._all("load_checkpoint", Path(directory).absolute())
+
+    def close(self) -> None:
+        """Ends the ranks' processes."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _result(self, minibatches: Sequence[Minibatch], ranks: Sequence[Sequence[RankStep]]) -> StepResult:
+        """Puts together ``ranks[r][m]``, what rank r did with its share of mini-batch m."""
+        tallies: list[Mapping[str, Mean]] = []
+        skipped: list[SkippedStep] = []
+        logprobs: dict[str, NDArray] = {}
+        for minibatch, *steps in zip(minibatches, *ranks, strict=True):
+            self.num_steps += 1
+            if steps[0].outcome.applied:
+                self._skipped_in_a_row = 0
+                tallies += [*(step.metrics for step in steps), _step_metrics(steps)]
+                logprobs |= {name: stream for step in steps for name, stream in step.learner_logprobs.items()}
+            else:
+                # What was measured may be as broken as the loss, so it stays out of the metrics.
+                skipped.append(self._skip(minibatch, steps))
+        counts = {
+            "tokens/trained": Mean(sum(minibatch.num_tokens for minibatch in minibatches), 1),
+            "learn/skipped": Mean(len(skipped), 1),
+        }
+        return StepResult(metrics=merge(tallies) | counts, skipped=tuple(skipped), learner_logprobs=logprobs)
+
+    def _skip(self, minibatch: Minibatch, steps: Sequence[RankStep]) -> SkippedStep:
+        suspects = [name for step in steps for name in step.suspects]
+        skip = SkippedStep(step=self.num_steps, sample_ids=tuple(suspects or minibatch.sample_ids))
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.recipe.learner.max_skipped_steps:
+            raise RunStopped(
+                f"optimizer step {skip.step}: the loss or its gradient was not finite, for the "
+                f"{self._skipped_in_a_row}. step in a row (learner.max_skipped_steps); its samples: "
+                f"{', '.join(skip.sample_ids[:4])}{', ...' if len(skip.sample_ids) > 4 else ''}"
+            )
+        return skip
+
+    async def _one(self, rank: int, method: str, *args: Any) -> Any:
+        (result,) = await self._gather(method, {rank: args}, self.timeout_s)
+        return result
+
+    async def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        return await self._gather(method, dict.fromkeys(range(len(self._actors)), args), timeout_s or self.timeout_s)
+
+    async def _each(self, method: str, args: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return await self._gather(method, dict(enumerate(args)), self.timeout_s)
+
+    async def _gather(self, method: str, args: Mapping[int, tuple[Any, ...]], timeout_s: float) -> list[Any]:
+        """Calls ranks together and returns their results in order; raises what went wrong first of all."""
+        calls = {
+            rank: asyncio.wrap_future(getattr(self._actors[rank], method).remote(*arguments).future())
+            for rank, arguments in args.items()
+        }
+        done, pending = await asyncio.wait(calls.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        if any(call.exception() for call in done):
+            # A rank that loses its peer fails too: give the one that began it the time to say so.
+            await asyncio.wait(calls.values(), timeout=5.0)
+            _raise_cause(method, {rank: call.exception() for rank, call in calls.items() if call.done()})
+        if pending:
+            silent = ", ".join(str(rank) for rank, call in calls.items() if call in pending)
+            raise RunStopped(f"learner rank {silent} did not finish {method.strip('_')} within {timeout_s:.0f} s")
+        return [call.result() for call in calls.values()]
+
+
+def _raise_cause(method: str, errors: Mapping[int, BaseException | None]) -> None:
+    """A user's mistake before a death, and a death before the failures that follow from it."""
+    failed = {rank: error for rank, error in errors.items() if error is not None}
+    for error in failed.values():
+        if isinstance(error, UserError):
+            raise (error.cause if isinstance(error, RayTaskError) else error) from None
+    for rank, error in failed.items():
+        if isinstance(error, RayActorError):
+            raise RunStopped(f"learner rank {rank} died during {method}: {_first_line(error)}") from error
+    rank, error = next(iter(failed.items()))
+    raise RuntimeError(f"learner rank {rank} failed in {method}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+
+
+def _step_metrics(steps: Sequence[RankStep]) -> dict[str, Mean]:
+    """What an optimizer step has once, not once a rank."""
+    outcome = steps[0].outcome
+    return {
+        "loss/total": Mean(sum(step.loss for step in steps), 1),
+        "grad_norm": Mean(outcome.grad_norm, 1),
+        "lr": Mean(outcome.lr, 1),
+    }
+
+
+def _actors(recipe: Recipe) -> list[Any]:
+    """One actor per rank, each with its own CPUs and, where the cluster has GPUs, its own GPU."""
+    actor = ray.remote(LearnerRank).options(
+        num_cpus=recipe.learner.threads,
+        num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
+    )
+    ranks = recipe.learner.ranks
+    return [actor.remote(recipe, rank=rank, world_size=ranks) for rank in range(ranks)]
+
+
+def _one_node() -> bool:
+    return sum(node["Alive"] for node in ray.nodes()) == 1

@@ -1,0 +1,199 @@
+"""One rank of the learner: a process of its own, driven by :class:`trainer.learner.Learner`.
+
+Almost every method is collective: the driver calls it on all ranks at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from model import load_model
+from rl.config import Recipe
+from rl.errors import DataError, RecipeError
+from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
+from trainer.pack import Minibatch
+from trainer.phase import Phase, freeze, optimization, trains_indexer
+from trainer.policy import Policy
+from trainer.step import RankStep, Reference, grpo_step
+from trainer.supervised import supervised_step
+from trainer.weights import save_whole_model, weight_checksums, whole_weights
+
+LOOPBACK = "127.0.0.1"
+GATHER_BYTES = 1 << 30
+"""Weights that are whole at the same time when nothing leaves the process."""
+
+
+class LearnerRank:
+    """Holds one rank's engine. Methods take and return plain data, so that it runs under Ray or in a test's process."""
+
+    def __init__(self, recipe: Recipe, *, rank: int, world_size: int, sharding: Sharding | None = None) -> None:
+        torch.set_num_threads(recipe.learner.threads)
+        torch.manual_seed(recipe.seed + rank)
+        self.recipe = recipe
+        self.rank = rank
+        self.world_size = world_size
+        self.sharding = sharding or sharding_of(recipe)
+        self.phase = Phase.REINFORCEMENT
+        self.reference: Reference | None = None
+        self._store: Store | None = None
+        self._engine: DeepSpeedEngine | None = None
+
+    def open_store(self, host: str) -> int:
+        """On rank 0: opens the rendezvous on a free port and returns it."""
+        store = TCPStore(host, 0, self.world_size, is_master=True, wait_for_workers=False)
+        self._store = store
+        return store.port
+
+    def join(self, host: str, port: int, timeout_s: float) -> None:
+        """Meets the other ranks; ``timeout_s`` also bounds how long a collective waits for a rank."""
+        if host == LOOPBACK:
+            # gloo would look for an interface by the host's name, which may resolve to none.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = self._store or TCPStore(host, port, self.world_size, is_master=False)
+        timeout = timedelta(seconds=timeout_s)
+        self.device = join_ranks(rank=self.rank, world_size=self.world_size, store=store, timeout=timeout)
+
+    def begin(self, phase: Phase, model_dir: Path) -> None:
+        """Loads the weights of ``model_dir`` and builds the phase's engine, with a fresh optimizer.
+
+        RL with any KL also loads the reference from there: the policy that RL starts from.
+        """
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = self.reference = None
+        self.phase = phase
+        temperature = self.recipe.sampling.temperature if phase == Phase.REINFORCEMENT else 1.0
+        policy = self._policy(model_dir, temperature)
+        freeze(policy.model, self.recipe, phase)
+        self._engine = DeepSpeedEngine(policy, optimization(self.recipe, phase), self.sharding)
+        if phase == Phase.REINFORCEMENT and any(domain.kl_beta != 0 for domain in self.recipe.domains.values()):
+            self.reference = Reference(shard_frozen(self._policy(model_dir, temperature), self.sharding))
+
+    def _policy(self, model_dir: Path, temperature: float) -> Policy:
+        try:
+            model = load_model(model_dir, dtype=self.sharding.dtype, device=self.device)
+        except (ValueError, OSError) as error:
+            raise DataError(f"the model in {model_dir} cannot be loaded: {error}") from error
+        # Ranks may disagree on whether a micro-batch outgrows index_topk, but must gather the same parameters.
+        model.always_index = self.sharding.zero_stage == 3
+        return Policy(model, temperature=temperature)
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        assert self._engine is not None, "begin() comes first"
+        return self._engine
+
+    @property
+    def policy(self) -> Policy:
+        policy = self.engine.module
+        assert isinstance(policy, Policy)
+        return policy
+
+    def step(self, minibatches: list[Minibatch]) -> list[RankStep]:
+        """One GRPO optimizer step for each of this rank's shares, in order."""
+        learner = self.recipe.learner
+        indexer_weight = learner.indexer_weight if trains_indexer(self.recipe, Phase.REINFORCEMENT) else None
+        return [
+            grpo_step(
+                self.engine,
+                minibatch,
+                self.recipe.objective,
+                device=self.device,
+                reference=self.reference,
+                indexer_weight=indexer_weight,
+            )
+            for minibatch in minibatches
+        ]
+
+    def supervised_step(self, minibatch: Minibatch) -> RankStep:
+        """One step of the cold start."""
+        with_indexer = trains_indexer(self.recipe, self.phase)
+        return supervised_step(self.engine, minibatch, self.phase, device=self.device, with_indexer=with_indexer)
+
+    def weight_buckets(self, max_bytes: int) -> tuple[list[Any], int]:
+        """On rank 0: Ray references to dicts of CPU tensors, and their size in bytes. Nothing on the other ranks."""
+        refs, num_bytes = [], 0
+        for bucket in whole_weights(self.policy.model, max_bytes):
+            if self.rank == 0:
+                refs.append(ray.put({name: tensor.cpu() for name, tensor in bucket.items()}))
+                num_bytes += sum(tensor.nbytes for tensor in bucket.values())
+        return refs, num_bytes
+
+    def checksums(self) -> dict[str, int]:
+        """Of the tensors that ``weight_buckets`` sends."""
+        return weight_checksums(self.policy.model, GATHER_BYTES)
+
+    def save_model(self, path: Path) -> None:
+        """Writes the current weights in Hugging Face layout."""
+        save_whole_model(self.policy.model, path, writer=self.rank == 0, max_bytes=GATHER_BYTES)
+        dist.barrier()
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Writes everything that the next step depends on."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.engine.save(directory)
+        torch.save(_rng_states(), directory / f"rng_{self.rank}.pt")
+        if self.rank == 0:
+            (directory / "layout.json").write_text(json.dumps(self._layout()))
+        dist.barrier()
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Restores a checkpoint into a phase that has just begun.
+
+        Raises:
+            DataError: there is no checkpoint in ``directory``.
+            RecipeError: it was written with other ranks, another ZeRO stage or another dtype.
+        """
+        layout = directory / "layout.json"
+        if not layout.is_file():
+            raise DataError(f"{directory} holds no learner checkpoint: {layout.name} is missing")
+        saved = json.loads(layout.read_text())
+        for key, value in self._layout().items():
+            if saved.get(key) != value:
+                raise RecipeError(f"{directory} was written with {key} {saved.get(key)}, but the recipe says {value}")
+        self.engine.load(directory)
+        _restore_rng(torch.load(directory / f"rng_{self.rank}.pt", weights_only=False))
+
+    def _layout(self) -> dict[str, Any]:
+        """What must not change between writing and reading a checkpoint: each rank reads its own shards."""
+        return {
+            "learner.ranks": self.world_size,
+            "learner.zero_stage": self.sharding.zero_stage,
+            "model.dtype": str(self.sharding.dtype).removeprefix("torch."),
+        }
+
+
+def sharding_of(recipe: Recipe) -> Sharding:
+    """The recipe's ZeRO stage and dtype."""
+    dtype = getattr(torch, recipe.model.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RecipeError(f"model.dtype is {recipe.model.dtype!r}; the learner trains in float32 or bfloat16")
+    return Sharding(zero_stage=recipe.learner.zero_stage, dtype=dtype)
+
+
+def _rng_states() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])

@@ -1,0 +1,132 @@
+"""One GRPO optimizer step, as one learner rank runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl.config import Objective
+from rl.loss import grpo_loss
+from rl.metrics import Mean, merge
+from rl.sample import NDArray
+from trainer.deepspeed_engine import DeepSpeedEngine, StepOutcome
+from trainer.pack import Microbatch, Minibatch
+from trainer.policy import PackedTokens, PolicyOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStep:
+    """What one rank saw of one optimizer step. The losses of the ranks add up to the step's loss."""
+
+    outcome: StepOutcome
+    loss: float
+    metrics: dict[str, Mean]
+    suspects: tuple[str, ...] = ()  # samples of the micro-batches whose loss was not finite
+    learner_logprobs: dict[str, NDArray] = field(default_factory=dict)  # by sample: float32 [T], before the step
+
+
+class Reference:
+    """Log-probabilities of the frozen initial policy, over the same kept sets.
+
+    It routes live. Replaying is for the policy that is trained, whose experts must be those that sampled the token;
+    the reference is another distribution, the one that its own router defines.
+    """
+
+    def __init__(self, policy: Callable[..., PolicyOutput]) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def logprobs(self, tokens: PackedTokens) -> Tensor:
+        """fp32 [N], 0 where not sampled."""
+        return self.policy(tokens, replay=False).logprobs
+
+
+def grpo_step(
+    engine: DeepSpeedEngine,
+    minibatch: Minibatch,
+    objective: Objective,
+    *,
+    device: torch.device,
+    reference: Reference | None = None,
+    indexer_weight: float | None = None,
+) -> RankStep:
+    """Runs this rank's micro-batches (``minibatch.share(rank)``), then the optimizer step of all ranks.
+
+    ``indexer_weight`` adds the indexer's KL (paper Eq. 4), averaged over tokens and summed over layers. It moves no
+    other parameter, but it counts in the norm that ``grad_clip`` bounds: a small weight keeps the policy's share.
+    """
+    (microbatches,) = minibatch.ranks
+    tallies, suspects, logprobs, total = [], [], {}, 0.0
+    for micro in microbatches:
+        tokens = PackedTokens.of(
+            micro, device, keep_routing=objective.keep_routing, keep_sampling_mask=objective.keep_sampling_mask
+        )
+        ref_logprobs = reference.logprobs(tokens) if reference else None
+        output = engine(tokens, indexer_loss=None if indexer_weight is None else "sparse")
+        loss, tally = grpo_loss(
+            output.logprobs,
+            torch.tensor(micro.rollout_logprobs, device=device),
+            torch.tensor(micro.advantages, device=device),
+            tokens.sampled,
+            tokens.cu_seqlens,
+            ref_logprobs=ref_logprobs,
+            kl_beta=torch.tensor(micro.kl_beta, device=device),
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            off_policy_delta=objective.off_policy_delta,
+            num_samples=minibatch.num_samples,
+            aggregation=str(objective.aggregation),
+            num_tokens=minibatch.num_tokens,
+        )
+        if indexer_weight is not None:
+            kl, indexer_tally = indexer_term(output, micro, minibatch)
+            loss, tally = loss + indexer_weight * kl, tally | indexer_tally
+        if not engine.backward(loss):
+            suspects += micro.sample_ids
+        total += float(loss.detach())
+        tallies += [tally, measure(micro, tokens, output)]
+        logprobs |= by_sample(micro, output.logprobs)
+    return RankStep(
+        outcome=engine.step(),
+        loss=total,
+        metrics=merge(tallies),
+        suspects=tuple(suspects),
+        learner_logprobs=logprobs,
+    )
+
+
+def indexer_term(output: PolicyOutput, micro: Microbatch, minibatch: Minibatch) -> tuple[Tensor, dict[str, Mean]]:
+    """This micro-batch's part of the indexer's loss, and its mean per token; padding micro-batches count nothing."""
+    assert output.indexer_loss is not None
+    num_tokens = len(micro) if micro.sampled.any() else 0
+    summed = output.indexer_loss * (num_tokens > 0)
+    return summed / minibatch.num_positions, {"loss/indexer": Mean(float(summed.detach()), num_tokens)}
+
+
+def measure(micro: Microbatch, tokens: PackedTokens, output: PolicyOutput) -> dict[str, Mean]:
+    """Entropy, and how much of what the engine recorded was there to replay; the rest fell back."""
+    num_sampled = int(micro.sampled.sum())
+    context = micro.context
+    replayed = 0 if tokens.routes is None or micro.routed is None else int(np.count_nonzero(micro.routed & context))
+    sizes = np.zeros(0) if tokens.kept_offsets is None else tokens.kept_offsets.diff().cpu().numpy()
+    num_kept = int(np.count_nonzero(sizes))
+    return {
+        "entropy": Mean(float(output.entropy.sum()), num_sampled),
+        "routes/replayed": Mean(replayed, int(np.count_nonzero(context))),
+        "kept/mean_size": Mean(float(sizes.sum()), num_kept),
+        "kept/share": Mean(num_kept, num_sampled),
+    }
+
+
+def by_sample(micro: Microbatch, stream: Tensor) -> dict[str, NDArray]:
+    """Cuts a per-token stream [N] back into samples; padding micro-batches have none."""
+    return dict(_cut(micro, stream.detach().float().cpu().numpy())) if micro.sampled.any() else {}
+
+
+def _cut(micro: Microbatch, stream: NDArray) -> Iterator[tuple[str, NDArray]]:
+    for name, start, end in zip(micro.sample_ids, micro.cu_seqlens[:-1], micro.cu_seqlens[1:], strict=True):
+        yield name, stream[start:end].copy()

@@ -1,0 +1,63 @@
+"""Reading the weights of a model that ZeRO may have partitioned, a bounded number of bytes at a time.
+
+Everything here is collective at stage 3: all ranks call it together and go through it to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from model import DeepseekV32, checksums, split_experts, write_checkpoint
+from trainer.deepspeed_engine import full_shape, gathered
+
+
+def whole_weights(model: DeepseekV32, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """All parameters and persistent buffers by their in-memory names, in ``state_dict`` order.
+
+    Each item holds at most ``max_bytes`` (or a single larger tensor) and is valid until the next one is asked for.
+    """
+    bucket: dict[str, Tensor] = {}
+    room = max_bytes
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        num_bytes = full_shape(tensor).numel() * tensor.element_size()
+        if bucket and num_bytes > room:
+            yield from _whole(bucket)
+            bucket, room = {}, max_bytes
+        bucket[name] = tensor
+        room -= num_bytes
+    yield from _whole(bucket)
+
+
+def _whole(bucket: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    with gathered(bucket.values()):
+        yield {name: tensor.detach() for name, tensor in bucket.items()}
+
+
+def weight_checksums(model: DeepseekV32, max_bytes: int) -> dict[str, int]:
+    """``model.checksums`` of every tensor of :func:`whole_weights`."""
+    sums: dict[str, int] = {}
+    for bucket in whole_weights(model, max_bytes):
+        sums |= checksums(bucket.items())
+    return sums
+
+
+def save_whole_model(model: DeepseekV32, path: Path, *, writer: bool, max_bytes: int) -> None:
+    """Streams the weights into a Hugging Face directory, written by the one rank that is the ``writer``."""
+    buckets = whole_weights(model, max_bytes)
+    try:
+        if writer:
+            write_checkpoint(model.config, _checkpoint_tensors(model, buckets), path, dtype=model.lm_head.weight.dtype)
+    finally:
+        # The other ranks go through all buckets; a writer that leaves early would let them wait for ever.
+        for _ in buckets:
+            pass
+
+
+def _checkpoint_tensors(model: DeepseekV32, buckets: Iterator[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for bucket in buckets:
+        for name, tensor in bucket.items():
+            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+                yield from split_experts(name, tensor)
