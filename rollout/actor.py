@@ -1,0 +1,88 @@
+"""The embedded engine as an async actor: implements `rollout.engine.Engine` around a TorchEngine.
+
+Everything runs on the actor's one event loop: a step blocks it for milliseconds, and between two steps waiting calls
+have their turn. So weights can only change between steps, and nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from model.hf import load_model
+from rollout.engine import Completion, EngineStats, Request
+from rollout.torch_engine import Finished, TorchEngine
+
+
+class EngineActor:
+    """Made a Ray actor by `rollout.pool`; call :meth:`load` before anything else."""
+
+    def __init__(self) -> None:
+        self._engine: TorchEngine | None = None
+        self._futures: dict[str, asyncio.Future[Completion]] = {}
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def load(
+        self,
+        model_path: str,
+        *,
+        dtype: str,
+        device: str,
+        max_num_seqs: int,
+        max_context: int,
+        threads: int,
+        version: int = 0,
+    ) -> None:
+        """Loads a Hugging Face directory; `dtype` is a torch dtype's name, `threads` counts CPU threads."""
+        torch.set_num_threads(threads)
+        module = load_model(model_path, dtype=getattr(torch, dtype), device=device)
+        self._engine = TorchEngine(module, max_num_seqs=max_num_seqs, max_context=max_context, version=version)
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self._live.submit(*requests)
+        loop = asyncio.get_running_loop()
+        futures = [self._futures.setdefault(request.id, loop.create_future()) for request in requests]
+        if self._stepping is None:
+            self._stepping = loop.create_task(self._step_until_idle())
+        return list(await asyncio.gather(*futures))
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> int:
+        ended = self._live.abort(request_ids)
+        self._deliver(ended)
+        return len(ended)
+
+    async def stage(self, bucket: Mapping[str, torch.Tensor]) -> None:
+        self._live.stage(bucket)
+
+    async def commit(self, version: int) -> dict[str, int]:
+        return self._live.commit(version)
+
+    async def stats(self) -> EngineStats:
+        return self._live.stats()
+
+    @property
+    def _live(self) -> TorchEngine:
+        if self._engine is None:
+            raise RuntimeError("the engine has no model yet; call load first")
+        return self._engine
+
+    async def _step_until_idle(self) -> None:
+        engine = self._live
+        try:
+            while engine.has_work:
+                self._deliver(engine.step())
+                await asyncio.sleep(0)
+        except Exception as error:
+            # Whatever a step was doing, its sequences cannot go on; the engine itself is as good as before.
+            engine.abort()
+            for future in self._futures.values():
+                future.set_exception(error)
+            self._futures.clear()
+        finally:
+            self._stepping = None
+
+    def _deliver(self, finished: Finished) -> None:
+        for name, completion in finished:
+            self._futures.pop(name).set_result(completion)

@@ -1,0 +1,171 @@
+"""The driver's side of generation: engines as Ray actors, and groups of samples out of prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from model.tokenizer import load_tokenizer
+from rl.config import Domain, EngineKind, Recipe, Sampling
+from rl.errors import RecipeError, RunStopped
+from rl.sample import NDArray, Prompt, Sample
+from rollout.actor import EngineActor
+from rollout.conversation import Conversation
+from rollout.engine import Completion, EngineStats, Request, check_window
+from rollout.samples import to_sample
+
+_MAX_CONCURRENT_CALLS = 100_000  # a call waits for its whole generation, and weight updates must not queue behind
+
+
+class EnginePool:
+    """N engines behind one async interface; :meth:`start` makes one, :meth:`shutdown` ends its actors.
+
+    Every method raises RunStopped, naming the engine, when an engine's process has died.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Any],
+        *,
+        conversation: Conversation,
+        domains: Mapping[str, Domain],
+        sampling: Sampling,
+        max_context: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.conversation = conversation
+        self.max_context = max_context
+        self.capacity = max_num_seqs * len(engines)
+        """Sequences that can be generated at the same time."""
+        self._engines = list(engines)
+        self._domains = domains
+        self._sampling = sampling
+        self._load = [0] * len(engines)  # sequences dispatched and not yet returned
+        self._numbers = itertools.count()
+
+    @classmethod
+    async def start(cls, recipe: Recipe, model_path: str, *, device: str = "cpu", version: int = 0) -> EnginePool:
+        """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`."""
+        rollout, model = recipe.rollout, recipe.model
+        if rollout.engine != EngineKind.torch:
+            raise RecipeError(f"rollout.engine: {rollout.engine.value} is not available; use torch")
+        actor = ray.remote(EngineActor).options(
+            max_concurrency=_MAX_CONCURRENT_CALLS, num_gpus=0 if device == "cpu" else 1
+        )
+        pool = cls(
+            [actor.remote() for _ in range(rollout.engines)],
+            conversation=Conversation(load_tokenizer(model_path)),
+            domains=recipe.domains,
+            sampling=recipe.sampling,
+            max_context=model.max_context,
+            max_num_seqs=rollout.max_num_seqs,
+        )
+        try:
+            await pool._call_all(
+                "load",
+                model_path,
+                dtype=model.dtype,
+                device=device,
+                max_num_seqs=rollout.max_num_seqs,
+                max_context=model.max_context,
+                threads=rollout.threads,
+                version=version,
+            )
+        except BaseException:
+            pool.shutdown()
+            raise
+        return pool
+
+    async def generate_group(
+        self, prompt: Prompt, *, seeds: Sequence[int], sampling: Sampling | None = None
+    ) -> list[Sample]:
+        """One sample per seed, in order, all from the engine with the fewest sequences.
+
+        Raises DataError naming the prompt when it does not fit the context window. When the caller is cancelled, its
+        sequences are aborted.
+        """
+        token_ids = self.encode(prompt)
+        number = next(self._numbers)
+        requests = [
+            Request(
+                id=f"{prompt.id}#{index} (call {number})",
+                token_ids=token_ids,
+                sampling=sampling or self._sampling,
+                seed=seed,
+                stop_token_ids=self.conversation.stop_token_ids,
+            )
+            for index, seed in enumerate(seeds)
+        ]
+        completions = await self._dispatch(requests)
+        return [
+            to_sample(prompt, index, request, completion, self.conversation.decode(completion.token_ids))
+            for index, (request, completion) in enumerate(zip(requests, completions, strict=True))
+        ]
+
+    def encode(self, prompt: Prompt) -> NDArray:
+        """int32 [P]: what the engine is given for the prompt, its domain's system message included."""
+        if prompt.token_ids is not None:
+            token_ids = prompt.token_ids
+        else:
+            domain = self._domains[prompt.domain]
+            system = [{"role": "system", "content": domain.system}] if domain.system is not None else []
+            token_ids = self.conversation.encode([*system, *prompt.messages], thinking=domain.thinking)
+        check_window(f"prompt {prompt.id}", len(token_ids), self.max_context)
+        return token_ids
+
+    async def stage(self, buckets: Sequence[Any]) -> None:
+        """Sends buckets of the next weights ({name: CPU tensor}, or references to such) to every engine.
+
+        A bucket is put into the object store once, however many engines there are.
+        """
+        references = [bucket if isinstance(bucket, ray.ObjectRef) else ray.put(bucket) for bucket in buckets]
+        await asyncio.gather(*(self._call_all("stage", reference) for reference in references))
+
+    async def commit(self, version: int) -> list[dict[str, int]]:
+        """Puts the staged weights into effect in every engine; returns each engine's checksums of its live tensors."""
+        return await self._call_all("commit", version)
+
+    async def abort(self) -> int:
+        """Ends everything in flight as aborted samples; returns how many there were."""
+        return sum(await self._call_all("abort"))
+
+    async def stats(self) -> list[EngineStats]:
+        return await self._call_all("stats")
+
+    def shutdown(self) -> None:
+        """Ends the engines' processes."""
+        for engine in self._engines:
+            ray.kill(engine)
+
+    async def _dispatch(self, requests: Sequence[Request]) -> list[Completion]:
+        index = min(range(len(self._engines)), key=self._load.__getitem__)
+        self._load[index] += len(requests)
+        try:
+            return await self._call(index, "generate", requests)
+        except asyncio.CancelledError:
+            self._engines[index].abort.remote([request.id for request in requests])
+            raise
+        finally:
+            self._load[index] -= len(requests)
+
+    async def _call_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        calls = (self._call(index, method, *args, **kwargs) for index in range(len(self._engines)))
+        return list(await asyncio.gather(*calls))
+
+    async def _call(self, index: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """One call of one engine, with Ray's exceptions turned back into what they stand for."""
+        name = f"engine {index} of {len(self._engines)}"
+        try:
+            return await getattr(self._engines[index], method).remote(*args, **kwargs)
+        except RayActorError as error:
+            reason = str(error).partition("\n")[0]
+            raise RunStopped(f"{name} died during {method}: {reason}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, FloatingPointError):
+                raise RunStopped(f"{name} cannot generate: {error.cause}") from error
+            raise error.cause from error
