@@ -1,5 +1,10 @@
 """Errors that are the user's to mend. Drivers print them as one sentence, without a traceback."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(Exception):
     """Base of everything a user can mend by changing a recipe, a file or a reward."""
@@ -14,4 +19,14 @@ class DataError(UserError, ValueError):
 
 
 class RunStopped(UserError, RuntimeError):
-    """A run that must not go on: weights that differ after a sync, losses that stay non-finite, no group that scores."""
+    """A run that must not go on: weights differ after a sync, losses stay non-finite, or no group can be scored."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, or the known ones when none is near."""
+    names = sorted(known)
+    nearest = get_close_matches(name, names, n=1, cutoff=0.5)
+    if nearest:
+        return f"did you mean '{nearest[0]}'?"
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"known: {shown}" if names else "none is known"

@@ -44,6 +44,7 @@ class Prompt:
     token_ids: NDArray | None = None  # int32 [P]; given instead of messages when the prompt is already encoded
     tools: tuple[Mapping[str, Any], ...] = ()
     answer: Any = None  # whatever the domain's rewards need
+    thinking: bool = True  # whether the reply starts inside <think>
 
     def __post_init__(self) -> None:
         if bool(self.messages) == (self.token_ids is not None):

@@ -1,0 +1,275 @@
+"""The driver's side of scoring: samples in, each one's weighted reward or the reason why there is none out.
+
+Functions run in worker processes (Ray actors), so none can take the run down. A group goes to a worker in one call,
+which costs about a millisecond. When a process dies under a group, by a function that hangs, exits or crashes, every
+call of the group is made again on its own, so that only the sample at fault fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rewards.protocol import Fault, Outcome, part_name
+from rewards.worker import CANCEL_GRACE_S, ConcurrentWorker, SerialWorker, Traits, late
+from rl.config import Domain, RewardUse
+from rl.errors import RecipeError, RunStopped, UserError
+from rl.plugin import describe
+from rl.sample import Sample, Scored, Status
+
+OPEN_LIMIT_S = 300.0
+"""Seconds a worker may take to start and import the rewards."""
+GRACE_S = 30.0
+"""Seconds the driver waits beyond all timeouts of a call before it kills a worker that should have ended itself."""
+ASYNC_CALLS = 1000
+"""Groups whose async rewards are awaited at the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A sample that could not be scored; it is left out of the loss and counted."""
+
+    sample: Sample
+    reward: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"reward {self.reward} on sample {self.sample.id} {self.reason}"
+
+
+class RewardPool:
+    """Scores samples with the rewards of their domain. Made by :meth:`start`, ended by :meth:`close`."""
+
+    def __init__(self, uses: Mapping[str, Sequence[RewardUse]], num_workers: int) -> None:
+        self._uses = uses
+        directory = os.getcwd()
+        serial = ray.remote(SerialWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
+        concurrent = ray.remote(ConcurrentWorker).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
+        self._serial = [_Process(serial, uses, directory, exclusive=True) for _ in range(num_workers)]
+        self._concurrent = _Process(concurrent, uses, directory, exclusive=False)
+        self._idle: asyncio.LifoQueue[_Process] = asyncio.LifoQueue()
+        self._traits: dict[str, list[Traits]] = {}
+
+    @classmethod
+    async def start(cls, domains: Mapping[str, Domain], *, num_workers: int = 1) -> RewardPool:
+        """Starts the workers and imports every reward in them.
+
+        Raises RecipeError for a reward that cannot be used, a domain without rewards, and two parts of one name.
+        """
+        for name, domain in domains.items():
+            _check_names(name, domain)
+        pool = cls({name: list(domain.rewards) for name, domain in domains.items()}, max(1, num_workers))
+        try:
+            traits, *_ = await asyncio.gather(*(process.start() for process in pool._serial))
+            if any(trait.is_async for members in traits.values() for trait in members):
+                await pool._concurrent.start()
+        except BaseException:
+            await pool.close()
+            raise
+        pool._traits = traits
+        for process in pool._serial:
+            pool._idle.put_nowait(process)
+        return pool
+
+    async def close(self) -> None:
+        """Ends the worker processes."""
+        for process in (*self._serial, self._concurrent):
+            process.kill()
+
+    async def score(self, sample: Sample) -> Scored | Failure:
+        """Scores one sample; a batched reward sees it as a group of one."""
+        return (await self.score_group([sample]))[0]
+
+    async def score_group(self, samples: Sequence[Sample]) -> list[Scored | Failure]:
+        """Scores the siblings of one prompt, in their order.
+
+        The reward is the weighted sum over the domain's rewards. ``parts`` holds each one's own value under its name
+        and its own parts under ``<name>/<part>``. A sample whose generation did not end properly is a failure.
+        """
+        complete = [sample for sample in samples if sample.status in (Status.FINISHED, Status.TRUNCATED)]
+        rows = await self._rows([_lightened(sample) for sample in complete]) if complete else []
+        columns = iter(zip(*rows, strict=True))
+        return [
+            self._combine(sample, next(columns))
+            if sample.status in (Status.FINISHED, Status.TRUNCATED)
+            else Failure(sample=sample, reward="generation", reason=f"ended as {sample.status}")
+            for sample in samples
+        ]
+
+    def _combine(self, sample: Sample, column: Sequence[Outcome]) -> Scored | Failure:
+        total, parts = 0.0, {}
+        for use, outcome in zip(self._uses[sample.prompt.domain], column, strict=True):
+            name = part_name(use)
+            if isinstance(outcome, Fault):
+                return Failure(sample=sample, reward=name, reason=outcome.reason)
+            total += use.weight * outcome.value
+            parts[name] = outcome.value
+            parts |= {f"{name}/{part}": value for part, value in outcome.parts.items()}
+        return Scored(sample=sample, reward=total, parts=parts)
+
+    async def _rows(self, samples: Sequence[Sample]) -> list[list[Outcome]]:
+        """[reward][sample], in the order of the domain's rewards."""
+        domain = samples[0].prompt.domain
+        numbers = range(len(self._uses[domain]))
+        kinds = ([n for n in numbers if self._traits[domain][n].is_async is kind] for kind in (False, True))
+        halves = await asyncio.gather(*(self._rows_of(domain, half, samples) for half in kinds if half))
+        rows = {number: row for half in halves for number, row in half.items()}
+        return [rows[number] for number in numbers]
+
+    async def _rows_of(self, domain: str, numbers: list[int], samples: Sequence[Sample]) -> dict[int, list[Outcome]]:
+        is_async = self._traits[domain][numbers[0]].is_async
+        limit_s = GRACE_S + sum(self._limit(domain, number, 1 if is_async else len(samples)) for number in numbers)
+        try:
+            if is_async:
+                rows = await self._concurrent.score(domain, numbers, samples, limit_s)
+            else:
+                async with self._worker() as worker:
+                    rows = await worker.score(domain, numbers, samples, limit_s)
+        except _ProcessLost:
+            rows = await asyncio.gather(*(self._row_alone(domain, number, samples) for number in numbers))
+        return dict(zip(numbers, rows, strict=True))
+
+    async def _row_alone(self, domain: str, number: int, samples: Sequence[Sample]) -> list[Outcome]:
+        if self._traits[domain][number].is_batched:
+            return await self._alone(domain, number, samples)
+        columns = await asyncio.gather(*(self._alone(domain, number, [sample]) for sample in samples))
+        return [column[0] for column in columns]
+
+    async def _alone(self, domain: str, number: int, samples: Sequence[Sample]) -> list[Outcome]:
+        """One function call with a worker to itself, tried again when the worker dies of it."""
+        use = self._uses[domain][number]
+        limit_s = GRACE_S + self._limit(domain, number, len(samples))
+        reason = ""
+        for _ in range(1 + use.retries):
+            try:
+                async with self._worker() as worker:
+                    return (await worker.score(domain, [number], samples, limit_s))[0]
+            except _ProcessLost as lost:
+                reason = late(use.timeout_s) if lost.after_s >= use.timeout_s else "ended or crashed its process"
+        return [Fault(reason)] * len(samples)
+
+    def _limit(self, domain: str, number: int, num_samples: int) -> float:
+        """Seconds that a worker may properly spend on a reward."""
+        use = self._uses[domain][number]
+        calls = 1 if self._traits[domain][number].is_batched else num_samples
+        return calls * (1 + use.retries) * (use.timeout_s + CANCEL_GRACE_S)
+
+    @asynccontextmanager
+    async def _worker(self) -> AsyncIterator[_Process]:
+        """An idle serial worker, for as long as the block runs."""
+        worker = await self._idle.get()
+        try:
+            yield worker
+        finally:
+            self._idle.put_nowait(worker)
+
+
+class _ProcessLost(Exception):
+    """The process died, or was killed, while it worked on a call."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__(after_s)
+        self.after_s = after_s
+
+
+class _Process:
+    """A worker process that is started again, at its next use, when it died.
+
+    ``exclusive`` says that it never has more than one call, so that a call given up by its caller may be killed.
+    """
+
+    def __init__(
+        self, actor_class: Any, uses: Mapping[str, Sequence[RewardUse]], directory: str, *, exclusive: bool
+    ) -> None:
+        self._actor_class = actor_class
+        self._opening = (uses, directory)
+        self._exclusive = exclusive
+        self._actor: Any = None
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> dict[str, list[Traits]]:
+        """Starts the process and imports the rewards; returns what they are like."""
+        actor = self._actor_class.remote()
+        try:
+            async with asyncio.timeout(OPEN_LIMIT_S):
+                traits = await actor.open.remote(*self._opening)
+        except BaseException as error:
+            ray.kill(actor)
+            sentence = _opening_error(error)
+            if sentence is None:
+                raise
+            raise sentence from error
+        self._actor = actor
+        return traits
+
+    async def score(
+        self, domain: str, numbers: Sequence[int], samples: Sequence[Sample], limit_s: float
+    ) -> list[list[Outcome]]:
+        """Raises _ProcessLost when the process dies, or does not answer within ``limit_s``."""
+        actor = await self._running()
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(limit_s):
+                return await actor.score.remote(domain, numbers, samples)
+        except (RayActorError, TimeoutError) as error:
+            self.kill(actor)
+            raise _ProcessLost(time.monotonic() - began) from error
+        except RayTaskError as error:  # not the function, whose errors come back as faults: samples that do not travel
+            return [[Fault(f"could not be called: {describe(error.cause)}")] * len(samples) for _ in numbers]
+        except asyncio.CancelledError:
+            if self._exclusive:
+                self.kill(actor)
+            raise
+
+    async def _running(self) -> Any:
+        """The actor; a fresh one if the last one died."""
+        async with self._lock:
+            if self._actor is None:
+                try:
+                    await self.start()
+                except RecipeError as error:
+                    raise RunStopped(f"a reward worker died and cannot be started again: {error}") from error
+            return self._actor
+
+    def kill(self, actor: Any = None) -> None:
+        """Ends the process; with ``actor``, only if that is still the current one."""
+        if self._actor is not None and actor in (None, self._actor):
+            ray.kill(self._actor)
+            self._actor = None
+
+
+def _opening_error(error: BaseException) -> BaseException | None:
+    """What a worker that did not start means to the user, if it is theirs to mend."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+        return error.cause
+    if isinstance(error, RayActorError):
+        return RecipeError("importing the rewards ended or crashed their process; import them by hand to see why")
+    if isinstance(error, TimeoutError):
+        return RecipeError(f"importing the rewards took longer than {OPEN_LIMIT_S:g} s")
+    return None
+
+
+def _check_names(name: str, domain: Domain) -> None:
+    if not domain.rewards:
+        raise RecipeError(f"domains.{name} has no rewards; add one, such as {{use: math_answer}}")
+    taken: set[str] = set()
+    for use in domain.rewards:
+        part = part_name(use)
+        if part in taken:
+            raise RecipeError(f"domains.{name} has two rewards called '{part}'; give one of them a name")
+        taken.add(part)
+
+
+def _lightened(sample: Sample) -> Sample:
+    """The sample without what is large and no reward reads."""
+    if sample.routes is None and sample.kept is None:
+        return sample
+    return replace(sample, routes=None, routed=None, kept=None)

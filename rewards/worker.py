@@ -1,0 +1,152 @@
+"""The processes that call reward functions. They are plain classes; :mod:`rewards.pool` makes Ray actors of them.
+
+    SerialWorker       one call after another, on the main thread (math-verify's time limits are signals, which only
+                       work there). A call that outstays its timeout takes the process down with it.
+    ConcurrentWorker   all async functions of all groups at the same time, on one event loop. A call that outstays its
+                       timeout is cancelled.
+
+Both answer with one row of outcomes per reward asked for. A function that raises is tried again here; a process that
+died is the pool's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rewards.protocol import Fault, Outcome, RewardFunction, read_result, read_results, resolve
+from rl.config import RewardUse
+from rl.plugin import describe
+from rl.sample import Sample
+
+CANCEL_GRACE_S = 1.0
+"""How much longer than its timeout an async call may take on a serial worker, to be cancelled before it is killed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What the pool must know of a reward function to route it."""
+
+    is_async: bool
+    is_batched: bool
+
+
+class _Functions:
+    """The reward functions of every domain, in the recipe's order."""
+
+    def __init__(self, uses: Mapping[str, Sequence[RewardUse]], directory: str) -> None:
+        if directory not in sys.path:
+            sys.path.insert(0, directory)
+        self._by_domain = {domain: [resolve(use) for use in members] for domain, members in uses.items()}
+
+    def traits(self) -> dict[str, list[Traits]]:
+        return {
+            domain: [Traits(is_async=function.is_async, is_batched=function.is_batched) for function in functions]
+            for domain, functions in self._by_domain.items()
+        }
+
+    def pick(self, domain: str, numbers: Sequence[int]) -> list[RewardFunction]:
+        return [self._by_domain[domain][number] for number in numbers]
+
+
+class SerialWorker:
+    """Calls functions one at a time on the process's main thread."""
+
+    def open(self, uses: Mapping[str, Sequence[RewardUse]], directory: str) -> dict[str, list[Traits]]:
+        """Imports every reward; ``directory`` joins the import path. Raises RecipeError as :func:`resolve` does."""
+        self._functions = _Functions(uses, directory)
+        self._loop = asyncio.new_event_loop()
+        self._nowhere = open(os.devnull, "w")  # noqa: SIM115  the watchdog writes to it for as long as the process lives
+        return self._functions.traits()
+
+    def score(self, domain: str, numbers: Sequence[int], samples: Sequence[Sample]) -> list[list[Outcome]]:
+        """One row for each of the domain's rewards in ``numbers``, one outcome in it for each sample."""
+        return [self._row(function, samples) for function in self._functions.pick(domain, numbers)]
+
+    def _row(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+        if function.is_async:
+            return self._loop.run_until_complete(self._watched_async_row(function, samples))
+        if function.is_batched:
+            return self._persist(function, samples)
+        return [self._persist(function, [sample])[0] for sample in samples]
+
+    async def _watched_async_row(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+        with self._watchdog((function.timeout_s + CANCEL_GRACE_S) * (1 + function.retries)):
+            return await call_async(function, samples)
+
+    def _persist(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+        outcomes = self._once(function, samples)
+        for _ in range(function.retries):
+            if not any(isinstance(outcome, Fault) for outcome in outcomes):
+                break
+            outcomes = self._once(function, samples)
+        return outcomes
+
+    def _once(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+        try:
+            with self._watchdog(function.timeout_s):
+                result = function.call(samples if function.is_batched else samples[0])
+        except (Exception, SystemExit) as error:
+            return [Fault(f"raised {describe(error)}")] * len(samples)
+        return read_results(result, len(samples)) if function.is_batched else [read_result(result)]
+
+    @contextlib.contextmanager
+    def _watchdog(self, timeout_s: float) -> Iterator[None]:
+        """Ends the process when the block takes longer, even inside C code that holds the interpreter's lock."""
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._nowhere)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+class ConcurrentWorker:
+    """Awaits async functions, any number at the same time."""
+
+    async def open(self, uses: Mapping[str, Sequence[RewardUse]], directory: str) -> dict[str, list[Traits]]:
+        """As :meth:`SerialWorker.open`."""
+        self._functions = _Functions(uses, directory)
+        return self._functions.traits()
+
+    async def score(self, domain: str, numbers: Sequence[int], samples: Sequence[Sample]) -> list[list[Outcome]]:
+        """As :meth:`SerialWorker.score`, for async functions."""
+        functions = self._functions.pick(domain, numbers)
+        return await asyncio.gather(*(call_async(function, samples) for function in functions))
+
+
+async def call_async(function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+    """All calls of an async function for a group, at the same time; each has the timeout and the retries to itself."""
+    if function.is_batched:
+        return await _persist_async(function, samples)
+    rows = await asyncio.gather(*(_persist_async(function, [sample]) for sample in samples))
+    return [row[0] for row in rows]
+
+
+async def _persist_async(function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+    outcomes = await _once_async(function, samples)
+    for _ in range(function.retries):
+        if not any(isinstance(outcome, Fault) for outcome in outcomes):
+            break
+        outcomes = await _once_async(function, samples)
+    return outcomes
+
+
+async def _once_async(function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+    try:
+        async with asyncio.timeout(function.timeout_s) as limit:
+            result = await function.call(samples if function.is_batched else samples[0])
+    except (Exception, SystemExit) as error:
+        if limit.expired():
+            return [Fault(late(function.timeout_s))] * len(samples)
+        return [Fault(f"raised {describe(error)}")] * len(samples)
+    return read_results(result, len(samples)) if function.is_batched else [read_result(result)]
+
+
+def late(timeout_s: float) -> str:
+    """The reason of a call that outstayed its timeout."""
+    return f"took longer than its timeout of {timeout_s:g} s"
