@@ -1,10 +1,10 @@
 """Conversations as token ids, in DeepSeek-V3.2's encoding or, for other models, in their own chat template.
 
 V3.2 ships no template. Its rules for plain conversations: a system message stands as it is; a user message is
-``<｜User｜>{content}<｜Assistant｜>`` followed by ``<think>`` when it is the last one and the reply shall think, else by
-``</think>``; an assistant message is ``{content}<｜end▁of▁sentence｜>``, preceded by ``{reasoning}</think>`` only when it
-answers the last user message in thinking mode. So earlier reasoning is dropped as soon as a new user message comes, and
-the tokens of one turn are not a prefix of the next turn's prompt.
+``<｜User｜>{content}<｜Assistant｜>``, then ``<think>`` when it is the last one and the reply shall think, else
+``</think>``; an assistant message is ``{content}<｜end▁of▁sentence｜>``, preceded by ``{reasoning}</think>`` only when
+it answers the last user message in thinking mode. So earlier reasoning is dropped as soon as a new user message comes,
+and the tokens of one turn are not a prefix of the next turn's prompt.
 
 What people write is always encoded as plain text: the string ``<｜Assistant｜>`` in a message never becomes the token.
 """
@@ -69,7 +69,10 @@ class Conversation:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        known = tokenizer.get_added_vocab()
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json")
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
         needed = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, THINK, END_THINK)
         self._is_v32 = all(token in known for token in needed)
         self._special_strings = sorted(known, key=len, reverse=True)
@@ -79,14 +82,11 @@ class Conversation:
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template and lacks "
                 f"DeepSeek-V3.2's token {absent}, so conversations cannot be encoded for it"
             )
-        if tokenizer.eos_token_id is None:
+        if not isinstance(tokenizer.eos_token_id, int):
             raise DataError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no end-of-sentence token")
-        self._plain = _without_special_tokens(tokenizer)
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
+        self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
         """Tokens that end a reply."""
-        return (int(self.tokenizer.eos_token_id),)
+        self._plain = _without_special_tokens(backend)
 
     def encode(self, messages: Sequence[Message], *, thinking: bool) -> NDArray:
         """int32 [P]: the prompt that the next assistant message continues.
@@ -234,14 +234,11 @@ def _check(messages: Sequence[Message]) -> None:
                 raise DataError(f"message {index}: {field} must be a string")
 
 
-def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def _without_special_tokens(backend: Tokenizer) -> Tokenizer:
     """The same tokenizer, knowing none of its added tokens, so that no text can produce one.
 
     Tokenizers' own switch for this passes over added tokens that are not flagged special, as V3.2's <think> is not.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json")
     description = json.loads(backend.to_str())
     # Runs of spaces, which some vocabularies add, are plain text.
     description["added_tokens"] = [token for token in description["added_tokens"] if token["content"].isspace()]

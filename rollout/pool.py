@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from model.tokenizer import load_tokenizer
-from rl.config import Domain, EngineKind, Recipe, Sampling
+from rl.config import EngineKind, Recipe, Sampling
 from rl.errors import RecipeError, RunStopped
 from rl.sample import NDArray, Prompt, Sample
 from rollout.actor import EngineActor
@@ -23,33 +26,22 @@ _MAX_CONCURRENT_CALLS = 100_000  # a call waits for its whole generation, and we
 
 
 class EnginePool:
-    """N engines behind one async interface; :meth:`start` makes one, :meth:`shutdown` ends its actors.
+    """N engines behind one async interface; :meth:`start` makes one, :meth:`close` ends its actors.
 
     Every method raises RunStopped, naming the engine, when an engine's process has died.
     """
 
-    def __init__(
-        self,
-        engines: Sequence[Any],
-        *,
-        conversation: Conversation,
-        domains: Mapping[str, Domain],
-        sampling: Sampling,
-        max_context: int,
-        max_num_seqs: int,
-    ) -> None:
-        self.conversation = conversation
+    def __init__(self, engines: Sequence[Any], *, conversation: Conversation, max_context: int) -> None:
         self.max_context = max_context
-        self.capacity = max_num_seqs * len(engines)
-        """Sequences that can be generated at the same time."""
+        self._conversation = conversation
         self._engines = list(engines)
-        self._domains = domains
-        self._sampling = sampling
         self._load = [0] * len(engines)  # sequences dispatched and not yet returned
         self._numbers = itertools.count()
 
     @classmethod
-    async def start(cls, recipe: Recipe, model_path: str, *, device: str = "cpu", version: int = 0) -> EnginePool:
+    async def start(
+        cls, recipe: Recipe, model_path: str | os.PathLike[str], *, device: str = "cpu", version: int = 0
+    ) -> EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`."""
         rollout, model = recipe.rollout, recipe.model
         if rollout.engine != EngineKind.torch:
@@ -60,15 +52,12 @@ class EnginePool:
         pool = cls(
             [actor.remote() for _ in range(rollout.engines)],
             conversation=Conversation(load_tokenizer(model_path)),
-            domains=recipe.domains,
-            sampling=recipe.sampling,
             max_context=model.max_context,
-            max_num_seqs=rollout.max_num_seqs,
         )
         try:
             await pool._call_all(
                 "load",
-                model_path,
+                str(Path(model_path).absolute()),
                 dtype=model.dtype,
                 device=device,
                 max_num_seqs=rollout.max_num_seqs,
@@ -77,46 +66,35 @@ class EnginePool:
                 version=version,
             )
         except BaseException:
-            pool.shutdown()
+            pool.close()
             raise
         return pool
 
     async def generate_group(
-        self, prompt: Prompt, *, seeds: Sequence[int], sampling: Sampling | None = None
+        self, prompt: Prompt, token_ids: NDArray, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Sample]:
-        """One sample per seed, in order, all from the engine with the fewest sequences.
+        """One sample per seed, in order, continuing `token_ids` (int32 [P]); all from the least loaded engine.
 
         Raises DataError naming the prompt when it does not fit the context window. When the caller is cancelled, its
         sequences are aborted.
         """
-        token_ids = self.encode(prompt)
+        check_window(f"prompt {prompt.id}", len(token_ids), self.max_context)
         number = next(self._numbers)
         requests = [
             Request(
                 id=f"{prompt.id}#{index} (call {number})",
-                token_ids=token_ids,
-                sampling=sampling or self._sampling,
+                token_ids=token_ids.astype(np.int32, copy=False),
+                sampling=sampling,
                 seed=seed,
-                stop_token_ids=self.conversation.stop_token_ids,
+                stop_token_ids=self._conversation.stop_token_ids,
             )
             for index, seed in enumerate(seeds)
         ]
         completions = await self._dispatch(requests)
         return [
-            to_sample(prompt, index, request, completion, self.conversation.decode(completion.token_ids))
+            to_sample(prompt, index, request, completion, self._conversation.decode(completion.token_ids))
             for index, (request, completion) in enumerate(zip(requests, completions, strict=True))
         ]
-
-    def encode(self, prompt: Prompt) -> NDArray:
-        """int32 [P]: what the engine is given for the prompt, its domain's system message included."""
-        if prompt.token_ids is not None:
-            token_ids = prompt.token_ids
-        else:
-            domain = self._domains[prompt.domain]
-            system = [{"role": "system", "content": domain.system}] if domain.system is not None else []
-            token_ids = self.conversation.encode([*system, *prompt.messages], thinking=domain.thinking)
-        check_window(f"prompt {prompt.id}", len(token_ids), self.max_context)
-        return token_ids
 
     async def stage(self, buckets: Sequence[Any]) -> None:
         """Sends buckets of the next weights ({name: CPU tensor}, or references to such) to every engine.
@@ -137,10 +115,11 @@ class EnginePool:
     async def stats(self) -> list[EngineStats]:
         return await self._call_all("stats")
 
-    def shutdown(self) -> None:
+    def close(self) -> None:
         """Ends the engines' processes."""
         for engine in self._engines:
             ray.kill(engine)
+        self._engines = []
 
     async def _dispatch(self, requests: Sequence[Request]) -> list[Completion]:
         index = min(range(len(self._engines)), key=self._load.__getitem__)
