@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,8 @@ from model.config import ModelConfig
 from model.rope import RotaryAngles
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexerHeads:
-    """What `kernels.indexer_scores` takes, one row a token."""
+class IndexerHeads(NamedTuple):
+    """What `kernels.indexer_scores` takes, one row a token. A tuple, as ZeRO-3's hooks see no tensors in other classes."""
 
     queries: torch.Tensor  # [B, T, index_n_heads, index_head_dim]
     keys: torch.Tensor  # [B, T, index_head_dim], shared by the heads
