@@ -13,7 +13,7 @@ from model.rope import RotaryAngles
 
 
 class IndexerHeads(NamedTuple):
-    """What `kernels.indexer_scores` takes, one row a token. A tuple, as ZeRO-3's hooks see no tensors in other classes."""
+    """What `kernels.indexer_scores` takes, one row a token; a tuple, because ZeRO-3's hooks read no other class."""
 
     queries: torch.Tensor  # [B, T, index_n_heads, index_head_dim]
     keys: torch.Tensor  # [B, T, index_head_dim], shared by the heads
