@@ -1,12 +1,12 @@
 """Demonstrations for the cold start: prompts with the reply the policy should learn to give.
 
 A source (``supervised.demonstrations``) is a JSONL or Parquet file of ``{messages: [...], tools?}`` rows that end in an
-assistant message with ``content`` and, for a thinking model, ``reasoning``; or a function that writes the reply,
+assistant message with ``content`` and, for a thinking model, ``reasoning_content``; or a function that writes the reply,
 
     demonstrations: {function: my_package.teach:chain_sum, size: 20000, args: {...}}
 
     def chain_sum(prompt: Prompt, rng: np.random.Generator, **args) -> dict:
-        return {"reasoning": "17 + 5 = 22", "content": "22"}
+        return {"reasoning_content": "17 + 5 = 22", "content": "22"}
 
 called over the training prompts, never over those held out for evaluation.
 """
@@ -31,7 +31,7 @@ _KEYS = ("function", "size", "args")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """A prompt and the assistant message ``{role, content, reasoning}`` that answers it."""
+    """A prompt and the assistant message ``{role, content, reasoning_content}`` that answers it."""
 
     prompt: Prompt
     reply: Mapping[str, Any]
@@ -85,7 +85,7 @@ def _from_file(path: str, held_out: Sequence[Prompt]) -> list[Demonstration]:
             domain="demonstration",
             messages=messages[:-1],
             tools=tuple(record.fields.get("tools", ())),
-            thinking="reasoning" in messages[-1],
+            thinking="reasoning_content" in messages[-1],
         )
         if question(prompt) not in asked:
             demonstrations.append(Demonstration(prompt=prompt, reply=_reply(messages[-1], prompt, record.place)))
@@ -103,20 +103,20 @@ def _from_function(
     except Exception as error:
         raise DataError(f"{place} raised {describe(error)}") from error
     if not isinstance(written, Mapping):
-        raise DataError(f"{place} returned {type(written).__name__}, not a message {{reasoning, content}}")
+        raise DataError(f"{place} returned {type(written).__name__}, not a message {{reasoning_content, content}}")
     return Demonstration(prompt=prompt, reply=_reply(written, prompt, place))
 
 
 def _reply(message: Mapping[str, Any], prompt: Prompt, place: str) -> dict[str, Any]:
     """Checks what the conversation's encoding needs: text, and reasoning exactly where the policy thinks."""
-    for key in ("content", "reasoning"):
+    for key in ("content", "reasoning_content"):
         if message.get(key) is not None and not isinstance(message[key], str):
             raise DataError(f"{place}: {key} of the assistant message must be a text")
     if not message.get("content") and not message.get("tool_calls"):
         raise DataError(f"{place}: the assistant message has no content")
-    if prompt.thinking and not message.get("reasoning"):
+    if prompt.thinking and not message.get("reasoning_content"):
         raise DataError(f"{place}: the policy thinks in this domain, but the assistant message has no reasoning")
-    if not prompt.thinking and message.get("reasoning"):
+    if not prompt.thinking and message.get("reasoning_content"):
         raise DataError(f"{place}: the policy does not think in this domain, but the assistant message has reasoning")
     return {**message, "role": "assistant"}
 

@@ -1,0 +1,1 @@
+"""Recipes, one YAML file per run, and the functions that they name."""

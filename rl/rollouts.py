@@ -1,0 +1,104 @@
+"""Keeps the buffer fed: prompt -> samples -> rewards -> group, for as many groups as the buffer admits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rewards.pool import Failure
+from rl.buffer import GroupBuffer, Ticket
+from rl.config import Recipe, ZeroVariance
+from rl.errors import RunStopped
+from rl.metrics import Mean
+from rl.prompts import PromptStream
+from rl.sample import Group, Prompt, Sample, Scored
+from rl.system import System, seeds_of
+
+HOPELESS_STEPS = 3
+"""Steps' worth of groups that may fail in a row before the run stops."""
+REPLACED_STEPS = 4
+"""Steps' worth of groups that may be replaced in a row: a policy that masters every prompt has no variance left."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened since the last step."""
+
+    num_tokens: int = 0  # sampled
+    scoring: Mean = Mean(0.0, 0.0)  # seconds from a group's last token to its rewards
+    groups: Counter[str] = field(default_factory=Counter)  # replaced, failed
+    failures: Counter[str] = field(default_factory=Counter)  # samples, by "<reward> <reason>"
+
+
+class Rollouts:
+    """The background half of the loop."""
+
+    def __init__(self, recipe: Recipe, system: System, prompts: PromptStream, buffer: GroupBuffer) -> None:
+        self.recipe = recipe
+        self.system = system
+        self.prompts = prompts
+        self.buffer = buffer
+        self.num_drawn = 0
+        self._tally = Tally()
+        self._failed_in_a_row = 0
+        self._replaced_in_a_row = 0
+
+    def take_tally(self) -> Tally:
+        """What happened since the last call."""
+        tally, self._tally = self._tally, Tally()
+        return tally
+
+    async def run(self) -> None:
+        """Starts a group whenever the buffer has a place, until it is cancelled.
+
+        Raises:
+            RunStopped: no sample of ``HOPELESS_STEPS`` steps' worth of groups could be scored; says why.
+        """
+        async with asyncio.TaskGroup() as groups:
+            while True:
+                ticket = await self.buffer.admission()
+                groups.create_task(self._collect(ticket, self.prompts.next(), self.num_drawn))
+                self.num_drawn += 1
+
+    async def _collect(self, ticket: Ticket, prompt: Prompt, draw: int) -> None:
+        size = self.recipe.domains[prompt.domain].group_size
+        seeds = seeds_of(self.recipe.seed, draw, size)
+        samples = await self.system.generate(prompt, seeds)
+        self._tally.num_tokens += sum(sample.num_sampled for sample in samples)
+        self._settle(ticket, await self._score(prompt, samples))
+
+    async def _score(self, prompt: Prompt, samples: list[Sample]) -> Group:
+        began = time.perf_counter()
+        outcomes = await self.system.rewards.score_group(samples)
+        self._tally.scoring += Mean(time.perf_counter() - began, 1)
+        self._tally.failures.update(f"{one.reward} {one.reason}" for one in outcomes if isinstance(one, Failure))
+        scored = tuple(outcome for outcome in outcomes if isinstance(outcome, Scored))
+        return Group(prompt=prompt, scored=scored, failed=len(outcomes) - len(scored))
+
+    def _settle(self, ticket: Ticket, group: Group) -> None:
+        """Hands a group to the buffer, or gives its place to a fresh prompt."""
+        if not group.scored:
+            self._tally.groups["failed"] += 1
+            self._failed_in_a_row += 1
+            self._stop_if_hopeless()
+            self.buffer.drop(ticket, "failed")
+            return
+        self._failed_in_a_row = 0
+        if group.zero_variance and self._may_replace():
+            self._tally.groups["replaced"] += 1
+            self._replaced_in_a_row += 1
+            self.buffer.drop(ticket, "zero variance")
+            return
+        self._replaced_in_a_row = 0
+        self.buffer.add(ticket, group)
+
+    def _may_replace(self) -> bool:
+        allowed = self.recipe.objective.zero_variance == ZeroVariance.replace
+        return allowed and self._replaced_in_a_row < REPLACED_STEPS * self.recipe.prompts_per_step
+
+    def _stop_if_hopeless(self) -> None:
+        if self._failed_in_a_row >= HOPELESS_STEPS * self.recipe.prompts_per_step:
+            ((reason, _),) = self._tally.failures.most_common(1) or [("every generation failed", 0)]
+            raise RunStopped(f"no sample of the last {self._failed_in_a_row} groups could be scored: {reason}")

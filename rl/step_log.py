@@ -1,0 +1,160 @@
+"""The numbers and trajectories of one step, under the names of the design page, to every sink at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rl.buffer import staleness
+from rl.config import Recipe
+from rl.evaluate import Evaluation, accuracy
+from rl.metrics import values
+from rl.progress import Progress
+from rl.rollouts import Tally
+from rl.run_directory import RunDirectory
+from rl.sample import Group, NDArray, Sample, Scored, Status
+from rl.sync import Sync
+from rl.trajectory import Trajectory, token_texts
+from rollout.conversation import Conversation
+from trainer.learner import StepResult
+
+
+class StepClock:
+    """Wall-clock seconds of a step, lap by lap, as the learner's side of the loop sees them.
+
+    ``rollout`` is the wait for groups: with overlap, what generation takes longer than learning.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Books the time since the last lap."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+class StepLog:
+    """Writes steps to the run's directory and to the terminal."""
+
+    def __init__(self, recipe: Recipe, conversation: Conversation, run: RunDirectory, progress: Progress) -> None:
+        self.recipe = recipe
+        self.conversation = conversation
+        self.run = run
+        self.progress = progress
+
+    def before(self, evaluation: Evaluation) -> None:
+        """Step 0: the evaluation before training."""
+        self._write({"step": 0, **evaluation.metrics()})
+        shown = evaluation.scored[: self.recipe.log_samples]
+        self.run.log_samples(0, (self._trajectory(scored, 0.0, None) for scored in shown))
+
+    def step(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantages: Sequence[NDArray],
+        tally: Tally,
+        result: StepResult,
+        sync: Sync,
+        clock: StepClock,
+        evaluation: Evaluation | None,
+    ) -> None:
+        """One step of training; ``sync`` published the weights that it made."""
+        metrics = {"step": step, **self._rollout_metrics(groups, tally), **self._ages(groups, version=step - 1)}
+        metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
+        metrics |= {"time/step_s": clock.total, "time/reward_s": float(tally.scoring)}
+        metrics["tokens_per_s"] = tally.num_tokens / clock.total
+        metrics |= values(result.metrics) | sync.metrics() | (evaluation.metrics() if evaluation else {})
+        self._write(metrics)
+        self._warn(step, tally, result)
+        logged = list(_first(groups, advantages, self.recipe.log_samples))
+        self.run.log_samples(
+            step, (self._trajectory(one, advantage, result.learner_logprobs) for one, advantage in logged)
+        )
+
+    def _write(self, metrics: dict[str, float]) -> None:
+        self.run.log(metrics)
+        self.progress.step(metrics)
+
+    def _warn(self, step: int, tally: Tally, result: StepResult) -> None:
+        for reason, count in tally.failures.most_common(3):
+            self.progress.warn(f"step {step}: {count} samples left out: {reason}")
+        for skipped in result.skipped:
+            names = ", ".join(skipped.sample_ids[:4])
+            self.progress.warn(f"optimizer step {skipped.step} skipped: loss or gradient not finite; samples {names}")
+
+    def _rollout_metrics(self, groups: Sequence[Group], tally: Tally) -> dict[str, float]:
+        scored = [one for group in groups for one in group.scored]
+        metrics = {
+            "tokens/generated": float(tally.num_tokens),
+            "length/mean": _mean(one.sample.num_sampled for one in scored),
+            "length/truncated": _mean(one.sample.status == Status.TRUNCATED for one in scored),
+            "groups/zero_variance": _mean(group.zero_variance for group in groups),
+            "groups/failed": float(tally.groups["failed"]),
+            "groups/replaced": float(tally.groups["replaced"]),
+            "samples/failed": float(sum(tally.failures.values())),
+            "reward/mean": _mean(one.reward for one in scored),
+        }
+        for domain in sorted({group.prompt.domain for group in groups}):
+            members = [one for one in scored if one.sample.prompt.domain == domain]
+            metrics[f"reward/{domain}"] = _mean(one.reward for one in members)
+            for part in sorted({part for one in members for part in one.parts}):
+                metrics[f"reward/{domain}/{part}"] = _mean(one.parts[part] for one in members if part in one.parts)
+        return metrics | {f"accuracy/{domain}": value for domain, value in accuracy(self.recipe, scored).items()}
+
+    def _ages(self, groups: Sequence[Group], version: int) -> dict[str, float]:
+        age = staleness(groups, version)
+        return {"staleness/mean": float(age.mean), "staleness/max": float(age.max)}
+
+    def _trajectory(
+        self, scored: Scored, advantage: float, learner_logprobs: dict[str, NDArray] | None
+    ) -> Trajectory:
+        sample = scored.sample
+        logprobs = (learner_logprobs or {}).get(sample.id)
+        # Two groups of one prompt in a step share their samples' names; a stream of another length is not this one's.
+        known = logprobs is not None and len(logprobs) == len(sample)
+        log_ratios = np.where(sample.sampled, logprobs - sample.rollout_logprobs, 0.0) if known else None
+        return Trajectory(
+            scored=scored,
+            token_texts=token_texts(sample.token_ids, self._spell),
+            advantage=advantage,
+            log_ratios=log_ratios,
+            masked=log_ratios is not None and self._is_masked(sample, advantage, log_ratios),
+        )
+
+    def _is_masked(self, sample: Sample, advantage: float, log_ratios: NDArray) -> bool:
+        """The objective's off-policy mask (paper Eq. 9), as the learner applied it."""
+        delta = self.recipe.objective.off_policy_delta
+        return delta is not None and advantage < 0 and float(-log_ratios[sample.sampled].mean()) > delta
+
+    def _spell(self, token_ids: list[int]) -> str:
+        text = self.conversation.tokenizer.decode(
+            token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+
+def _first(groups: Sequence[Group], advantages: Sequence[NDArray], count: int) -> Iterator[tuple[Scored, float]]:
+    """Siblings stay together, so that a reader can compare what earned which advantage."""
+    pairs = (
+        (scored, float(advantage))
+        for group, row in zip(groups, advantages, strict=True)
+        for scored, advantage in zip(group.scored, row, strict=True)
+    )
+    for _, pair in zip(range(count), pairs, strict=False):
+        yield pair
+
+
+def _mean(numbers: object) -> float:
+    array = np.array(list(numbers), dtype=np.float64)  # pyright: ignore[reportArgumentType]
+    return float(array.mean()) if len(array) else 0.0

@@ -1,0 +1,139 @@
+"""The actors of a run and what connects them: learner ranks, engines, reward workers, and the model directory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from model import load_config
+from model.tokenizer import load_tokenizer
+from rewards.pool import RewardPool
+from rl.config import Recipe, Sampling
+from rl.data import RunData
+from rl.errors import DataError, RecipeError
+from rl.initial_model import create_initial_model, initial_config
+from rl.sample import NDArray, Prompt, Sample
+from rollout.conversation import Conversation
+from rollout.engine import check_window
+from rollout.pool import EnginePool
+from trainer.learner import Learner
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Of the cluster that a run starts for itself; weights and batches of small models are all that passes through it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """Handles on everything that runs."""
+
+    learner: Learner
+    pool: EnginePool
+    rewards: RewardPool
+    conversation: Conversation
+    sampling: Sampling
+
+    async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
+        """One sample per seed, with the recipe's sampling."""
+        return await self.pool.generate_group(prompt, encode(self.conversation, prompt), self.sampling, seeds)
+
+
+def encode(conversation: Conversation, prompt: Prompt) -> NDArray:
+    """int32 [P]; a prompt that came encoded is taken as it is. Errors name the prompt."""
+    if prompt.token_ids is not None:
+        return prompt.token_ids
+    try:
+        return conversation.encode(prompt.messages, thinking=prompt.thinking)
+    except DataError as error:
+        raise DataError(f"prompt {prompt.id}: {error}") from error
+
+
+def prepare_model(recipe: Recipe, run_path: Path) -> Path:
+    """The directory of the starting weights, written first for a model that starts from nothing."""
+    if recipe.model.init is None:
+        assert recipe.model.path is not None  # load_recipe checked that one of the two is there
+        return Path(recipe.model.path)
+    path = run_path / "initial_model"
+    create_initial_model(initial_config(recipe.model.init, recipe.model.max_context), path, seed=recipe.seed)
+    return path
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raises RecipeError when the starting model cannot be, without loading it."""
+    if recipe.model.init is not None:
+        initial_config(recipe.model.init, recipe.model.max_context)
+        return
+    path = Path(recipe.model.path or "")
+    if not (path / "config.json").is_file():
+        raise RecipeError(f"model.path: {path} is not a model directory; it has no config.json")
+    try:
+        load_config(path)
+    except ValueError as error:
+        raise RecipeError(f"model.path: {error}") from error
+
+
+def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Conversation:
+    """The model's tokenizer, with every prompt checked against the context window."""
+    try:
+        conversation = Conversation(load_tokenizer(model_dir))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    for prompt in (*data.training, *data.evaluation):
+        check_window(f"prompt {prompt.id}", len(encode(conversation, prompt)), recipe.model.max_context)
+    return conversation
+
+
+@asynccontextmanager
+async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> AsyncIterator[System]:
+    """Joins the cluster named by the environment, or starts one on this machine, and runs the actors on it."""
+    join_cluster(recipe)
+    starting = (
+        asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
+        asyncio.create_task(Learner.start(recipe, model_dir)),
+        asyncio.create_task(EnginePool.start(recipe, model_dir)),
+    )
+    try:
+        rewards, learner, pool = await asyncio.gather(*starting)
+        yield System(learner=learner, pool=pool, rewards=rewards, conversation=conversation, sampling=recipe.sampling)
+    finally:
+        # Whatever was up when one of them failed must not outlive the run.
+        await asyncio.gather(*(_close(part) for part in starting))
+
+
+async def _close(part: asyncio.Task[Any]) -> None:
+    part.cancel()
+    (outcome,) = await asyncio.gather(part, return_exceptions=True)
+    if not isinstance(outcome, BaseException):
+        closing = outcome.close()
+        if asyncio.iscoroutine(closing):
+            await closing
+
+
+def join_cluster(recipe: Recipe) -> None:
+    """``RAY_ADDRESS`` names a cluster, as it does under ``ray job submit``; without it one starts here."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the GPUs they see
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="warning")
+        return
+    threads = recipe.learner.ranks * recipe.learner.threads + recipe.rollout.engines * recipe.rollout.threads
+    ray.init(
+        # Threads are what an actor is given on this machine; more actors than cores share them.
+        num_cpus=max(threads, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level="warning",
+    )
+
+
+def seeds_of(run_seed: int, draw: int, size: int) -> list[int]:
+    """One seed per sibling, a function of the run's seed and the prompt's place in the stream alone."""
+    return np.random.SeedSequence([run_seed, draw]).generate_state(size, np.uint32).tolist()

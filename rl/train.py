@@ -1,0 +1,163 @@
+"""`python -m rl.train RECIPE.yaml [key.path=value ...]`: the whole run, and the loop that reads like the algorithm.
+
+    who        consumes                 waits for                        unblocked by             produces
+    Rollouts   prompts                  a place in the buffer            advance(), drop()        groups in the buffer
+    train()    a step's worth of        enough groups, with those whose  their last sample's      one optimizer step per
+               groups                   staleness bound is reached       rewards                  mini-batch
+    publish()  the learner's weights    a moment between two decode      every engine's           engines on the next
+                                        steps of every engine            checksums                version, verified
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+
+from rl.advantage import group_advantages
+from rl.buffer import GroupBuffer
+from rl.cold_start import run_cold_start
+from rl.config import Recipe
+from rl.data import RunData, load_data
+from rl.errors import UserError
+from rl.evaluate import evaluate
+from rl.progress import Phase, Progress
+from rl.recipe import load_recipe, to_yaml
+from rl.report import build_report
+from rl.rollouts import Rollouts
+from rl.run_directory import RunDirectory
+from rl.step_log import StepClock, StepLog
+from rl.sync import publish
+from rl.system import System, check_model, open_conversation, prepare_model, start
+from trainer.pack import pack
+
+
+async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory, progress: Progress) -> None:
+    """GRPO: ``recipe.steps`` rollout batches, each trained on and published before the next one is taken."""
+    buffer = GroupBuffer(
+        prompts_per_step=recipe.prompts_per_step, max_staleness=recipe.rollout.max_staleness, steps=recipe.steps
+    )
+    rollouts = Rollouts(recipe, system, data.stream, buffer)
+    log = StepLog(recipe, system.conversation, run, progress)
+    shuffle = np.random.default_rng([recipe.seed, 1])
+    async with beside(rollouts.run()):
+        for step in range(1, recipe.steps + 1):
+            clock = StepClock()
+            groups = await buffer.take(recipe.prompts_per_step)
+            clock.lap("rollout")
+
+            advantages = [
+                group_advantages(group.rewards, divide_by_std=recipe.objective.divide_by_std) for group in groups
+            ]
+            minibatches = pack(
+                groups,
+                advantages,
+                kl_betas={name: domain.kl_beta for name, domain in recipe.domains.items()},
+                ranks=recipe.learner.ranks,
+                minibatches=recipe.learner.minibatches,
+                micro_tokens=recipe.learner.micro_tokens,
+                rng=shuffle,
+            )
+            result = await system.learner.step(minibatches)
+            clock.lap("learn")
+
+            sync = await publish(system.learner, system.pool, version=step)
+            buffer.advance(step)
+            clock.lap("sync")
+
+            evaluation = None
+            if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
+                evaluation = await evaluate(recipe, data.evaluation, system)
+            log.step(step, groups, advantages, rollouts.take_tally(), result, sync, clock, evaluation)
+            if is_due(recipe.checkpoint.every, step, recipe.steps):
+                await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
+
+
+async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress: Progress) -> None:
+    """Cold start, evaluation, training, evaluation, and the model that comes out."""
+    model_dir = prepare_model(recipe, run.path)
+    conversation = open_conversation(recipe, data, model_dir)
+    async with start(recipe, model_dir, conversation) as system:
+        if recipe.supervised.steps:
+            progress.enter(Phase.COLD_START)
+            await run_cold_start(recipe, data, system, model_dir, run, progress)
+        await publish(system.learner, system.pool, version=0)
+        if data.evaluation:
+            progress.enter(Phase.EVALUATING)
+            before = await evaluate(recipe, data.evaluation, system)
+            StepLog(recipe, conversation, run, progress).before(before)
+        progress.enter(Phase.TRAINING)
+        await train(recipe, data, system, run, progress)
+        progress.enter(Phase.SAVING)
+        await system.learner.save_model(run.model)
+        conversation.tokenizer.save_pretrained(run.model)
+
+
+def is_due(every: int, step: int, last: int) -> bool:
+    """Whether something happens after ``step``: every so many steps (0 never), and always after the last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+@asynccontextmanager
+async def beside(background: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs ``background`` while the block runs; if it raises, so does the block, with the same exception."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(background)
+            yield
+            task.cancel()
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The exception that tells most: what the user can mend before anything else."""
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves.append(first_error(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((leaf for leaf in leaves if isinstance(leaf, UserError)), leaves[0])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rl.train", description="Run a recipe.")
+    parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
+    parser.add_argument("--show", action="store_true", help="print the whole resolved recipe and stop")
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if arguments.show:
+            print(to_yaml(recipe), end="")
+            return 0
+        check_model(recipe)
+        data = load_data(recipe)
+        return launch(recipe, data)
+    except UserError as error:
+        print(f"keel: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("keel: interrupted", file=sys.stderr)
+        return 130
+
+
+def launch(recipe: Recipe, data: RunData) -> int:
+    """Runs a checked recipe in its own directory; the report is written however the run ends."""
+    run = RunDirectory.create(f"{recipe.runs}/{recipe.name}", recipe=to_yaml(recipe))
+    progress = Progress(recipe.name, steps=recipe.steps, supervised_steps=recipe.supervised.steps)
+    try:
+        with run, progress:
+            asyncio.run(run_recipe(recipe, data, run, progress))
+    finally:
+        if run.metrics.exists() or run.supervised.exists():
+            build_report(run.path)
+        progress.summary(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
