@@ -1,0 +1,155 @@
+"""A tiny model, and rollouts from it that are computed one whole sequence at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import DeepseekV32, ModelConfig, Routing
+from rl.config import Domain, Learner, Model, Objective, Recipe, Sampling
+from rl.sample import Group, Kept, NDArray, Prompt, Sample, Scored
+from trainer.deepspeed_engine import Sharding
+from trainer.rank import LearnerRank, sharding_of
+from trainer.weights import whole_weights
+
+VOCAB = 48
+TEMPERATURE = 0.7
+
+
+def tiny_config() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=8,
+        initializer_range=0.15,
+    )
+
+
+def tiny_recipe(*, kl_beta: float = 0.0, objective: Objective | None = None, **learner: Any) -> Recipe:
+    settings: dict[str, Any] = {"lr": 1e-3, "grad_clip": 0.0, "micro_tokens": 64, "zero_stage": 0} | learner
+    return Recipe(
+        name="test",
+        model=Model(path="unused"),
+        domains={"math": Domain(prompts="unused", kl_beta=kl_beta)},
+        sampling=Sampling(temperature=TEMPERATURE),
+        objective=objective or Objective(off_policy_delta=None),
+        learner=Learner(**settings),
+    )
+
+
+def fully_sharded(recipe: Recipe) -> Sharding:
+    """At stage 3 even the smallest parameter is partitioned, as the large ones of a real model are."""
+    return dataclasses.replace(sharding_of(recipe), persistence_elements=0)
+
+
+def live_weights(rank: LearnerRank) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.clone() for bucket in whole_weights(rank.policy.model, 4096) for name, tensor in bucket.items()
+    }
+
+
+def kept_rows(rng: np.random.Generator, token_ids: NDArray, sampled: NDArray) -> Kept:
+    """Random sets that hold the token, empty where nothing was sampled."""
+    rows = []
+    for token, chosen in zip(token_ids, sampled, strict=True):
+        others = rng.choice(VOCAB, size=rng.integers(3, 20), replace=False)
+        rows.append(np.union1d(others, [token]).astype(np.int32) if chosen else np.zeros(0, np.int32))
+    return Kept.from_rows(rows)
+
+
+def brute_logprobs(
+    model: DeepseekV32,
+    sample: Sample,
+    *,
+    temperature: float = TEMPERATURE,
+    kept: bool = True,
+    replay: bool = True,
+) -> torch.Tensor:
+    """float32 [T], with gradient: one sequence, whole logits, a full-vocabulary mask; 0 where not sampled."""
+    routes = None
+    if replay and sample.routes is not None:
+        experts = torch.tensor(sample.routes.astype(np.int64)).unsqueeze(0)
+        recorded = torch.ones(experts.shape[:2], dtype=torch.bool)
+        if sample.routed is not None:
+            recorded = torch.tensor(sample.routed).unsqueeze(0)
+        routes = Routing(experts=experts, recorded=recorded)
+    token_ids = torch.tensor(sample.token_ids, dtype=torch.long)
+    logits = model(token_ids.unsqueeze(0), routes=routes)[0] / temperature
+    logprobs = torch.zeros(len(sample))
+    for t in np.flatnonzero(sample.sampled):
+        row = logits[t - 1]
+        if kept and sample.kept is not None and sample.kept.sizes[t]:
+            allowed = sample.kept.ids[sample.kept.offsets[t] : sample.kept.offsets[t + 1]]
+            row = torch.full_like(row, float("-inf")).index_copy(0, torch.tensor(allowed).long(), row[allowed])
+        logprobs[t] = row.log_softmax(0)[token_ids[t]]
+    return logprobs
+
+
+def roll_out(
+    model: DeepseekV32, rng: np.random.Generator, *, prompt: Prompt, index: int, length: int, recorded: bool = True
+) -> Sample:
+    """A sequence of random tokens with what an engine running ``model`` would have recorded for it."""
+    token_ids = rng.integers(0, VOCAB, size=length).astype(np.int32)
+    sampled = np.arange(length) >= rng.integers(1, max(2, length // 2))
+    # A tool's answer in the middle of the reply.
+    sampled[length // 2 : length // 2 + 2] = False
+    sampled[-1] = True
+    with torch.no_grad():
+        ids = torch.tensor(token_ids, dtype=torch.long).unsqueeze(0)
+        routes = model.backbone(ids, record_routes=True).routes
+    assert routes is not None
+    blank = Sample(
+        prompt=prompt,
+        index=index,
+        token_ids=token_ids,
+        sampled=sampled,
+        rollout_logprobs=np.zeros(length, np.float32),
+        versions=np.where(sampled, 0, -1).astype(np.int32),
+        routes=routes[0].numpy().astype(np.uint8) if recorded else None,
+        routed=np.arange(length) < length - 1 if recorded else None,
+        kept=kept_rows(rng, token_ids, sampled) if recorded else None,
+    )
+    with torch.no_grad():
+        return with_logprobs(blank, brute_logprobs(model, blank).numpy())
+
+
+def with_logprobs(sample: Sample, logprobs: NDArray) -> Sample:
+    fields = {name: getattr(sample, name) for name in Sample.__slots__}
+    return Sample(**fields | {"rollout_logprobs": logprobs.astype(np.float32)})
+
+
+def groups_of(
+    model: DeepseekV32, *, seed: int = 0, lengths: Sequence[Sequence[int]] = ((13, 22, 9), (17, 30, 11))
+) -> list[Group]:
+    """One group per entry, one sample per length; rewards are random."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for g, siblings in enumerate(lengths):
+        prompt = Prompt(id=f"math/{g}", domain="math", token_ids=np.zeros(1, np.int32))
+        samples = [roll_out(model, rng, prompt=prompt, index=i, length=n) for i, n in enumerate(siblings)]
+        groups.append(Group(prompt=prompt, scored=tuple(Scored(sample=s, reward=float(rng.normal())) for s in samples)))
+    return groups
+
+
+def advantages_of(groups: Sequence[Group]) -> list[NDArray]:
+    return [group.rewards - group.rewards.mean() for group in groups]

@@ -1,0 +1,343 @@
+"""The step on one rank, against unpacked forwards and the objective's formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model import DeepseekV32, load_model
+from rl.config import IndexerTraining, Objective
+from rl.metrics import values
+from rl.sample import Group, Sample
+from tests.trainer.conftest import MakeRank
+from tests.trainer.samples import (
+    TEMPERATURE,
+    advantages_of,
+    brute_logprobs,
+    groups_of,
+    live_weights,
+    tiny_recipe,
+    with_logprobs,
+)
+from trainer.deepspeed_engine import StepOutcome
+from trainer.pack import Minibatch, WeightedSample, pack, pack_step
+from trainer.phase import Phase
+from trainer.policy import PackedTokens, Policy
+from trainer.step import RankStep, Reference, grpo_step
+
+CPU = torch.device("cpu")
+ON_POLICY = Objective(off_policy_delta=None)
+
+
+class GradientOnly:
+    """Stands where the DeepSpeed engine stands, and leaves the gradient in ``.grad``."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.policy(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> bool:
+        loss.backward()
+        return bool(loss.isfinite())
+
+    def step(self) -> StepOutcome:
+        return StepOutcome(applied=True, grad_norm=0.0, lr=0.0)
+
+
+@pytest.fixture
+def model(model_dir: Path) -> DeepseekV32:
+    return load_model(model_dir)
+
+
+def pack_all(groups: Sequence[Group], *, micro_tokens: int = 64, kl_beta: float = 0.0) -> Minibatch:
+    (step,) = pack(
+        groups,
+        advantages_of(groups),
+        kl_betas={"math": kl_beta},
+        ranks=1,
+        minibatches=1,
+        micro_tokens=micro_tokens,
+        rng=np.random.default_rng(0),
+    )
+    return step
+
+
+def run(
+    model: DeepseekV32, minibatch: Minibatch, objective: Objective = ON_POLICY, **keywords: Any
+) -> tuple[RankStep, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    engine: Any = GradientOnly(Policy(model, temperature=TEMPERATURE))
+    step = grpo_step(engine, minibatch, objective, device=CPU, **keywords)
+    return step, gradients(model)
+
+
+def gradients(model: DeepseekV32) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if ".indexer." not in name
+    }
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    assert actual.keys() == expected.keys()
+    scale = max(float(tensor.abs().max()) for tensor in expected.values())
+    assert scale > 1e-3, "a gradient of zero proves nothing"
+    for name, tensor in expected.items():
+        difference = float((actual[name] - tensor).abs().max())
+        assert difference <= relative * scale, f"{name}: {difference} of {scale}"
+
+
+def perturb(model: DeepseekV32, size: float) -> DeepseekV32:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def samples_of(groups: Sequence[Group]) -> list[Sample]:
+    return [scored.sample for group in groups for scored in group.scored]
+
+
+def test_the_first_step_on_policy_has_ratio_one_and_the_gradient_of_reinforce(model: DeepseekV32):
+    groups = groups_of(model)
+    step, gradient = run(model, pack_all(groups, micro_tokens=40))
+    metrics = values(step.metrics)
+    assert abs(metrics["ratio/mean"] - 1) <= 1e-5
+    assert metrics["mismatch/logprob_abs"] <= 1e-5
+    for sample in samples_of(groups):
+        ratio = np.exp(step.learner_logprobs[sample.id] - sample.rollout_logprobs)
+        assert np.abs(ratio - 1).max() <= 1e-3
+
+    model.zero_grad()
+    num_samples = sum(len(group.scored) for group in groups)
+    for group, advantages in zip(groups, advantages_of(groups), strict=True):
+        for scored, advantage in zip(group.scored, advantages, strict=True):
+            logprobs = brute_logprobs(model, scored.sample)
+            (-advantage * logprobs.sum() / scored.sample.num_sampled / num_samples).backward()
+    assert_close(gradient, gradients(model), 1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+def test_micro_batch_size_does_not_change_the_gradient(model: DeepseekV32, aggregation: str):
+    groups = groups_of(model)
+    perturb(model, 0.01)
+    objective = Objective(aggregation=aggregation, off_policy_delta=0.05)  # pyright: ignore[reportArgumentType]
+    whole, expected = run(model, pack_all(groups, micro_tokens=1000), objective)
+    for micro_tokens in (1, 35, 50):
+        step, gradient = run(model, pack_all(groups, micro_tokens=micro_tokens), objective)
+        assert_close(gradient, expected, 1e-4)
+        assert step.loss == pytest.approx(whole.loss, rel=1e-4)
+        for name, value in values(whole.metrics).items():
+            assert values(step.metrics)[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_packed_log_probabilities_equal_unpacked_ones_over_kept_sets(model: DeepseekV32):
+    groups = groups_of(model)
+    perturb(model, 0.02)
+    step, _ = run(model, pack_all(groups, micro_tokens=1000))
+    for sample in samples_of(groups):
+        expected = brute_logprobs(model, sample).detach().numpy()
+        np.testing.assert_allclose(step.learner_logprobs[sample.id], expected, atol=2e-5)
+
+
+def test_samples_with_and_without_recordings_share_a_micro_batch(model: DeepseekV32):
+    with_both, bare = samples_of(groups_of(model, lengths=((12, 20),)))
+    fields = {name: getattr(bare, name) for name in Sample.__slots__}
+    bare = Sample(**fields | {"routes": None, "routed": None, "kept": None})
+    perturb(model, 0.02)
+    samples = [WeightedSample(sample=sample, advantage=1.0) for sample in (with_both, bare)]
+    step, _ = run(model, pack_step(samples, ranks=1, micro_tokens=64))
+    for sample in (with_both, bare):
+        expected = brute_logprobs(model, sample).detach().numpy()
+        np.testing.assert_allclose(step.learner_logprobs[sample.id], expected, atol=2e-5)
+    assert with_both.kept is not None
+    metrics = values(step.metrics)
+    last = [int(np.flatnonzero(sample.sampled).max()) for sample in (with_both, bare)]
+    assert metrics["routes/replayed"] == pytest.approx(last[0] / sum(last))
+    assert metrics["kept/share"] == pytest.approx(with_both.num_sampled / (with_both.num_sampled + bare.num_sampled))
+    assert metrics["kept/mean_size"] == pytest.approx(with_both.kept.sizes[with_both.sampled].mean())
+
+
+def test_keep_sampling_mask_and_keep_routing_can_be_turned_off(model: DeepseekV32):
+    groups = groups_of(model)
+    perturb(model, 0.1)
+    for kept, replay in ((False, True), (True, False)):
+        objective = Objective(keep_sampling_mask=kept, keep_routing=replay, off_policy_delta=None)
+        step, _ = run(model, pack_all(groups), objective)
+        for sample in samples_of(groups):
+            expected = brute_logprobs(model, sample, kept=kept, replay=replay).detach().numpy()
+            np.testing.assert_allclose(step.learner_logprobs[sample.id], expected, atol=5e-5)
+        metrics = values(step.metrics)
+        assert metrics["kept/share"] == float(kept)
+        assert metrics["routes/replayed"] == float(replay)
+
+
+def test_replayed_routes_are_the_experts_used_and_live_ones_differ_after_the_weights_moved(model: DeepseekV32):
+    groups = groups_of(model)
+    perturb(model, 0.1)
+    (micro,) = pack_all(groups, micro_tokens=1000).ranks[0]
+    assert micro.routes is not None and micro.routed is not None
+    tokens = PackedTokens.of(micro, CPU)
+    used: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: used.append(inputs[1].clone()))
+    policy = Policy(model)
+    with torch.no_grad():
+        policy(tokens)
+        policy(tokens, replay=False)
+    replayed, live = torch.stack(used[:2], dim=1).numpy(), torch.stack(used[2:], dim=1).numpy()
+    recorded = np.sort(micro.routes[micro.routed], axis=-1)
+    np.testing.assert_array_equal(np.sort(replayed[micro.routed], axis=-1), recorded)
+    assert (np.sort(live[micro.routed], axis=-1) != recorded).mean() > 0.05
+
+
+def test_the_gate_keeps_its_gradient_under_replay(model: DeepseekV32):
+    _, gradient = run(model, pack_all(groups_of(model)))
+    gates = [tensor for name, tensor in gradient.items() if name.endswith("mlp.gate.weight")]
+    assert len(gates) == 2
+    assert all(float(gate.abs().max()) > 1e-6 for gate in gates)
+
+
+def test_off_policy_sequences_with_negative_advantage_leave_the_loss(model: DeepseekV32):
+    far, near, good = samples_of(groups_of(model, lengths=((14, 19, 23),)))
+    drifted = [with_logprobs(s, np.where(s.sampled, s.rollout_logprobs + 0.5, 0)) for s in (far, good)]
+    samples = [
+        WeightedSample(sample=drifted[0], advantage=-1.0),
+        WeightedSample(sample=near, advantage=-1.0),
+        WeightedSample(sample=drifted[1], advantage=1.0),
+    ]
+    masked, gradient = run(model, pack_step(samples, ranks=1, micro_tokens=64), Objective(off_policy_delta=0.1))
+    assert values(masked.metrics)["mask/off_policy"] == pytest.approx(1 / 3)
+    without = [WeightedSample(sample=drifted[0], advantage=0.0), *samples[1:]]
+    _, expected = run(model, pack_step(without, ranks=1, micro_tokens=64))
+    assert_close(gradient, expected, 1e-5)
+
+
+def test_the_kl_is_to_the_reference_over_the_same_kept_sets(model: DeepseekV32, model_dir: Path):
+    groups = groups_of(model)
+    frozen = load_model(model_dir)
+    perturb(model, 0.03)
+    reference = Reference(Policy(frozen, temperature=TEMPERATURE))
+    beta = 0.3
+    step, gradient = run(model, pack_all(groups, kl_beta=beta), reference=reference)
+
+    model.zero_grad()
+    total = torch.zeros(())
+    num_samples = sum(len(group.scored) for group in groups)
+    for group, advantages in zip(groups, advantages_of(groups), strict=True):
+        for scored, advantage in zip(group.scored, advantages, strict=True):
+            sample = scored.sample
+            learner = brute_logprobs(model, sample)[sample.sampled]
+            with torch.no_grad():
+                ref = brute_logprobs(frozen, sample, replay=False)[sample.sampled]
+            ratio = (learner - torch.tensor(sample.rollout_logprobs[sample.sampled])).exp()
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            kl = ratio * ((ref - learner).exp() - (ref - learner) - 1)
+            total = total - (surrogate - beta * kl).mean() / num_samples
+    total.backward()
+    assert step.loss == pytest.approx(total.item(), rel=1e-4)
+    assert_close(gradient, gradients(model), 1e-4)
+
+
+def test_the_indexer_loss_trains_the_indexer_alone(model: DeepseekV32):
+    minibatch = pack_all(groups_of(model))
+    _, expected = run(model, minibatch)
+    step, gradient = run(model, minibatch, indexer_weight=0.5)
+    assert_close(gradient, expected, 1e-5)
+    assert values(step.metrics)["loss/indexer"] > 0
+    indexer = [p.grad for name, p in model.named_parameters() if ".indexer." in name]
+    assert len(indexer) == 3 * 5
+    assert all(g is not None and float(g.abs().max()) > 0 for g in indexer)
+
+
+def test_the_reference_is_loaded_only_for_a_kl(sole_rank: MakeRank, model_dir: Path):
+    rank = sole_rank(tiny_recipe(kl_beta=0.0))
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    assert rank.reference is None
+    rank = sole_rank(tiny_recipe(kl_beta=0.1))
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    assert rank.reference is not None
+    policies = [rank.policy, rank.reference.policy]
+    first, second = (dict(policy.named_parameters()) for policy in policies)  # pyright: ignore[reportFunctionMemberAccess]
+    assert all(torch.equal(first[name], second[name]) and first[name] is not second[name] for name in first)
+    assert not any(parameter.requires_grad for parameter in second.values())
+    rank.begin(Phase.SUPERVISED, model_dir)
+    assert rank.reference is None
+
+
+def test_the_indexer_is_frozen_unless_its_own_loss_trains_it(sole_rank: MakeRank, model_dir: Path):
+    def trained(phase: Phase, **learner: Any) -> set[bool]:
+        rank = sole_rank(tiny_recipe(**learner))
+        rank.begin(phase, model_dir)
+        parameters = rank.policy.model.named_parameters()
+        return {(".indexer." in name) for name, parameter in parameters if parameter.requires_grad}
+
+    assert trained(Phase.REINFORCEMENT) == {False}
+    assert trained(Phase.REINFORCEMENT, indexer=IndexerTraining.kl) == {False, True}
+    assert trained(Phase.INDEXER_WARMUP) == {True}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_steps_like_plain_adamw(sole_rank: MakeRank, model_dir: Path, stage: int):
+    clip = 0.05
+    rank = sole_rank(tiny_recipe(zero_stage=stage, warmup_steps=2, weight_decay=0.1, grad_clip=clip))
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    plain = load_model(model_dir)
+    trained = [p for name, p in plain.named_parameters() if ".indexer." not in name]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+    )
+    groups = groups_of(load_model(model_dir))
+    for lr in (5e-4, 1e-3, 1e-3):
+        (step,) = rank.step([pack_all(groups, micro_tokens=40)])
+        expected, _ = run(plain, pack_all(groups, micro_tokens=40))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        assert step.outcome.applied
+        assert step.outcome.lr == lr
+        assert step.outcome.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        assert step.outcome.grad_norm > clip
+        assert step.loss == pytest.approx(expected.loss, rel=1e-4)
+    live = live_weights(rank)
+    for name, tensor in plain.state_dict().items():
+        assert float((live[name] - tensor).detach().abs().max()) <= 3e-5, name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_is_as_if_it_had_not_been(
+    sole_rank: MakeRank, model_dir: Path, stage: int
+):
+    good = pack_all(groups_of(load_model(model_dir)), micro_tokens=40)
+    bad_groups = groups_of(load_model(model_dir))
+    broken = bad_groups[1].scored[0].sample
+    broken.rollout_logprobs[np.flatnonzero(broken.sampled)[0]] = -1e4  # the ratio overflows
+    bad = pack_all(bad_groups, micro_tokens=1)
+
+    def weights_after(minibatches: list[Minibatch]) -> tuple[list[RankStep], dict[str, torch.Tensor]]:
+        rank = sole_rank(tiny_recipe(zero_stage=stage))
+        rank.begin(Phase.REINFORCEMENT, model_dir)
+        steps = rank.step(minibatches)
+        return steps, live_weights(rank)
+
+    (first, skipped, second), live = weights_after([good, bad, good])
+    _, expected = weights_after([good, good])
+    assert first.outcome.applied and second.outcome.applied and not skipped.outcome.applied
+    assert broken.id in skipped.suspects and len(skipped.suspects) == 1
+    assert all(torch.equal(live[name], tensor) for name, tensor in expected.items())

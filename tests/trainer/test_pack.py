@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl.sample import Group, Kept, Prompt, Sample, Scored
+from trainer.pack import Microbatch, Minibatch, pack
+
+MOE_LAYERS, TOP_K = 2, 3
+
+
+def random_sample(rng: np.random.Generator, prompt: Prompt, index: int, length: int) -> Sample:
+    """Every stream encodes which token it belongs to, so that a misalignment cannot go unseen."""
+    token_ids = rng.integers(0, 1000, size=length).astype(np.int32)
+    sampled = rng.random(length) < 0.6
+    sampled[0] = False
+    recorded = rng.random() < 0.5
+    kept = Kept.from_rows(
+        [np.array([t, t + 1] if s else [], np.int32) for t, s in zip(token_ids, sampled, strict=True)]
+    )
+    return Sample(
+        prompt=prompt,
+        index=index,
+        token_ids=token_ids,
+        sampled=sampled,
+        rollout_logprobs=np.where(sampled, -token_ids / 1000 - 1, 0).astype(np.float32),
+        versions=np.zeros(length, np.int32),
+        routes=np.broadcast_to((token_ids % 251)[:, None, None], (length, MOE_LAYERS, TOP_K)).astype(np.uint8)
+        if recorded
+        else None,
+        routed=np.arange(length) < length - 1 if recorded and rng.random() < 0.5 else None,
+        kept=kept if rng.random() < 0.5 else None,
+    )
+
+
+def random_groups(rng: np.random.Generator, sizes: list[list[int]]) -> list[Group]:
+    groups = []
+    for g, lengths in enumerate(sizes):
+        prompt = Prompt(id=f"p{g}", domain="ab"[g % 2], token_ids=np.zeros(1, np.int32))
+        samples = [random_sample(rng, prompt, i, length) for i, length in enumerate(lengths)]
+        groups.append(Group(prompt=prompt, scored=tuple(Scored(sample=s, reward=0.0) for s in samples)))
+    return groups
+
+
+def rows_of(micro: Microbatch) -> dict[str, slice]:
+    bounds = zip(micro.cu_seqlens[:-1], micro.cu_seqlens[1:], strict=True)
+    return {name: slice(a, b) for name, (a, b) in zip(micro.sample_ids, bounds, strict=True)}
+
+
+def microbatches(steps: list[Minibatch]) -> list[Microbatch]:
+    return [micro for step in steps for rank in step.ranks for micro in rank]
+
+
+group_sizes = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(group_sizes, st.integers(1, 4), st.integers(1, 3), st.integers(1, 64), st.integers(0, 2**32 - 1))
+def test_every_sample_is_packed_once_and_stays_aligned(sizes, ranks, minibatches, micro_tokens, seed):
+    rng = np.random.default_rng(seed)
+    groups = random_groups(rng, sizes)
+    advantages = [rng.normal(size=len(group.scored)) for group in groups]
+    steps = pack(
+        groups,
+        advantages,
+        kl_betas={"a": 0.0, "b": 0.5},
+        ranks=ranks,
+        minibatches=minibatches,
+        micro_tokens=micro_tokens,
+        rng=rng,
+    )
+    expected = {
+        scored.sample.id: (scored.sample, advantage, 0.5 if group.prompt.domain == "b" else 0.0)
+        for group, row in zip(groups, advantages, strict=True)
+        for scored, advantage in zip(group.scored, row, strict=True)
+        if scored.sample.num_sampled
+    }
+    packed = [name for micro in microbatches(steps) if micro.sampled.any() for name in micro.sample_ids]
+    assert sorted(packed) == sorted(expected)
+
+    for micro in microbatches(steps):
+        if not micro.sampled.any():
+            continue
+        assert len(micro) <= micro_tokens or len(micro.sample_ids) == 1
+        for name, row in rows_of(micro).items():
+            sample, advantage, kl_beta = expected[name]
+            length = row.stop - row.start
+            np.testing.assert_array_equal(micro.token_ids[row], sample.token_ids)
+            np.testing.assert_array_equal(micro.positions[row], np.arange(length))
+            np.testing.assert_array_equal(micro.sampled[row], sample.sampled)
+            np.testing.assert_array_equal(micro.rollout_logprobs[row], sample.rollout_logprobs)
+            np.testing.assert_array_equal(micro.advantages[row], np.full(length, advantage, np.float32))
+            np.testing.assert_array_equal(micro.kl_beta[row], np.full(length, kl_beta, np.float32))
+            check_recordings(micro, row, sample)
+
+
+def check_recordings(micro: Microbatch, row: slice, sample: Sample) -> None:
+    if sample.routes is None:
+        assert micro.routed is None or not micro.routed[row].any()
+    else:
+        assert micro.routes is not None and micro.routed is not None
+        np.testing.assert_array_equal(micro.routes[row], sample.routes)
+        np.testing.assert_array_equal(micro.routed[row], True if sample.routed is None else sample.routed)
+    if sample.kept is None:
+        assert micro.kept is None or not micro.kept.sizes[row].any()
+    else:
+        assert micro.kept is not None
+        offsets = micro.kept.offsets
+        np.testing.assert_array_equal(micro.kept.sizes[row], sample.kept.sizes)
+        np.testing.assert_array_equal(micro.kept.ids[offsets[row.start] : offsets[row.stop]], sample.kept.ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(group_sizes, st.integers(1, 4), st.integers(1, 3), st.integers(1, 64), st.integers(0, 2**32 - 1))
+def test_counts_are_those_of_the_whole_step_and_ranks_run_in_step(sizes, ranks, minibatches, micro_tokens, seed):
+    rng = np.random.default_rng(seed)
+    groups = random_groups(rng, sizes)
+    zeros = [np.zeros(len(group.scored)) for group in groups]
+    betas = {"a": 0.0, "b": 0.0}
+    steps = pack(
+        groups, zeros, kl_betas=betas, ranks=ranks, minibatches=minibatches, micro_tokens=micro_tokens, rng=rng
+    )
+    assert len(steps) <= minibatches
+    siblings = {group.prompt.id: {s.sample.id for s in group.scored if s.sample.num_sampled} for group in groups}
+    for step in steps:
+        assert len(step.ranks) == ranks
+        assert len({len(rank) for rank in step.ranks}) == 1
+        assert step.num_samples == len(step.sample_ids) > 0
+        assert step.num_tokens == sum(int(micro.sampled.sum()) for micro in microbatches([step]))
+        assert step.num_positions == sum(len(micro) for micro in microbatches([step]) if micro.sampled.any())
+        for prompt_id in {name.split("#")[0] for name in step.sample_ids}:
+            assert siblings[prompt_id] <= set(step.sample_ids)
+        for rank in range(ranks):
+            share = step.share(rank)
+            assert share.ranks == (step.ranks[rank],)
+            assert (share.num_samples, share.num_tokens) == (step.num_samples, step.num_tokens)
+
+
+def test_ranks_get_about_the_same_number_of_tokens():
+    rng = np.random.default_rng(0)
+    groups = random_groups(rng, [list(rng.integers(2, 400, size=8)) for _ in range(16)])
+    zeros = [np.zeros(8) for _ in groups]
+    (step,) = pack(groups, zeros, kl_betas={"a": 0, "b": 0}, ranks=4, minibatches=1, micro_tokens=800, rng=rng)
+    loads = [sum(len(micro) for micro in rank) for rank in step.ranks]
+    assert max(loads) - min(loads) < 0.02 * max(loads)
+
+
+def test_neighbours_in_length_share_a_micro_batch():
+    rng = np.random.default_rng(0)
+    groups = random_groups(rng, [list(rng.integers(2, 400, size=8)) for _ in range(16)])
+    zeros = [np.zeros(8) for _ in groups]
+    (step,) = pack(groups, zeros, kl_betas={"a": 0, "b": 0}, ranks=1, minibatches=1, micro_tokens=800, rng=rng)
+    tokens = sum(len(micro) for micro in step.ranks[0])
+    padded = sum(np.diff(micro.cu_seqlens).max() * len(micro.sample_ids) for micro in step.ranks[0])
+    assert padded < 1.15 * tokens
+
+
+def test_the_generator_decides_which_groups_share_a_step():
+    groups = random_groups(np.random.default_rng(0), [[9, 9]] * 8)
+    zeros = [np.zeros(2) for _ in groups]
+
+    def split(seed: int) -> list[set[str]]:
+        rng = np.random.default_rng(seed)
+        steps = pack(groups, zeros, kl_betas={"a": 0, "b": 0}, ranks=1, minibatches=2, micro_tokens=64, rng=rng)
+        return [set(step.sample_ids) for step in steps]
+
+    assert split(1) == split(1)
+    assert split(1) != split(2)
+
+
+def test_context_is_what_a_later_sampled_token_looks_back_on():
+    sample = Sample(
+        prompt=Prompt(id="p", domain="a", token_ids=np.zeros(1, np.int32)),
+        token_ids=np.arange(6, dtype=np.int32),
+        sampled=np.array([0, 1, 0, 1, 0, 0], bool),
+        rollout_logprobs=np.zeros(6, np.float32),
+        versions=np.zeros(6, np.int32),
+    )
+    group = Group(prompt=sample.prompt, scored=(Scored(sample=sample, reward=0.0),))
+    rng = np.random.default_rng(0)
+    (step,) = pack([group], [np.zeros(1)], kl_betas={"a": 0}, ranks=2, minibatches=1, micro_tokens=64, rng=rng)
+    contexts = {rank[0].sample_ids[0]: rank[0].context.tolist() for rank in step.ranks}
+    assert contexts == {"p#0": [True, True, True, False, False, False], "idle": [False, False]}
+
+
+def test_mismatches_are_named():
+    groups = random_groups(np.random.default_rng(0), [[9, 9]])
+    keywords = {"ranks": 1, "minibatches": 1, "micro_tokens": 64, "rng": np.random.default_rng(0)}
+    with pytest.raises(ValueError, match="p0 has 3 advantages for 2 samples"):
+        pack(groups, [np.zeros(3)], kl_betas={"a": 0.0}, **keywords)
+    with pytest.raises(ValueError, match="domain a of prompt p0"):
+        pack(groups, [np.zeros(2)], kl_betas={}, **keywords)
