@@ -108,7 +108,8 @@ class Progress:
 
     def supervised_step(self, metrics: Mapping[str, float]) -> None:
         """A step of the cold start."""
-        self._shown = {"loss": f"{metrics['loss']:.3f}"} if "loss" in metrics else {}
+        names = {"loss": "loss/supervised", "indexer loss": "loss/indexer"}
+        self._shown = {label: f"{metrics[name]:.3f}" for label, name in names.items() if name in metrics}
         self._supervised.advance(int(metrics["step"]), self._clock())
         self._after_step(self._supervised)
 

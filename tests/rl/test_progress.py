@@ -86,10 +86,13 @@ def test_the_cold_start_counts_its_own_steps():
     with progress:
         progress.enter(Phase.COLD_START)
         clock.now += 2
-        progress.supervised_step({"step": 1, "loss": 5.5})
+        progress.supervised_step({"step": 1, "loss/supervised": 5.5})
         clock.now += 6
-        progress.supervised_step({"step": 3, "loss": 4.25})
-    assert output.getvalue().splitlines()[-1] == "demo: cold start step   3/300  loss 4.250  14:51 left"
+        progress.supervised_step({"step": 3, "loss/supervised": 4.25, "loss/indexer": 0.5})
+    assert (
+        output.getvalue().splitlines()[-1]
+        == "demo: cold start step   3/300  loss 4.250  indexer loss 0.500  14:51 left"
+    )
 
 
 def test_the_live_display_shows_the_phase_and_its_numbers_and_leaves_the_last_ones():

@@ -49,23 +49,23 @@ def test_a_step_is_one_finite_object_and_nan_is_null(tmp_path):
         run.log({"step": 0, "eval/math": 0.25})
         numpy_scalars: Any = {"step": np.int64(1), "lr": np.float32(0.5)}
         run.log(numpy_scalars | {"loss/total": math.nan, "grad_norm": math.inf})
-        run.log_supervised({"step": 1, "loss": 3.5})
+        run.log_supervised({"step": 1, "loss/supervised": 3.5})
     assert lines(run.metrics) == [
         {"step": 0, "eval/math": 0.25},
         {"step": 1, "lr": 0.5, "loss/total": None, "grad_norm": None},
     ]
-    assert lines(run.supervised) == [{"step": 1, "loss": 3.5}]
+    assert lines(run.supervised) == [{"step": 1, "loss/supervised": 3.5}]
     assert run.recipe.read_text() == "name: a\n"
 
 
 def test_tensorboard_reads_the_same_numbers(tmp_path):
     with RunDirectory.create(tmp_path / "a", recipe="") as run:
-        run.log_supervised({"step": 7, "loss": 3.5})
+        run.log_supervised({"step": 7, "loss/supervised": 3.5})
         for step in (1, 2):
             run.log({"step": step, "reward/mean": step / 4})
     events = EventAccumulator(str(run.path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
-    assert [(event.step, event.value) for event in events.Scalars("supervised/loss")] == [(7, 3.5)]
+    assert [(event.step, event.value) for event in events.Scalars("supervised/loss/supervised")] == [(7, 3.5)]
     assert "step" not in events.Tags()["scalars"]
 
 

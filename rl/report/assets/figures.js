@@ -1,0 +1,113 @@
+// Which metrics are drawn together, and what each figure says. A * in a name stands for one word between slashes.
+
+const SECTIONS = [
+  {
+    title: "Learning",
+    figures: [
+      { title: "Reward", about: "Mean over the samples of a step.", keys: ["reward/mean", "reward/*"], format: "score", smooth: true, distinct: true },
+      { title: "Held-out accuracy", about: "On prompts that are never trained on.", keys: ["eval/*"], format: "share", zero: true },
+      { title: "Accuracy in training", about: "Share of samples on which the first reward reaches 1.", keys: ["accuracy/*"], format: "share", zero: true, smooth: true },
+      { title: "Reply length", about: "Mean tokens the policy wrote.", keys: ["length/mean"], format: "count", zero: true },
+      { title: "Truncated replies", about: "Share of samples that reached a length limit.", keys: ["length/truncated"], format: "share", zero: true },
+      { title: "Entropy", about: "Nats per sampled token.", keys: ["entropy"], format: "score", zero: true },
+      { title: "Reward parts", about: "Each reward function's own value, before its weight.", keys: ["reward/*/*"], format: "score", smooth: true },
+      { title: "Groups without variance", about: "Share whose samples all earned the same.", keys: ["groups/zero_variance"], format: "share", zero: true },
+      { title: "Groups and samples lost", about: "Failed or replaced in a step.", keys: ["groups/*", "samples/*"], format: "count", zero: true, named: true },
+    ],
+  },
+  {
+    title: "Stability",
+    figures: [
+      { title: "Engine and learner mismatch", about: "Mean |log-probability difference| per token, in nats.", keys: ["mismatch/logprob_abs"], format: "number", zero: true },
+      { title: "Mismatch KL", about: "Of the engine's policy to the learner's, nats per token.", keys: ["mismatch/kl"], format: "number", zero: true },
+      { title: "Masked and clipped", about: "Off-policy sequences and clipped tokens.", keys: ["mask/off_policy", "ratio/clipped"], format: "share", zero: true },
+      { title: "Importance ratio", about: "Mean of learner over rollout probability.", keys: ["ratio/mean"], format: "score" },
+      { title: "KL to the reference", about: "Unbiased estimate, weighted by the ratio.", keys: ["loss/kl"], format: "number", zero: true },
+      { title: "Loss", about: "Policy surrogate and total, to be minimised.", keys: ["loss/policy", "loss/total"], format: "number" },
+      { title: "Indexer loss", about: "KL of the indexer to the attention it selects for.", keys: ["loss/indexer"], format: "number", zero: true },
+      { title: "Gradient norm", about: "Before clipping.", keys: ["grad_norm"], format: "number", zero: true },
+      { title: "Kept-set size", about: "Mean tokens that truncated sampling left to choose from.", keys: ["kept/mean_size"], format: "number", zero: true },
+      { title: "Kept-set share", about: "Share of sampled tokens with a recorded kept set.", keys: ["kept/share"], format: "share", zero: true },
+      { title: "Routes replayed", about: "Share of tokens trained with the engine's expert choices.", keys: ["routes/replayed"], format: "share", zero: true },
+      { title: "Staleness", about: "Weight versions between sampling and training.", keys: ["staleness/mean", "staleness/max"], format: "number", zero: true },
+    ],
+  },
+  {
+    title: "Time and throughput",
+    figures: [
+      { title: "Time per step", about: "Parts overlap when generation runs ahead.", keys: ["time/rollout_s", "time/reward_s", "time/learn_s", "time/sync_s", "time/*"], outline: "time/step_s", format: "seconds", stack: true },
+      { title: "Generation speed", about: "Tokens per second, all engines together.", keys: ["tokens_per_s"], format: "count", zero: true },
+      { title: "Tokens", about: "Generated and trained in a step.", keys: ["tokens/*"], format: "count", zero: true },
+      { title: "Weights sent", about: "Bytes of a weight sync.", keys: ["sync/bytes"], format: "bytes", zero: true },
+      { title: "Weight syncs verified", about: "1 when the checksums of engine and learner agree.", keys: ["sync/verified"], format: "number", zero: true },
+      { title: "Weight version", about: "That the engines generate with.", keys: ["sync/version"], format: "count", zero: true },
+      { title: "Learning rate", about: "After warm-up and schedule.", keys: ["lr"], format: "number", zero: true },
+    ],
+  },
+];
+
+const COLOURS = 6;
+
+function hasValues(values) {
+  return values?.some((value) => value !== null) ?? false;
+}
+
+// "reward/math" under "Reward" reads "math"; "staleness/max" reads "max"; "loss/total" reads "total".
+function shortLabel(key) {
+  const words = key.split("/");
+  return (words.length > 1 ? words.slice(1).join("/") : key).replace(/_s$/, "").replaceAll("_", " ");
+}
+
+function matching(key, names) {
+  const words = key.split("/");
+  return names.filter((name) => {
+    const parts = name.split("/");
+    return parts.length === words.length && words.every((word, i) => word === "*" || word === parts[i]);
+  });
+}
+
+function withSeries(figure, columns, used) {
+  const wanted = figure.keys.flatMap((key) => matching(key, Object.keys(columns)));
+  const isNew = (name) => name !== figure.outline && !used.has(name) && hasValues(columns[name]);
+  const names = [...new Set(wanted)].filter(isNew);
+  names.forEach((name) => used.add(name));
+  if (figure.distinct && names.length === 2 && String(columns[names[0]]) === String(columns[names[1]])) names.pop(); // one domain
+  const series = names.map((name, i) => ({ label: figure.named ? name.replaceAll("_", " ") : shortLabel(name), values: columns[name], colour: `c${i % COLOURS}` }));
+  let outline = null;
+  if (figure.outline && hasValues(columns[figure.outline])) {
+    used.add(figure.outline);
+    outline = { label: shortLabel(figure.outline), values: columns[figure.outline], colour: "ink" };
+  }
+  if (!series.length && outline) return { ...figure, stack: false, series: [{ ...outline, colour: "c0" }], outline: null };
+  return { ...figure, series, outline };
+}
+
+function otherFigures(columns, used) {
+  const names = Object.keys(columns).filter((name) => !used.has(name) && hasValues(columns[name]));
+  return names.map((name) => ({ title: name, about: "", format: "number", series: [{ label: name, values: columns[name], colour: "c0" }], outline: null }));
+}
+
+// Every section with at least one curve. A metric that no figure names gets one of its own under "Other".
+function sectionsOf(columns) {
+  const used = new Set();
+  const sections = SECTIONS.map(({ title, figures }) => ({
+    title,
+    figures: figures.map((figure) => withSeries(figure, columns, used)).filter((figure) => figure.series.length),
+  }));
+  sections.push({ title: "Other", figures: otherFigures(columns, used) });
+  return sections.filter((section) => section.figures.length);
+}
+
+const SUPERVISED = [
+  { title: "Supervised loss", about: "Next-token loss on the demonstrations, nats per token.", keys: ["loss/supervised"], format: "number" },
+  { title: "Supervised indexer loss", about: "KL of the indexer to the attention it selects for.", keys: ["loss/indexer"], format: "number", zero: true },
+  { title: "Total loss", about: "What the optimizer minimises.", keys: ["loss/total"], format: "number" },
+  { title: "Gradient norm", about: "Before clipping.", keys: ["grad_norm"], format: "number", zero: true },
+  { title: "Learning rate", about: "After warm-up and schedule.", keys: ["lr"], format: "number", zero: true },
+];
+
+function supervisedSection(columns) {
+  const used = new Set();
+  const named = SUPERVISED.map((figure) => withSeries(figure, columns, used)).filter((figure) => figure.series.length);
+  return { title: "Cold start", figures: [...named, ...otherFigures(columns, used)] };
+}
