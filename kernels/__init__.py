@@ -46,9 +46,11 @@ latent_attention = _by_device(reference.latent_attention)
 sparse_attention = _by_device(reference.sparse_attention)
 mean_attention = _by_device(reference.mean_attention)
 indexer_kl = _by_device(reference.indexer_kl)
+grouped_linear = _by_device(reference.grouped_linear)
 kept_logprobs = _by_device(reference.kept_logprobs)
 
 __all__ = [
+    "grouped_linear",
     "indexer_kl",
     "indexer_scores",
     "kept_logprobs",

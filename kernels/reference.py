@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
+    "grouped_linear",
     "indexer_kl",
     "indexer_scores",
     "kept_logprobs",
@@ -42,7 +43,7 @@ def indexer_scores(
     num_sequences, num_queries, heads, dim = queries.shape
     rows = queries.float().reshape(num_sequences, num_queries * heads, dim)
     dots = torch.matmul(rows, keys.float().transpose(-1, -2)).view(num_sequences, num_queries, heads, -1)
-    scores = (F.relu(dots) * weights.float().unsqueeze(-1)).sum(dim=2)
+    scores = (F.relu(dots, inplace=True) * weights.float().unsqueeze(-1)).sum(dim=2)
     return scores if visible is None else scores.masked_fill(~visible, NEG_INF)
 
 
@@ -53,11 +54,17 @@ def topk_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
     """
     if k >= scores.shape[-1]:
         return scores > NEG_INF
-    threshold = scores.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-    above = scores > threshold
-    equal = scores == threshold
-    room = k - above.sum(dim=-1, keepdim=True)
-    return (above | (equal & (equal.cumsum(dim=-1) <= room))) & (scores > NEG_INF)
+    flat = scores.reshape(-1, scores.shape[-1])
+    threshold = flat.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    # A row with fewer than k choosable scores has the threshold -inf.
+    marks = flat >= threshold.clamp(min=torch.finfo(flat.dtype).min)
+    tied = (marks.sum(dim=-1) > k).nonzero().squeeze(-1)
+    if tied.numel():
+        above = flat[tied] > threshold[tied]
+        equal = flat[tied] == threshold[tied]
+        room = k - above.sum(dim=-1, keepdim=True)
+        marks[tied] = above | (equal & (equal.cumsum(dim=-1) <= room))
+    return marks.view(scores.shape)
 
 
 def topk_indices(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -96,8 +103,8 @@ def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor
 
 def _attention_probs(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     scores = torch.matmul(queries.transpose(1, 2) * scale, keys.permute(0, 2, 3, 1))
-    bias = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, NEG_INF)
-    return torch.softmax(scores + bias.unsqueeze(-3), dim=-1, dtype=torch.float32)
+    scores += torch.zeros(mask.shape, dtype=scores.dtype, device=mask.device).masked_fill_(~mask, NEG_INF).unsqueeze(-3)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32)
 
 
 def latent_attention(
@@ -152,6 +159,19 @@ def indexer_kl(scores: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -
     target = target.detach().float()
     log_probs = torch.log_softmax(scores.masked_fill(~mask, NEG_INF), dim=-1).masked_fill(~mask, 0.0)
     return (torch.xlogy(target, target) - target * log_probs).sum(dim=-1)
+
+
+def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Each group of rows times its own matrix, as `F.linear` would: the experts' projections.
+
+    rows [N, D] sorted by group, weights [E, O, D], ends int32 [E]: group e is rows[ends[e - 1]:ends[e]], possibly none.
+    Returns [N, O]. Every entry of `weights` gets a gradient, zero for a group without rows.
+    """
+    # torch's grouped product wants row strides in multiples of 16 bytes.
+    if all(dim * rows.element_size() % 16 == 0 for dim in weights.shape[1:]):
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(*pair) for pair in zip(rows.split(sizes), weights.unbind(), strict=True)])
 
 
 def kept_logprobs(

@@ -18,7 +18,7 @@ from model.cache import CacheStep
 from model.config import ModelConfig
 from model.indexer import Indexer, IndexerHeads
 from model.norm import RMSNorm
-from model.packing import Packing
+from model.packing import Batch, SequenceGroup
 from model.rope import RotaryAngles, softmax_scale
 
 IndexerLoss = Literal["dense", "sparse"]
@@ -29,8 +29,7 @@ class WholeSequences:
     """How one forward over whole sequences attends; the same for every layer."""
 
     angles: RotaryAngles
-    packing: Packing | None
-    causal: torch.Tensor  # bool [1, T, T], T the longest sequence
+    batch: Batch
     indexer_loss: IndexerLoss | None
     always_index: bool
 
@@ -94,27 +93,46 @@ class Attention(nn.Module):
         how: WholeSequences,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """MHA form: attention heads [B, T, H, value_dim] and the indexer's loss."""
-        packing = how.packing
         keys_values = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1))
         key_nope, values = keys_values.split([self.nope_dim, self.value_dim], dim=-1)
         shared = rope_key.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        queries = _pad(torch.cat([query_nope, query_rope], dim=-1), packing)
-        keys = _pad(torch.cat([key_nope, shared], dim=-1), packing)
-        values = _pad(values, packing)
-
-        mask, loss = how.causal, None
-        outgrown = mask.shape[-1] > self.index_topk
-        if how.indexer_loss is not None or outgrown or how.always_index:
+        queries = torch.cat([query_nope, query_rope], dim=-1)
+        keys = torch.cat([key_nope, shared], dim=-1)
+        index = None
+        if how.indexer_loss is not None or how.batch.longest > self.index_topk or how.always_index:
             with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None):
                 index = self.indexer(hidden.detach(), query_latent.detach(), how.angles)
-            if how.indexer_loss is not None or outgrown:
-                scores = _scores(index, how)
-                if outgrown and how.indexer_loss != "dense":
-                    mask = kernels.topk_mask(scores.detach(), self.index_topk)
-                if how.indexer_loss is not None:
-                    target = kernels.mean_attention(queries.detach(), keys.detach(), mask, self.scale)
-                    loss = _unpad(kernels.indexer_kl(scores, target, mask), packing).sum()
-        return _unpad(kernels.masked_mha(queries, keys, values, mask, self.scale), packing), loss
+
+        heads, losses = [], []
+        for group in how.batch.groups:
+            q, k, v = group.take(queries), group.take(keys), group.take(values)
+            mask, loss = self._select(index, q, k, group, how.indexer_loss)
+            heads.append(kernels.masked_mha(q, k, v, mask, self.scale))
+            losses.append(loss)
+        return how.batch.join(heads), None if how.indexer_loss is None else how.batch.join(losses).sum()
+
+    def _select(
+        self,
+        index: IndexerHeads | None,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        group: SequenceGroup,
+        indexer_loss: IndexerLoss | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Which keys each query attends to, bool [S or 1, T, T], and the indexer's loss per query, [S, T]."""
+        mask = group.causal
+        outgrown = group.num_tokens > self.index_topk
+        if index is None or not (outgrown or indexer_loss is not None):
+            return mask, None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and indexer_loss is not None):
+            streams = (group.take(stream) for stream in (index.queries, index.keys, index.weights))
+            scores = kernels.indexer_scores(*streams, visible=mask)
+        if outgrown and indexer_loss != "dense":
+            mask = kernels.topk_mask(scores.detach(), self.index_topk)
+        if indexer_loss is None:
+            return mask, None
+        target = kernels.mean_attention(queries.detach(), keys.detach(), mask, self.scale)
+        return mask, kernels.indexer_kl(scores, target, mask)
 
     def _absorbed(
         self,
@@ -144,16 +162,3 @@ class Attention(nn.Module):
         else:
             heads = kernels.latent_attention(queries, entries, step.visible, self.scale, self.latent_dim)
         return torch.einsum("bqhr,hvr->bqhv", heads, to_value)
-
-
-def _scores(index: IndexerHeads, how: WholeSequences) -> torch.Tensor:
-    streams = (_pad(stream, how.packing) for stream in (index.queries, index.keys, index.weights))
-    return kernels.indexer_scores(*streams, visible=how.causal)
-
-
-def _pad(row: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-    return row if packing is None else packing.pad(row)
-
-
-def _unpad(padded: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-    return padded if packing is None else packing.unpad(padded)

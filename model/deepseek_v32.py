@@ -15,7 +15,7 @@ from model.cache import CacheStep, CacheView
 from model.config import ModelConfig
 from model.moe import MLP, Experts, MoE, Router, Routing
 from model.norm import RMSNorm
-from model.packing import Packing
+from model.packing import Batch
 from model.rope import Rope
 
 
@@ -162,21 +162,10 @@ class DeepseekV32(nn.Module):
         cu_seqlens: torch.Tensor | None,
         indexer_loss: IndexerLoss | None,
     ) -> WholeSequences:
-        num_rows, num_tokens = input_ids.shape
-        packing = None
-        if cu_seqlens is not None:
-            if num_rows != 1:
-                raise ValueError(f"cu_seqlens describe one packed row, but input_ids has {num_rows}")
-            packing = Packing(cu_seqlens, num_tokens)
-        if positions is None:
-            order = torch.arange(num_tokens, device=input_ids.device).unsqueeze(0)
-            positions = order if packing is None else packing.positions
-        longest = num_tokens if packing is None else packing.longest
-        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=input_ids.device).tril_()
+        batch = Batch(input_ids, cu_seqlens)
         return WholeSequences(
-            angles=self._rope(positions),
-            packing=packing,
-            causal=causal,
+            angles=self._rope(batch.positions if positions is None else positions),
+            batch=batch,
             indexer_loss=indexer_loss,
             always_index=self.always_index,
         )

@@ -102,19 +102,15 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of each token's experts: x [N, hidden], experts int64 [N, k], weights fp32 [N, k]."""
         num_tokens, top_k = experts.shape
-        num_experts = self.gate_up_proj.shape[0]
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=num_experts).tolist()
-        routed = x.index_select(0, order // top_k).split(counts)
-        outputs = [
-            F.linear(_swiglu(F.linear(tokens, gate_up)), down)
-            for tokens, gate_up, down in zip(routed, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-            if tokens.shape[0]
-        ]
+        chosen = experts.flatten()
+        order = chosen.argsort(stable=True)
+        ends = torch.bincount(chosen, minlength=self.gate_up_proj.shape[0]).cumsum(0).to(torch.int32)
+        routed = x.index_select(0, order // top_k)
+        gate, up = kernels.grouped_linear(routed, self.gate_up_proj, ends).chunk(2, dim=-1)
+        outputs = kernels.grouped_linear(F.silu(gate) * up, self.down_proj, ends)
         place = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
-        expanded = torch.cat(outputs).index_select(0, place).view(num_tokens, top_k, -1)
-        return torch.einsum("nkd,nk->nd", expanded.float(), weights).to(x.dtype)
+        outputs = outputs.index_select(0, place).view(num_tokens, top_k, -1)
+        return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
 
 class MoE(nn.Module):
@@ -136,8 +132,3 @@ class MoE(nn.Module):
         )
         routed = self.experts(x, experts, weights).view_as(hidden)
         return routed + self.shared_experts(hidden), experts.view(*hidden.shape[:2], -1)
-
-
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

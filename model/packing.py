@@ -1,35 +1,97 @@
-"""Packed rows as padded batches: several sequences share one row of tokens, and attention sees one row a sequence."""
+"""The sequences of a batch as attention sees them: padded groups of similar length, each with causal order.
+
+Everything else in the model works on tokens one by one, so several sequences may share one packed row; attention takes
+them apart and puts them together again.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 
+# A group's shortest sequence is at least this share of its longest, which bounds the work lost to padding.
+_MIN_FILL = 0.7
 
-class Packing:
-    """The sequences of one packed row of N tokens, for moving between [1, N, ...] and [S, longest, ...].
 
-    cu_seqlens: int [S + 1], rising from 0 to N; sequence s is tokens cu_seqlens[s]:cu_seqlens[s + 1].
-    Raises ValueError where it does not cover the row.
+class SequenceGroup:
+    """S sequences, padded to the longest of them, T tokens.
+
+    `rows` int64 [S * T] picks them from the packed row; None means that the batch is the group as it stands. Padding
+    repeats a sequence's last token: causality hides it from all real queries, and its own output is dropped.
     """
 
-    __slots__ = ("_slots", "longest", "num_sequences", "positions")
+    __slots__ = ("causal", "num_sequences", "num_tokens", "rows")
 
-    def __init__(self, cu_seqlens: torch.Tensor, num_tokens: int) -> None:
-        lengths = cu_seqlens.diff()
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens or bool((lengths < 0).any()):
-            raise ValueError(f"cu_seqlens must rise from 0 to the row's {num_tokens} tokens, not {cu_seqlens.tolist()}")
-        self.num_sequences = lengths.shape[0]
-        self.longest = int(lengths.max())
-        sequence = torch.repeat_interleave(torch.arange(self.num_sequences, device=cu_seqlens.device), lengths)
-        position = torch.arange(num_tokens, device=cu_seqlens.device) - cu_seqlens[:-1][sequence]
+    def __init__(self, num_sequences: int, num_tokens: int, device: torch.device, rows: torch.Tensor | None) -> None:
+        self.num_sequences = num_sequences
+        self.num_tokens = num_tokens
+        self.rows = rows
+        self.causal = torch.ones(1, num_tokens, num_tokens, dtype=torch.bool, device=device).tril_()
+
+    def take(self, stream: torch.Tensor) -> torch.Tensor:
+        """A per-token stream [B, T, ...] or [1, N, ...] as [S, T, ...]."""
+        if self.rows is None:
+            return stream
+        return stream[0].index_select(0, self.rows).unflatten(0, (self.num_sequences, self.num_tokens))
+
+
+class Batch:
+    """Input of shape [B, T]: B sequences, or with cu_seqlens (int [S + 1], rising from 0 to T) S packed in one row.
+
+    Raises ValueError for cu_seqlens that do not describe the row.
+    """
+
+    __slots__ = ("_place", "groups", "positions")
+
+    def __init__(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+        num_rows, num_tokens = input_ids.shape
+        device = input_ids.device
+        order = torch.arange(num_tokens, device=device)
+        if cu_seqlens is None:
+            self.groups = [SequenceGroup(num_rows, num_tokens, device, None)]
+            self.positions = order.unsqueeze(0)  # int64 [1, T], place within the sequence
+            self._place = None
+            return
+        bounds = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(bounds)]
+        if num_rows != 1 or bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens {bounds} must rise from 0 to {num_tokens} and describe a single row")
+        starts, sizes = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        places = torch.empty_like(starts)  # of each sequence's first token, once the padded groups are lined up
+        self.groups = []
+        lined_up = 0
+        for members in _similar(lengths):
+            longest = lengths[members[0]]
+            index = torch.tensor(members, device=device)
+            within = torch.minimum(order[:longest], sizes[index].unsqueeze(1) - 1)
+            rows = (starts[index].unsqueeze(1) + within).flatten()
+            self.groups.append(SequenceGroup(len(members), longest, device, rows))
+            places[index] = lined_up + order[: len(members)] * longest
+            lined_up += rows.shape[0]
+        sequence = torch.repeat_interleave(sizes)
+        position = order - starts[sequence]
         self.positions = position.unsqueeze(0)
-        self._slots = sequence * self.longest + position
+        self._place = places[sequence] + position
 
-    def pad(self, row: torch.Tensor) -> torch.Tensor:
-        """[1, N, ...] to [S, longest, ...]; zeros after the end of each sequence."""
-        padded = row.new_zeros(self.num_sequences * self.longest, *row.shape[2:])
-        return padded.index_copy(0, self._slots, row[0]).view(self.num_sequences, self.longest, *row.shape[2:])
+    @property
+    def longest(self) -> int:
+        return self.groups[0].num_tokens
 
-    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
-        """[S, longest, ...] to [1, N, ...]."""
-        return padded.flatten(0, 1).index_select(0, self._slots).unsqueeze(0)
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One [S, T, ...] a group back to the shape of the input, [B, T, ...] or [1, N, ...]."""
+        if self._place is None:
+            return parts[0]
+        flat = [part.flatten(0, 1) for part in parts]
+        return (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, self._place).unsqueeze(0)
+
+
+def _similar(lengths: list[int]) -> list[list[int]]:
+    """Indices of non-empty sequences, longest first, cut into groups of similar length."""
+    groups: list[list[int]] = []
+    for index in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i]):
+        if not groups or lengths[index] < _MIN_FILL * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
