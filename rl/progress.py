@@ -104,7 +104,7 @@ class Progress:
             self._rewards.append(metrics["reward/mean"])
         self._shown = _readable(metrics)
         self._training.advance(step, self._clock())
-        self._after_step(self._training)
+        self._after_step(self._training, always=bool(accuracies))
 
     def supervised_step(self, metrics: Mapping[str, float]) -> None:
         """A step of the cold start."""
@@ -143,18 +143,17 @@ class Progress:
                 Text.assemble((f"  {label:<12}", "dim"), value), soft_wrap=True, highlight=False, markup=False
             )
 
-    def _after_step(self, course: _Course) -> None:
+    def _after_step(self, course: _Course, always: bool = False) -> None:
         if self._live.is_started:
             return
         now = self._clock()
-        if course.step in (1, course.steps) or now - self._last_line >= LINE_EVERY_S:
+        if always or course.step in (1, course.steps) or now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
             self._print(self._line())
 
     def _course(self) -> _Course:
-        """Of which steps the current phase speaks: the cold start's until training has begun."""
-        before_training = self.phase is Phase.COLD_START or not self._training.begun
-        return self._supervised if before_training and self._supervised.begun else self._training
+        """Whose steps the current phase counts."""
+        return self._supervised if self.phase is Phase.COLD_START else self._training
 
     def _line(self) -> str:
         course = self._course()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from rl.report.run_files import Row, RunFiles, read_rows
 
 NUMBERS = ("rollout_logprobs", "log_ratios", "kept_sizes", "versions")  # streams of one entry a token
 FLAGS = ("sampled", "routed")
+FEW_STEPS = 16  # below this many steps, rather show fewer trajectories of each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,40 +87,76 @@ def _columns(rows: list[Row]) -> dict[str, Any]:
     }
 
 
+class _Samples:
+    """Compact trajectories by step, read when they are first asked for."""
+
+    def __init__(self, files: RunFiles, budget: Budget) -> None:
+        self.steps = list(files.samples)
+        self.skipped = 0  # lines that hold no trajectory
+        self._files = files.samples
+        self._budget = budget
+        self._read: dict[int, list[tuple[dict[str, Any], int]]] = {}
+        self._density = self._embedded_per_stored_byte()
+
+    def read(self, step: int) -> list[tuple[dict[str, Any], int]]:
+        """Its trajectories, each with its bytes as JSON."""
+        if step not in self._read:
+            rows, bad = read_rows(self._files[step])
+            entries = [entry for row in rows if (entry := _compact(row, self._budget)) is not None]
+            self.skipped += bad + len(rows) - len(entries)
+            self._read[step] = [(entry, len(to_script_json(entry).encode())) for entry in entries]
+        return self._read[step]
+
+    def estimate(self, step: int, per_step: int) -> float:
+        """Bytes of its first ``per_step`` trajectories, guessed from the size of the file."""
+        share = min(per_step / max(len(self.read(self.steps[-1])), 1), 1.0)
+        return self._files[step].stat().st_size * self._density * share
+
+    def size(self, step: int, per_step: int) -> int:
+        return sum(size for _, size in self.read(step)[:per_step])
+
+    def _embedded_per_stored_byte(self) -> float:
+        if not self.steps:
+            return 0.0
+        last = self.steps[-1]
+        return self.size(last, sys.maxsize) / max(self._files[last].stat().st_size, 1)
+
+
+def _plans(num_steps: int, most: int) -> Iterator[tuple[int, int]]:
+    """(steps, trajectories of each), from the most to the fewest: rather many steps than every sibling."""
+    steps = min(num_steps, most)
+    while steps > FEW_STEPS:
+        yield steps, sys.maxsize
+        steps = steps * 4 // 5
+    yield from ((steps, per_step) for per_step in (sys.maxsize, 8, 4, 2))
+    while steps > 2:
+        steps = max(steps * 2 // 3, 2)
+        yield steps, 2
+    yield min(steps, 2), 1
+
+
 def _choose_trajectories(files: RunFiles, budget: Budget) -> tuple[list[dict[str, Any]], list[str]]:
-    """Fewer steps until they fit; then, with two steps left, fewer trajectories of each."""
-    available = list(files.samples)
-    read: dict[int, list[tuple[dict[str, Any], int]]] = {}
-    skipped = 0
-
-    def load(step: int) -> list[tuple[dict[str, Any], int]]:
-        nonlocal skipped
-        if step not in read:
-            rows, bad = read_rows(files.samples[step])
-            compact = [entry for row in rows if (entry := _compact(row, budget)) is not None]
-            skipped += bad + len(rows) - len(compact)
-            read[step] = [(entry, len(to_script_json(entry).encode())) for entry in compact]
-        return read[step]
-
-    count = min(len(available), budget.sample_steps)
-    chosen = evenly(available, count)
-    while count > 2 and sum(size for step in chosen for _, size in load(step)) > budget.sample_bytes:
-        count = max(count * 4 // 5, 2)
-        chosen = evenly(available, count)
-    trajectories = []
-    for step in chosen:
-        left = budget.sample_bytes // len(chosen)
-        for entry, size in load(step):
-            left -= size
-            if left < 0 and count <= 2:
-                break
+    samples = _Samples(files, budget)
+    chosen, per_step = [], 0
+    for count, per_step in _plans(len(samples.steps), budget.sample_steps):
+        chosen = evenly(samples.steps, count)
+        if sum(samples.estimate(step, per_step) for step in chosen) > budget.sample_bytes:
+            continue  # do not read what will hardly fit
+        if sum(samples.size(step, per_step) for step in chosen) <= budget.sample_bytes:
+            break
+    trajectories, left = [], budget.sample_bytes
+    for entry, size in (pair for step in chosen for pair in samples.read(step)[:per_step]):
+        if size <= left:  # false only when not even the last plan fits
             trajectories.append(entry)
+            left -= size
     notes = []
-    if skipped:
-        notes.append(f"{_count(skipped, 'line')} of the trajectories could not be read and were skipped.")
-    if len(chosen) < len(available):
-        notes.append(f"Trajectories are those of {len(chosen)} of {len(available):,} recorded steps, evenly chosen.")
-    in_files = sum(len(load(step)) for step in chosen)
+    if samples.skipped:
+        notes.append(f"{_count(samples.skipped, 'line')} of the trajectories could not be read and were skipped.")
+    if len(chosen) < len(samples.steps):
+        notes.append(
+            f"Trajectories are those of {len(chosen)} of {len(samples.steps):,} recorded steps, evenly chosen."
+        )
+    in_files = sum(len(samples.read(step)) for step in chosen)
     if len(trajectories) < in_files:
         notes.append(f"Of {in_files:,} trajectories of these steps, the page holds {len(trajectories):,}.")
     if cut := sum(entry["cut"] > 0 for entry in trajectories):

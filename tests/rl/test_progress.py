@@ -48,6 +48,20 @@ def test_plain_lines_come_at_a_sensible_rhythm():
     )
 
 
+def test_an_evaluation_always_gets_its_line():
+    progress, output, _ = make(terminal=False, steps=10)
+    with progress:
+        progress.enter(Phase.TRAINING)
+        for step in range(4):
+            progress.step(metrics(step, **({"eval/sums": step / 4} if step % 2 == 0 else {})))
+    assert [line.split("/")[0] for line in output.getvalue().splitlines()[2:]] == [
+        "demo: step  0",
+        "demo: step  1",
+        "demo: step  2",
+    ]
+    assert "held out 50.0%" in output.getvalue()
+
+
 def test_slow_steps_get_a_line_each():
     progress, output, clock = make(terminal=False, steps=5)
     with progress:

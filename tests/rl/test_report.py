@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -315,13 +316,20 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path):
     assert all(note in html for note in notes)
 
 
-def test_when_two_steps_are_too_many_their_trajectories_are_capped(tmp_path):
+def test_where_few_steps_fit_each_shows_fewer_trajectories(tmp_path):
     run = write_run(tmp_path / "demo", trajectories=12)
-    _, page, notes = page_of(run, sample_bytes=20_000)
+    _, page, notes = page_of(run, sample_bytes=40_000)
     shown = page.data["trajectories"]
-    assert {entry["step"] for entry in shown} == {5, 30} and 2 <= len(shown) < 24
-    assert len(to_script_json(shown).encode()) <= 21_000
-    assert f"Of 24 trajectories of these steps, the page holds {len(shown)}." in notes
+    by_step = Counter(entry["step"] for entry in shown)
+    assert set(by_step) == {5, 10, 15, 20, 25, 30} and set(by_step.values()) == {4}
+    assert len(to_script_json(shown).encode()) <= 40_100
+    assert notes == ("Of 72 trajectories of these steps, the page holds 24.",)
+
+
+def test_a_trajectory_larger_than_the_budget_is_left_out(run):
+    _, page, notes = page_of(run, sample_bytes=500)
+    assert page.data["trajectories"] == []
+    assert notes[-1] == "Of 8 trajectories of these steps, the page holds 0."
 
 
 @given(st.lists(st.integers(), max_size=50), st.integers(0, 60))
