@@ -1,0 +1,175 @@
+"""Which values a recipe may hold: ranges of single keys, and rules that tie several together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from rl.config import (
+    Checkpoint,
+    Domain,
+    EngineKind,
+    Evaluation,
+    Learner,
+    Model,
+    Objective,
+    Recipe,
+    RewardUse,
+    Rollout,
+    Sampling,
+    Supervised,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    words: str
+    holds: Callable[[Any], bool]
+
+
+_POSITIVE = _Range("above 0", lambda value: value > 0)
+_AT_LEAST_0 = _Range("0 or more", lambda value: value >= 0)
+_AT_LEAST_1 = _Range("1 or more", lambda value: value >= 1)
+_AT_LEAST_2 = _Range("2 or more", lambda value: value >= 2)
+
+_RANGES: dict[type, dict[str, _Range]] = {
+    Recipe: {
+        "name": _Range(
+            "a directory name, without slashes", lambda name: name.strip(". ") != "" and not set(name) & set("/\\")
+        ),
+        "seed": _AT_LEAST_0,
+        "steps": _AT_LEAST_0,
+        "prompts_per_step": _AT_LEAST_1,
+        "log_samples": _AT_LEAST_0,
+        "reward_workers": _AT_LEAST_1,
+    },
+    Model: {
+        "dtype": _Range("float32 or bfloat16", lambda name: name in ("float32", "bfloat16")),
+        "max_context": _AT_LEAST_2,
+    },
+    Domain: {"weight": _AT_LEAST_0, "group_size": _AT_LEAST_2, "kl_beta": _AT_LEAST_0},
+    RewardUse: {"weight": _AT_LEAST_0, "timeout_s": _POSITIVE, "retries": _AT_LEAST_0},
+    Sampling: {
+        "temperature": _POSITIVE,
+        "top_p": _Range("above 0 and at most 1", lambda value: 0 < value <= 1),
+        "top_k": _AT_LEAST_0,
+        "min_p": _Range("at least 0 and below 1", lambda value: 0 <= value < 1),
+        "max_tokens": _AT_LEAST_1,
+    },
+    Rollout: {
+        "engines": _AT_LEAST_1,
+        "tensor_parallel": _AT_LEAST_1,
+        "max_num_seqs": _AT_LEAST_1,
+        "max_staleness": _AT_LEAST_0,
+        "threads": _AT_LEAST_1,
+    },
+    Objective: {"clip_low": _AT_LEAST_0, "clip_high": _AT_LEAST_0, "off_policy_delta": _AT_LEAST_0},
+    Learner: {
+        "ranks": _AT_LEAST_1,
+        "zero_stage": _Range("0, 1, 2 or 3", lambda stage: stage in range(4)),
+        "micro_tokens": _AT_LEAST_1,
+        "minibatches": _AT_LEAST_1,
+        "lr": _POSITIVE,
+        "warmup_steps": _AT_LEAST_0,
+        "weight_decay": _AT_LEAST_0,
+        "betas": _Range(
+            "two numbers, at least 0 and below 1",
+            lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        ),
+        "grad_clip": _POSITIVE,
+        "indexer_weight": _AT_LEAST_0,
+        "max_skipped_steps": _AT_LEAST_0,
+        "threads": _AT_LEAST_1,
+    },
+    Supervised: {
+        "steps": _AT_LEAST_0,
+        "batch_size": _AT_LEAST_1,
+        "lr": _POSITIVE,
+        "warmup_steps": _AT_LEAST_0,
+        "weight_decay": _AT_LEAST_0,
+        "dense_warmup_steps": _AT_LEAST_0,
+    },
+    Evaluation: {"every": _AT_LEAST_0, "num_prompts": _AT_LEAST_0, "samples_per_prompt": _AT_LEAST_1},
+    Checkpoint: {"every": _AT_LEAST_0, "keep": _AT_LEAST_1},
+}
+
+
+def violations(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every rule the recipe breaks, as the key at fault and a sentence about it."""
+    yield from _out_of_range(recipe, "")
+    for key, holds, sentence in _rules(recipe):
+        if not holds:
+            yield key, sentence
+    for name, domain in recipe.domains.items():
+        for key, holds, sentence in _domain_rules(f"domains.{name}", domain):
+            if not holds:
+                yield key, sentence
+
+
+def _out_of_range(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if is_dataclass(value):
+        ranges = _RANGES.get(type(value), {})
+        for field in fields(value):
+            child, inner = f"{key}.{field.name}" if key else field.name, getattr(value, field.name)
+            allowed = ranges.get(field.name)
+            if isinstance(inner, float) and not math.isfinite(inner):
+                yield child, f"{child} is {inner}; it must be finite"
+            elif allowed and inner is not None and not allowed.holds(inner):
+                yield child, f"{child} is {inner!r}; it must be {allowed.words}"
+            yield from _out_of_range(inner, child)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _out_of_range(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _out_of_range(inner, f"{key}[{index}]")
+
+
+def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
+    model, rollout, supervised, n = recipe.model, recipe.rollout, recipe.supervised, recipe.learner.minibatches
+    yield (
+        "model",
+        bool(model.path) != (model.init is not None),
+        "give either model.path or model.init" + (", not both; set the other one to null" if model.path else ""),
+    )
+    yield "domains", bool(recipe.domains), "domains is empty; name at least one"
+    weight = sum(domain.weight for domain in recipe.domains.values())
+    yield "domains", not recipe.domains or weight > 0, "all domains have weight 0, so no prompt can be drawn"
+    yield (
+        "prompts_per_step",
+        recipe.prompts_per_step % n == 0,
+        f"prompts_per_step is {recipe.prompts_per_step}; it must be a multiple of learner.minibatches, which is {n}",
+    )
+    yield (
+        "sampling.max_tokens",
+        recipe.sampling.max_tokens < model.max_context,
+        f"sampling.max_tokens is {recipe.sampling.max_tokens}, which leaves no room for a prompt in model.max_context "
+        f"{model.max_context}",
+    )
+    yield (
+        "rollout.tensor_parallel",
+        rollout.engine != EngineKind.torch or rollout.tensor_parallel == 1,
+        f"rollout.tensor_parallel is {rollout.tensor_parallel}, but the torch engine runs in one process; use vllm",
+    )
+    yield (
+        "supervised.demonstrations",
+        supervised.steps == 0 or supervised.demonstrations is not None,
+        f"supervised.steps is {supervised.steps}, but supervised.demonstrations names nothing to learn from",
+    )
+    yield (
+        "supervised.dense_warmup_steps",
+        supervised.dense_warmup_steps <= supervised.steps,
+        f"supervised.dense_warmup_steps is {supervised.dense_warmup_steps}, but supervised.steps is {supervised.steps}",
+    )
+
+
+def _domain_rules(key: str, domain: Domain) -> Iterator[tuple[str, bool, str]]:
+    for name in ("prompts", "eval_prompts"):
+        source = getattr(domain, name)
+        usable = isinstance(source, str | dict) or (name == "eval_prompts" and source is None)
+        yield f"{key}.{name}", usable, f"{key}.{name} is {source!r}; it must be a file or {{reasoning_gym: task}}"
+    yield f"{key}.rewards", bool(domain.rewards), f"{key}.rewards is empty; a domain needs at least one reward"
+    weighted = any(reward.weight > 0 for reward in domain.rewards)
+    yield f"{key}.rewards", not domain.rewards or weighted, f"all rewards of {key} have weight 0; none would be learned"
