@@ -185,7 +185,7 @@ def _compact(row: Row, budget: Budget) -> dict[str, Any] | None:
         "masked": bool(row.get("masked")),
         "parts": {str(name): _finite(value, 6) for name, value in _mapping(row.get("parts")).items()},
         "messages": [_message(message, budget) for message in row.get("messages") or () if isinstance(message, dict)],
-        "answer": None if row.get("answer") is None else _text(row["answer"], budget.characters),
+        "answer": _answer(row.get("answer"), budget),
         "cut": len(tokens) - kept,
     }
     for name in ("tokens", *NUMBERS, *FLAGS):
@@ -207,6 +207,13 @@ def _message(message: Mapping[str, Any], budget: Budget) -> dict[str, str]:
         "role": _text(message.get("role", ""), 40),
         "content": _text(message.get("content", ""), budget.characters),
     }
+
+
+def _answer(answer: Any, budget: Budget) -> str | None:
+    """The answer alone, where a reward needs a whole entry around it (reasoning_gym)."""
+    if isinstance(answer, dict):
+        answer = answer.get("answer", answer)
+    return None if answer is None else _text(answer, budget.characters)
 
 
 def _text(value: Any, limit: int) -> str:

@@ -291,6 +291,16 @@ def test_script_json_is_inert_and_reads_back(value):
     assert json.loads(text) == value
 
 
+@pytest.mark.parametrize(
+    ("answer", "shown"), [("9", "9"), (9, "9"), ({"answer": "9", "n": 1}, "9"), ({"n": 1}, '{"n": 1}')]
+)
+def test_the_expected_answer_is_shown_alone(run, answer, shown):
+    record = {"step": 5, "id": "a", "tokens": [], "answer": answer}
+    (run.samples / "step_5.jsonl").write_text(json.dumps(record) + "\n")
+    _, page, _ = page_of(run)
+    assert page.data["trajectories"][0]["answer"] == shown
+
+
 def test_lone_surrogates_do_not_break_the_page(tmp_path):
     with RunDirectory.create(tmp_path / "demo", recipe="") as run:
         run.log({"step": 1, "reward/mean": 0.5})

@@ -137,6 +137,7 @@ class Chart {
       high = Math.max(high, 0);
     }
     if (this.figure.format === "share" && high > 0.7 && high <= 1) high = 1;
+    if (low === 0 && high === 0) return [0, 1];
     if (high - low < 1e-12) {
       high += Math.abs(high) * 0.1 || 1;
       if (!(zero || stack)) low -= Math.abs(low) * 0.1 || 1;
@@ -208,7 +209,7 @@ class Chart {
       if (points > 30) continue;
       values.forEach((value, i) => {
         if (value === null) return;
-        this.svg.append(vector("circle", { class: `mark ${colour}`, cx: this.x(i), cy: this.y(value), r: 2.2 }));
+        this.svg.append(vector("circle", { class: `mark ${colour} ${smooth ? "raw" : ""}`, cx: this.x(i), cy: this.y(value), r: 2.2 }));
       });
     }
   }

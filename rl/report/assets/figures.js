@@ -10,7 +10,7 @@ const SECTIONS = [
       { title: "Reply length", about: "Mean tokens the policy wrote.", keys: ["length/mean"], format: "count", zero: true },
       { title: "Truncated replies", about: "Share of samples that reached a length limit.", keys: ["length/truncated"], format: "share", zero: true },
       { title: "Entropy", about: "Nats per sampled token.", keys: ["entropy"], format: "score", zero: true },
-      { title: "Reward parts", about: "Each reward function's own value, before its weight.", keys: ["reward/*/*"], format: "score", smooth: true },
+      { title: "Reward parts", about: "Each reward function's own value, before its weight.", keys: ["reward/*/*", "reward/*/*/*"], format: "score", smooth: true },
       { title: "Groups without variance", about: "Share whose samples all earned the same.", keys: ["groups/zero_variance"], format: "share", zero: true },
       { title: "Groups and samples lost", about: "Failed or replaced in a step.", keys: ["groups/*", "samples/*"], format: "count", zero: true, named: true },
     ],
@@ -22,10 +22,12 @@ const SECTIONS = [
       { title: "Mismatch KL", about: "Of the engine's policy to the learner's, nats per token.", keys: ["mismatch/kl"], format: "number", zero: true },
       { title: "Masked and clipped", about: "Off-policy sequences and clipped tokens.", keys: ["mask/off_policy", "ratio/clipped"], format: "share", zero: true },
       { title: "Importance ratio", about: "Mean of learner over rollout probability.", keys: ["ratio/mean"], format: "score" },
-      { title: "KL to the reference", about: "Unbiased estimate, weighted by the ratio.", keys: ["loss/kl"], format: "number", zero: true },
+      { title: "KL to the reference", about: "Unbiased estimate, nats per token.", keys: ["kl/reference"], format: "number", zero: true },
+      { title: "KL in the loss", about: "The same, times each domain's strength.", keys: ["loss/kl"], format: "number", zero: true },
       { title: "Loss", about: "Policy surrogate and total, to be minimised.", keys: ["loss/policy", "loss/total"], format: "number" },
       { title: "Indexer loss", about: "KL of the indexer to the attention it selects for.", keys: ["loss/indexer"], format: "number", zero: true },
       { title: "Gradient norm", about: "Before clipping.", keys: ["grad_norm"], format: "number", zero: true },
+      { title: "Updates skipped", about: "Optimizer steps whose loss or gradient was not finite.", keys: ["learn/skipped"], format: "count", zero: true },
       { title: "Kept-set size", about: "Mean tokens that truncated sampling left to choose from.", keys: ["kept/mean_size"], format: "number", zero: true },
       { title: "Kept-set share", about: "Share of sampled tokens with a recorded kept set.", keys: ["kept/share"], format: "share", zero: true },
       { title: "Routes replayed", about: "Share of tokens trained with the engine's expert choices.", keys: ["routes/replayed"], format: "share", zero: true },
@@ -52,10 +54,11 @@ function hasValues(values) {
   return values?.some((value) => value !== null) ?? false;
 }
 
-// "reward/math" under "Reward" reads "math"; "staleness/max" reads "max"; "loss/total" reads "total".
-function shortLabel(key) {
-  const words = key.split("/");
-  return (words.length > 1 ? words.slice(1).join("/") : key).replace(/_s$/, "").replaceAll("_", " ");
+// "reward/math" under "Reward" reads "math", "staleness/max" reads "max"; names that people chose stay as they are.
+function shortLabel(key, figure) {
+  if (figure.named) return key.replaceAll("_", " ");
+  const last = key.split("/").slice(1).join("/") || key;
+  return !figure.stack && figure.keys.some((name) => name.includes("*")) ? last : last.replace(/_s$/, "").replaceAll("_", " ");
 }
 
 function matching(key, names) {
@@ -72,11 +75,11 @@ function withSeries(figure, columns, used) {
   const names = [...new Set(wanted)].filter(isNew);
   names.forEach((name) => used.add(name));
   if (figure.distinct && names.length === 2 && String(columns[names[0]]) === String(columns[names[1]])) names.pop(); // one domain
-  const series = names.map((name, i) => ({ label: figure.named ? name.replaceAll("_", " ") : shortLabel(name), values: columns[name], colour: `c${i % COLOURS}` }));
+  const series = names.map((name, i) => ({ label: shortLabel(name, figure), values: columns[name], colour: `c${i % COLOURS}` }));
   let outline = null;
   if (figure.outline && hasValues(columns[figure.outline])) {
     used.add(figure.outline);
-    outline = { label: shortLabel(figure.outline), values: columns[figure.outline], colour: "ink" };
+    outline = { label: shortLabel(figure.outline, figure), values: columns[figure.outline], colour: "ink" };
   }
   if (!series.length && outline) return { ...figure, stack: false, series: [{ ...outline, colour: "c0" }], outline: null };
   return { ...figure, series, outline };
@@ -104,6 +107,8 @@ const SUPERVISED = [
   { title: "Total loss", about: "What the optimizer minimises.", keys: ["loss/total"], format: "number" },
   { title: "Gradient norm", about: "Before clipping.", keys: ["grad_norm"], format: "number", zero: true },
   { title: "Learning rate", about: "After warm-up and schedule.", keys: ["lr"], format: "number", zero: true },
+  { title: "Updates skipped", about: "Steps whose loss or gradient was not finite.", keys: ["learn/skipped"], format: "count", zero: true },
+  { title: "Tokens", about: "Trained in a step.", keys: ["tokens/trained"], format: "count", zero: true },
 ];
 
 function supervisedSection(columns) {

@@ -33,14 +33,14 @@ function versionsOf(trajectory) {
   return trajectory.used;
 }
 
-// Where the colour of a log-ratio is full: what 99 of 100 tokens of the page stay below, but no less than 0.02 nats.
+// Where the colour of a log-ratio is full: what 99 of 100 tokens of the page stay below, within 0.02 and 0.5 nats.
 function ratioScale(trajectories) {
   const sizes = trajectories
     .flatMap((trajectory) => trajectory.log_ratios ?? [])
     .filter((ratio) => ratio)
     .map(Math.abs)
     .sort((a, b) => a - b);
-  return Math.max(sizes[Math.floor(sizes.length * 0.99)] ?? 0, 0.02);
+  return Math.min(Math.max(sizes[Math.floor(sizes.length * 0.99)] ?? 0, 0.02), 0.5);
 }
 
 // Each mode gives a token {hue, strength in 0..1}, or null for none, and names both ends of its scale.
