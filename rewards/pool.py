@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from rewards.protocol import Fault, Outcome, part_name
+from rewards.protocol import Fault, Outcome, check_names, part_name
 from rewards.worker import CANCEL_GRACE_S, ConcurrentWorker, SerialWorker, Traits, late
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError, RunStopped, UserError
@@ -65,7 +65,7 @@ class RewardPool:
         Raises RecipeError for a reward that cannot be used, a domain without rewards, and two parts of one name.
         """
         for name, domain in domains.items():
-            _check_names(name, domain)
+            check_names(name, domain)
         pool = cls({name: list(domain.rewards) for name, domain in domains.items()}, max(1, num_workers))
         try:
             traits, *_ = await asyncio.gather(*(process.start() for process in pool._serial))
@@ -255,17 +255,6 @@ def _opening_error(error: BaseException) -> BaseException | None:
     if isinstance(error, TimeoutError):
         return RecipeError(f"importing the rewards took longer than {OPEN_LIMIT_S:g} s")
     return None
-
-
-def _check_names(name: str, domain: Domain) -> None:
-    if not domain.rewards:
-        raise RecipeError(f"domains.{name} has no rewards; add one, such as {{use: math_answer}}")
-    taken: set[str] = set()
-    for use in domain.rewards:
-        part = part_name(use)
-        if part in taken:
-            raise RecipeError(f"domains.{name} has two rewards called '{part}'; give one of them a name")
-        taken.add(part)
 
 
 def _lightened(sample: Sample) -> Sample:

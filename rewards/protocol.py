@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from rl.config import RewardUse
+from rl.config import Domain, RewardUse
 from rl.errors import RecipeError, did_you_mean
 from rl.plugin import check_arguments, describe, import_callable
 
@@ -112,6 +112,26 @@ def resolve(use: RewardUse) -> RewardFunction:
         timeout_s=use.timeout_s,
         retries=use.retries,
     )
+
+
+def check_names(name: str, domain: Domain) -> None:
+    """Raises RecipeError for a domain without rewards, or with two that would go by one name in metrics."""
+    if not domain.rewards:
+        raise RecipeError(f"domains.{name} has no rewards; add one, such as {{use: math_answer}}")
+    taken: set[str] = set()
+    for use in domain.rewards:
+        part = part_name(use)
+        if part in taken:
+            raise RecipeError(f"domains.{name} has two rewards called '{part}'; give one of them a name")
+        taken.add(part)
+
+
+def check_rewards(domains: Mapping[str, Domain]) -> None:
+    """Raises RecipeError for any reward that cannot be used, by importing all of them into this process."""
+    for name, domain in domains.items():
+        check_names(name, domain)
+        for use in domain.rewards:
+            resolve(use)
 
 
 def read_result(result: Any) -> Outcome:

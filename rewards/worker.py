@@ -55,7 +55,10 @@ class _Functions:
 
 
 class SerialWorker:
-    """Calls functions one at a time on the process's main thread."""
+    """Calls functions one at a time on the process's main thread.
+
+    It must not have an async method, private ones included: Ray would run all of them off the main thread.
+    """
 
     def open(self, uses: Mapping[str, Sequence[RewardUse]], directory: str) -> dict[str, list[Traits]]:
         """Imports every reward; ``directory`` joins the import path. Raises RecipeError as :func:`resolve` does."""
@@ -70,14 +73,11 @@ class SerialWorker:
 
     def _row(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
         if function.is_async:
-            return self._loop.run_until_complete(self._watched_async_row(function, samples))
+            with self._watchdog((function.timeout_s + CANCEL_GRACE_S) * (1 + function.retries)):
+                return self._loop.run_until_complete(call_async(function, samples))
         if function.is_batched:
             return self._persist(function, samples)
         return [self._persist(function, [sample])[0] for sample in samples]
-
-    async def _watched_async_row(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
-        with self._watchdog((function.timeout_s + CANCEL_GRACE_S) * (1 + function.retries)):
-            return await call_async(function, samples)
 
     def _persist(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
         outcomes = self._once(function, samples)

@@ -1,7 +1,8 @@
 """Demonstrations for the cold start: prompts with the reply the policy should learn to give.
 
 A source (``supervised.demonstrations``) is a JSONL or Parquet file of ``{messages: [...], tools?}`` rows that end in an
-assistant message with ``content`` and, for a thinking model, ``reasoning_content``; or a function that writes the reply,
+assistant message with ``content`` and, for a thinking model, ``reasoning_content`` (or ``reasoning``, as some call it);
+or a function that writes the reply,
 
     demonstrations: {function: my_package.teach:chain_sum, size: 20000, args: {...}}
 
@@ -85,7 +86,7 @@ def _from_file(path: str, held_out: Sequence[Prompt]) -> list[Demonstration]:
             domain="demonstration",
             messages=messages[:-1],
             tools=tuple(record.fields.get("tools", ())),
-            thinking="reasoning_content" in messages[-1],
+            thinking=bool(_reasoning(messages[-1])),
         )
         if question(prompt) not in asked:
             demonstrations.append(Demonstration(prompt=prompt, reply=_reply(messages[-1], prompt, record.place)))
@@ -109,16 +110,22 @@ def _from_function(
 
 def _reply(message: Mapping[str, Any], prompt: Prompt, place: str) -> dict[str, Any]:
     """Checks what the conversation's encoding needs: text, and reasoning exactly where the policy thinks."""
-    for key in ("content", "reasoning_content"):
-        if message.get(key) is not None and not isinstance(message[key], str):
-            raise DataError(f"{place}: {key} of the assistant message must be a text")
-    if not message.get("content") and not message.get("tool_calls"):
+    content, reasoning = message.get("content") or "", _reasoning(message)
+    if not isinstance(content, str) or not isinstance(reasoning, str):
+        raise DataError(f"{place}: content and reasoning of the assistant message must be texts")
+    if not content and not message.get("tool_calls"):
         raise DataError(f"{place}: the assistant message has no content")
-    if prompt.thinking and not message.get("reasoning_content"):
+    if prompt.thinking and not reasoning:
         raise DataError(f"{place}: the policy thinks in this domain, but the assistant message has no reasoning")
-    if not prompt.thinking and message.get("reasoning_content"):
+    if not prompt.thinking and reasoning:
         raise DataError(f"{place}: the policy does not think in this domain, but the assistant message has reasoning")
-    return {**message, "role": "assistant"}
+    others = {key: value for key, value in message.items() if key not in ("reasoning", "reasoning_content")}
+    thought = {"reasoning_content": reasoning} if reasoning else {}
+    return {**others, **thought, "role": "assistant", "content": content}
+
+
+def _reasoning(message: Mapping[str, Any]) -> Any:
+    return message.get("reasoning_content") or message.get("reasoning") or ""
 
 
 def _shuffled(num_prompts: int, size: int, seed: int) -> list[int]:

@@ -65,7 +65,7 @@ def entries(task: str, *, size: int, seed: int, args: Mapping[str, Any]) -> Iter
 
 @cache
 def scorer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
-    """The task's own ``score_answer(answer, entry)``, with the task's default configuration; answer None is no answer."""
+    """The task's own ``score_answer(answer, entry)``, with the task's default configuration; None is no answer."""
     dataset_class, config_class = _registered(task)
     return dataset_class(config=config_class()).score_answer
 

@@ -236,13 +236,7 @@ def _file_rows(path: str, template: _Template | None) -> Iterator[_Row]:
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise record.error("tools must be a list of JSON functions")
         messages = _messages(record, template)
-        yield {
-            "id": name,
-            "messages": messages,
-            "answer": fields.get("answer"),
-            "tools": tuple(tools),
-            "record": record,
-        }
+        yield _Row(id=name, messages=messages, answer=fields.get("answer"), tools=tuple(tools), record=record)
 
 
 def _messages(record: Record, template: _Template | None) -> tuple[Mapping[str, Any], ...]:
