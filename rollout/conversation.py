@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -75,7 +76,8 @@ class Conversation:
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         needed = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, THINK, END_THINK)
         self._is_v32 = all(token in known for token in needed)
-        self._special_strings = sorted(known, key=len, reverse=True)
+        # Text holding the veil's own character must be veiled first, or it would read as a veil.
+        self._veiled = [_OPEN, *sorted((token for token in known if not token.isspace()), key=len, reverse=True)]
         if not self._is_v32 and not tokenizer.chat_template:
             absent = next(token for token in needed if token not in known)
             raise DataError(
@@ -155,22 +157,25 @@ class Conversation:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def _render_template(self, messages: Sequence[Message], *, thinking: bool, open_reply: bool) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            [self._veil(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=open_reply,
-            thinking=thinking,
-            enable_thinking=thinking,
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [self._veil(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=open_reply,
+                thinking=thinking,
+                enable_thinking=thinking,
+            )
+        except TemplateError as error:
+            raise DataError(f"the model's chat template refuses the conversation: {error}") from error
         assert isinstance(rendered, str)
         return rendered
 
     def _veil(self, message: Message) -> dict[str, Any]:
         """Replaces special strings in what people wrote; a template also reads ``</think>`` in the model's replies."""
         content = message["content"]
-        if message["role"] != "assistant":
-            for index, token in enumerate(self._special_strings):
-                content = content.replace(token, f"{_OPEN}{index}{_CLOSE}")
+        strings = self._veiled[:1] if message["role"] == "assistant" else self._veiled
+        for index, string in enumerate(strings):
+            content = content.replace(string, f"{_OPEN}{index}{_CLOSE}")
         return {**message, "content": content}
 
     def _encode_rendered(self, rendered: str) -> NDArray:
@@ -180,7 +185,7 @@ class Conversation:
         ids += self.tokenizer.encode(head, add_special_tokens=False)
         for piece in veiled:
             index, _, tail = piece.partition(_CLOSE)
-            ids += self._encode_text(self._special_strings[int(index)])
+            ids += self._encode_text(self._veiled[int(index)])
             ids += self.tokenizer.encode(tail, add_special_tokens=False)
         return np.array(ids, np.int32)
 

@@ -45,7 +45,7 @@ class EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`."""
         rollout, model = recipe.rollout, recipe.model
         if rollout.engine != EngineKind.torch:
-            raise RecipeError(f"rollout.engine: {rollout.engine.value} is not available; use torch")
+            raise RecipeError(f"rollout.engine: {rollout.engine} is not available; use torch")
         actor = ray.remote(EngineActor).options(
             max_concurrency=_MAX_CONCURRENT_CALLS, num_gpus=0 if device == "cpu" else 1
         )
@@ -119,7 +119,6 @@ class EnginePool:
         """Ends the engines' processes."""
         for engine in self._engines:
             ray.kill(engine)
-        self._engines = []
 
     async def _dispatch(self, requests: Sequence[Request]) -> list[Completion]:
         index = min(range(len(self._engines)), key=self._load.__getitem__)

@@ -1,0 +1,96 @@
+"""The actor's event loop, without Ray around it."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from model import save_model
+from rl.errors import DataError
+from rollout.actor import EngineActor
+from rollout.engine import Finish
+from rollout.torch_engine import TorchEngine
+
+
+@pytest.fixture
+def load_actor(make_model, tmp_path):
+    save_model(make_model(0), tmp_path / "model")
+
+    async def load() -> EngineActor:
+        actor = EngineActor()
+        await actor.load(
+            str(tmp_path / "model"),
+            dtype="float32",
+            device="cpu",
+            max_num_seqs=4,
+            max_context=96,
+            threads=torch.get_num_threads(),
+        )
+        return actor
+
+    return load
+
+
+def test_calls_interleave_and_return_what_the_engine_generates(load_actor, make_model, make_request):
+    names = [f"n{number}" for number in range(7)]
+
+    async def run():
+        actor = await load_actor()
+        calls = [actor.generate([make_request(name), make_request(name + "'")]) for name in names]
+        pairs = await asyncio.gather(*calls)
+        again = await actor.generate([make_request("n0")])
+        return pairs, again[0], await actor.stats()
+
+    pairs, again, stats = asyncio.run(run())
+    engine = TorchEngine(make_model(0), max_num_seqs=16, max_context=96)
+    expected = engine.generate([make_request(name + mark) for name in names for mark in ("", "'")])
+    for number, pair in enumerate(pairs):
+        for completion, alone in zip(pair, expected[2 * number : 2 * number + 2], strict=True):
+            np.testing.assert_array_equal(completion.token_ids, alone.token_ids)
+    np.testing.assert_array_equal(again.token_ids, expected[0].token_ids)
+    assert (stats.num_active, stats.num_waiting, stats.num_generated_tokens) == (0, 0, 15 * 20)
+    assert stats.tokens_per_s > 0
+
+
+def test_weights_and_aborts_take_their_turn_between_steps(load_actor, make_model, make_request):
+    async def run():
+        actor = await load_actor()
+        flight = asyncio.ensure_future(
+            actor.generate([make_request("kept", length=9, max_tokens=60), make_request("ended", max_tokens=56)])
+        )
+        while (await actor.stats()).num_generated_tokens < 20:
+            await asyncio.sleep(0)
+        await actor.stage(make_model(1).state_dict())
+        sums = await actor.commit(7)
+        assert await actor.abort(["ended", "never heard of"]) == 1
+        return await flight, sums
+
+    (kept, ended), sums = asyncio.run(run())
+    assert kept.finish == Finish.LENGTH and ended.finish == Finish.ABORT
+    assert sorted(set(kept.versions.tolist())) == [0, 7] and np.all(np.diff(kept.versions) >= 0)
+    assert sums.keys() == make_model(1).state_dict().keys()
+
+
+def test_a_refused_request_and_a_failing_step_leave_the_engine_usable(load_actor, make_model, make_request):
+    poisoned = {"model.norm.weight": torch.full((32,), torch.nan)}
+    healthy = {"model.norm.weight": torch.ones(32)}
+
+    async def run():
+        actor = await load_actor()
+        with pytest.raises(DataError, match="96"):
+            await actor.generate([make_request("ok"), make_request("long", length=96)])
+        await actor.stage(poisoned)
+        await actor.commit(1)
+        calls = (actor.generate([make_request(name)]) for name in ("x", "y"))
+        failures = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(failure) for failure in failures] == [FloatingPointError] * 2
+        assert (await actor.stats()).num_active == 0
+        await actor.stage(healthy)
+        await actor.commit(2)
+        return (await actor.generate([make_request("x")]))[0]
+
+    completion = asyncio.run(run())
+    (expected,) = TorchEngine(make_model(0), max_num_seqs=4, max_context=96).generate([make_request("x")])
+    np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
+    assert set(completion.versions.tolist()) == {2}
