@@ -98,13 +98,19 @@ def test_faults_of_functions_are_failures_with_a_sentence(user_rewards, make_sam
         ("crashes_on_crash", "crash", "ended or crashed its process"),
     ],
 )
-def test_only_the_sample_at_fault_fails(user_rewards, make_sample, function, word, reason):
+def test_only_the_sample_at_fault_fails_and_the_pool_works_on(user_rewards, make_sample, function, word, reason):
     uses = [
         RewardUse(use=f"{user_rewards}:{function}", timeout_s=0.5, retries=0),
         RewardUse(use=f"{user_rewards}:length"),
     ]
     samples = [make_sample(reply, index=index) for index, reply in enumerate(["ok", word, "fine"])]
-    assert reasons(score(uses, samples)) == [3.0, f"reward {function} on sample math/1#1 {reason}", 5.0]
+
+    async def body(pool: RewardPool) -> tuple[list[Scored | Failure], ...]:
+        return await pool.score_group(samples), await pool.score_group([samples[0], samples[2]])
+
+    first, second = with_pool(uses, body)
+    assert reasons(first) == [3.0, f"reward {function} on sample math/1#1 {reason}", 5.0]
+    assert reasons(second) == [3.0, 5.0]
 
 
 def test_an_async_function_that_blocks_does_not_take_others_along(user_rewards, make_sample, monkeypatch):
@@ -120,19 +126,6 @@ def test_an_async_function_that_blocks_does_not_take_others_along(user_rewards, 
     assert reasons(bad)[0] == 1.0
     assert "took longer than its timeout" in str(bad[1])
     assert [reasons(outcomes) for outcomes in good] == [[1.0, 1.0]] * 2
-
-
-def test_the_pool_works_on_after_a_death(user_rewards, make_sample):
-    uses = [RewardUse(use=f"{user_rewards}:dies_on_die", retries=0)]
-
-    async def body(pool: RewardPool) -> list[list[str | float]]:
-        first = await pool.score_group([make_sample("die"), make_sample("ok", index=1)])
-        second = await pool.score_group([make_sample("ok"), make_sample("ok", index=1)])
-        return [reasons(first), reasons(second)]
-
-    first, second = with_pool(uses, body)
-    assert "ended or crashed" in str(first[0]) and first[1] == 1.0
-    assert second == [1.0, 1.0]
 
 
 def test_what_goes_wrong_once_is_tried_again(user_rewards, make_sample, tmp_path):
