@@ -36,6 +36,7 @@ async def run_cold_start(
         progress.supervised_step(metrics)
         for skipped in result.skipped:
             progress.warn(f"cold start step {skipped.step} skipped: its loss or gradient was not finite")
+    system.conversation.tokenizer.save_pretrained(run.path / "cold_start")
 
 
 def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversation) -> list[Demonstration]:

@@ -137,7 +137,7 @@ class Learner:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0
     indexer: IndexerTraining = IndexerTraining.frozen
-    """``kl`` trains the lightning indexer on its own KL loss (paper Eq. 4) beside the policy; its inputs are detached."""
+    """``kl`` trains the lightning indexer on its own KL loss (paper Eq. 4) beside the policy."""
     indexer_weight: float = 1.0
     max_skipped_steps: int = 3
     """Consecutive steps with a non-finite loss or gradient that are skipped before the run stops."""
@@ -151,8 +151,8 @@ class Supervised:
 
     steps: int = 0
     demonstrations: Any = None
-    """A JSONL or Parquet file of ``{messages: [...]}`` ending in an assistant message, or ``{function: path:name, size: N, args: {...}}``
-    (called with one prompt and a random generator, returns the assistant's reply)."""
+    """A JSONL or Parquet file of ``{messages: [...]}`` ending in an assistant message, or a function that writes the
+    reply to one prompt: ``{function: package.module:name, size: N, args: {...}}``."""
     batch_size: int = 64
     lr: float = 1.0e-3
     warmup_steps: int = 20

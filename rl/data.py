@@ -33,9 +33,7 @@ def load_data(recipe: Recipe) -> RunData:
     weights = {name: domain.weight for name, domain in recipe.domains.items()}
     prompts = tuple(prompt for members in training.values() for prompt in members)
     demonstrations = (
-        load_demonstrations(
-            recipe.supervised.demonstrations, prompts, seed=recipe.seed, held_out=evaluation
-        )
+        load_demonstrations(recipe.supervised.demonstrations, prompts, seed=recipe.seed, held_out=evaluation)
         if recipe.supervised.steps
         else []
     )

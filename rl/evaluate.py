@@ -42,7 +42,7 @@ async def evaluate(recipe: Recipe, prompts: Sequence[Prompt], system: System) ->
     groups = await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
     scored = tuple(outcome for group in groups for outcome in group)
     asked = {name: per_prompt * sum(prompt.domain == name for prompt in prompts) for name in recipe.domains}
-    right = {name: 0 for name in recipe.domains}
+    right = dict.fromkeys(recipe.domains, 0)
     for outcome in scored:
         right[outcome.sample.prompt.domain] += is_accurate(recipe, outcome)
     return Evaluation(

@@ -26,7 +26,7 @@ REPLACED_STEPS = 4
 class Tally:
     """What happened since the last step."""
 
-    num_tokens: int = 0  # sampled
+    dropped_tokens: int = 0  # sampled for groups that were replaced, and for samples that failed
     scoring: Mean = Mean(0.0, 0.0)  # seconds from a group's last token to its rewards
     groups: Counter[str] = field(default_factory=Counter)  # replaced, failed
     failures: Counter[str] = field(default_factory=Counter)  # samples, by "<reward> <reason>"
@@ -66,14 +66,15 @@ class Rollouts:
         size = self.recipe.domains[prompt.domain].group_size
         seeds = seeds_of(self.recipe.seed, draw, size)
         samples = await self.system.generate(prompt, seeds)
-        self._tally.num_tokens += sum(sample.num_sampled for sample in samples)
         self._settle(ticket, await self._score(prompt, samples))
 
     async def _score(self, prompt: Prompt, samples: list[Sample]) -> Group:
         began = time.perf_counter()
         outcomes = await self.system.rewards.score_group(samples)
         self._tally.scoring += Mean(time.perf_counter() - began, 1)
-        self._tally.failures.update(f"{one.reward} {one.reason}" for one in outcomes if isinstance(one, Failure))
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+        self._tally.failures.update(f"{failure.reward} {failure.reason}" for failure in failures)
+        self._tally.dropped_tokens += sum(failure.sample.num_sampled for failure in failures)
         scored = tuple(outcome for outcome in outcomes if isinstance(outcome, Scored))
         return Group(prompt=prompt, scored=scored, failed=len(outcomes) - len(scored))
 
@@ -88,6 +89,7 @@ class Rollouts:
         self._failed_in_a_row = 0
         if group.zero_variance and self._may_replace():
             self._tally.groups["replaced"] += 1
+            self._tally.dropped_tokens += sum(scored.sample.num_sampled for scored in group.scored)
             self._replaced_in_a_row += 1
             self.buffer.drop(ticket, "zero variance")
             return

@@ -104,7 +104,7 @@ class Sample:
     sampled: NDArray  # bool [T]
     rollout_logprobs: NDArray  # float32 [T], after temperature and truncation; 0 where not sampled
     versions: NDArray  # int32 [T], weight version that sampled the token; -1 where not sampled
-    routes: NDArray | None = None  # uint8 (uint16 above 256 experts) [T, moe_layers, top_k]; row t routed token t as input
+    routes: NDArray | None = None  # uint8 (uint16 above 256 experts) [T, moe_layers, top_k]; t routed as an input
     routed: NDArray | None = None  # bool [T], which rows of routes were recorded; None means all of them
     kept: Kept | None = None  # None when sampling did not truncate
     status: Status = Status.FINISHED

@@ -72,7 +72,7 @@ class StepLog:
         metrics = {"step": step, **self._rollout_metrics(groups, tally), **self._ages(groups, version=step - 1)}
         metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
         metrics |= {"time/step_s": clock.total, "time/reward_s": float(tally.scoring)}
-        metrics["tokens_per_s"] = tally.num_tokens / clock.total
+        metrics["tokens_per_s"] = metrics["tokens/generated"] / clock.total
         metrics |= values(result.metrics) | sync.metrics() | (evaluation.metrics() if evaluation else {})
         self._write(metrics)
         self._warn(step, tally, result)
@@ -95,7 +95,7 @@ class StepLog:
     def _rollout_metrics(self, groups: Sequence[Group], tally: Tally) -> dict[str, float]:
         scored = [one for group in groups for one in group.scored]
         metrics = {
-            "tokens/generated": float(tally.num_tokens),
+            "tokens/generated": float(tally.dropped_tokens + sum(one.sample.num_sampled for one in scored)),
             "length/mean": _mean(one.sample.num_sampled for one in scored),
             "length/truncated": _mean(one.sample.status == Status.TRUNCATED for one in scored),
             "groups/zero_variance": _mean(group.zero_variance for group in groups),
@@ -115,9 +115,7 @@ class StepLog:
         age = staleness(groups, version)
         return {"staleness/mean": float(age.mean), "staleness/max": float(age.max)}
 
-    def _trajectory(
-        self, scored: Scored, advantage: float, learner_logprobs: dict[str, NDArray] | None
-    ) -> Trajectory:
+    def _trajectory(self, scored: Scored, advantage: float, learner_logprobs: dict[str, NDArray] | None) -> Trajectory:
         sample = scored.sample
         logprobs = (learner_logprobs or {}).get(sample.id)
         # Two groups of one prompt in a step share their samples' names; a stream of another length is not this one's.
