@@ -167,8 +167,9 @@ def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
     rows [N, D] sorted by group, weights [E, O, D], ends int32 [E]: group e is rows[ends[e - 1]:ends[e]], possibly none.
     Returns [N, O]. Every entry of `weights` gets a gradient, zero for a group without rows.
     """
-    # torch's grouped product wants row strides in multiples of 16 bytes.
-    if all(dim * rows.element_size() % 16 == 0 for dim in weights.shape[1:]):
+    # torch's grouped product wants row strides in multiples of 16 bytes, and bfloat16 on a GPU.
+    aligned = all(dim * rows.element_size() % 16 == 0 for dim in weights.shape[1:])
+    if aligned and (rows.device.type == "cpu" or rows.dtype == torch.bfloat16):
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(*pair) for pair in zip(rows.split(sizes), weights.unbind(), strict=True)])
@@ -251,16 +252,20 @@ def _blocks(
     rows = torch.arange(targets.shape[0], device=targets.device)
     if ids is not None and offsets is not None:
         starts, sizes = offsets[:-1], offsets.diff()
-        for block in rows[sizes > 0].split(chunk):
+        for block in _chunks(rows[sizes > 0], chunk):
             size = sizes[block].unsqueeze(1)
-            column = torch.arange(int(size.max()) if size.numel() else 0, device=ids.device)
+            column = torch.arange(int(size.max()), device=ids.device)
             absent = column >= size
             table = ids.long()[(starts[block].unsqueeze(1) + column).masked_fill_(absent, 0)]
             target = ((table == targets[block].unsqueeze(1)) & ~absent).byte().argmax(dim=1, keepdim=True)
             yield _Block(rows=block, target=target, ids=table, absent=absent)
         rows = rows[sizes == 0]
-    for block in rows.split(chunk):
+    for block in _chunks(rows, chunk):
         yield _Block(rows=block, target=targets[block].unsqueeze(1), ids=None, absent=None)
+
+
+def _chunks(rows: torch.Tensor, chunk: int) -> tuple[torch.Tensor, ...]:
+    return rows.split(chunk) if rows.numel() else ()
 
 
 class _KeptLogprobs(torch.autograd.Function):
