@@ -27,7 +27,7 @@ class Tally:
     """What happened since the last step."""
 
     dropped_tokens: int = 0  # sampled for groups that were replaced, and for samples that failed
-    scoring: Mean = Mean(0.0, 0.0)  # seconds from a group's last token to its rewards
+    scoring: Mean = field(default_factory=lambda: Mean(0.0, 0.0))  # seconds from a group's last token to its rewards
     groups: Counter[str] = field(default_factory=Counter)  # replaced, failed
     failures: Counter[str] = field(default_factory=Counter)  # samples, by "<reward> <reason>"
 

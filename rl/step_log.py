@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -115,7 +115,9 @@ class StepLog:
         age = staleness(groups, version)
         return {"staleness/mean": float(age.mean), "staleness/max": float(age.max)}
 
-    def _trajectory(self, scored: Scored, advantage: float, learner_logprobs: dict[str, NDArray] | None) -> Trajectory:
+    def _trajectory(
+        self, scored: Scored, advantage: float, learner_logprobs: Mapping[str, NDArray] | None
+    ) -> Trajectory:
         sample = scored.sample
         logprobs = (learner_logprobs or {}).get(sample.id)
         # Two groups of one prompt in a step share their samples' names; a stream of another length is not this one's.

@@ -53,11 +53,5 @@ def verify(expected: Mapping[str, int], actual: Mapping[str, int], *, place: str
     """Compares two sets of checksums and names the first tensor that differs or is missing."""
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
-            what = (
-                "is missing"
-                if name not in actual
-                else "is unknown to the learner"
-                if name not in expected
-                else "differs"
-            )
+            what = "differs" if name in expected and name in actual else "is on one side only"
             raise RunStopped(f"weights of version {version} did not arrive intact: {name} {what} in {place}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -121,8 +122,10 @@ def join_cluster(recipe: Recipe) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the GPUs they see
+    # It says at every start that Ray's own authentication is on, which is as it should be.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning")
+        ray.init(logging_level=logging.WARNING)
         return
     threads = recipe.learner.ranks * recipe.learner.threads + recipe.rollout.engines * recipe.rollout.threads
     ray.init(
@@ -130,7 +133,7 @@ def join_cluster(recipe: Recipe) -> None:
         num_cpus=max(threads, os.cpu_count() or 1),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        logging_level="warning",
+        logging_level=logging.WARNING,
     )
 
 
