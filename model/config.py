@@ -128,9 +128,8 @@ class ModelConfig:
         known["rope_theta"] = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
         known["rope_scaling"] = _yarn(rope, int(values.get("max_position_embeddings") or 4096))
         kinds = known["mlp_layer_types"] = tuple(known.get("mlp_layer_types") or ()) or None
-        if kinds is not None:
-            num_dense = kinds.count("dense")
-            known["first_k_dense_replace"] = num_dense
+        if kinds is not None and len(kinds) == known["num_hidden_layers"]:
+            num_dense = known["first_k_dense_replace"] = kinds.count("dense")
             if kinds == ("dense",) * num_dense + ("sparse",) * (len(kinds) - num_dense):
                 known["mlp_layer_types"] = None
         return cls(**known)

@@ -7,7 +7,7 @@ Defaults live here and nowhere else. A value that engine and learner share exist
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Any, Optional
 
 MISSING = "???"
@@ -23,7 +23,7 @@ class Aggregation(StrEnum):
     token_mean = "token_mean"
 
 
-class ZeroVariance(StrEnum):
+class ZeroVariance(Enum):
     keep = "keep"
     replace = "replace"
 

@@ -119,7 +119,7 @@ class StepLog:
         self, scored: Scored, advantage: float, learner_logprobs: Mapping[str, NDArray] | None
     ) -> Trajectory:
         sample = scored.sample
-        logprobs = (learner_logprobs or {}).get(sample.id)
+        logprobs = (learned or {}).get(sample.id)
         # Two groups of one prompt in a step share their samples' names; a stream of another length is not this one's.
         known = logprobs is not None and len(logprobs) == len(sample)
         log_ratios = np.where(sample.sampled, logprobs - sample.rollout_logprobs, 0.0) if known else None

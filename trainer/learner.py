@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from rl.config import Recipe
-from rl.errors import RunStopped, UserError
+from rl.errors import RecipeError, RunStopped, UserError
 from rl.metrics import Mean, merge
 from rl.sample import NDArray
 from trainer.pack import Minibatch
@@ -226,11 +226,17 @@ def _step_metrics(steps: Sequence[RankStep]) -> dict[str, Mean]:
 
 def _actors(recipe: Recipe) -> list[Any]:
     """One actor per rank, each with its own CPUs and, where the cluster has GPUs, its own GPU."""
+    ranks, threads = recipe.learner.ranks, recipe.learner.threads
+    room = ray.cluster_resources().get("CPU", 0)
+    if ranks * threads > room:
+        raise RecipeError(
+            f"learner.ranks {ranks} with learner.threads {threads} need {ranks * threads} CPUs, "
+            f"but the Ray cluster has {room:.0f}"
+        )
     actor = ray.remote(LearnerRank).options(
-        num_cpus=recipe.learner.threads,
+        num_cpus=threads,
         num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
     )
-    ranks = recipe.learner.ranks
     return [actor.remote(recipe, rank=rank, world_size=ranks) for rank in range(ranks)]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from model import DeepseekV32, ModelConfig, Routing
-from rl.config import Domain, Learner, Model, Objective, Recipe, Sampling
+from rl.config import Domain, Learner, Model, Objective, Recipe, Sampling, Supervised
 from rl.sample import Group, Kept, NDArray, Prompt, Sample, Scored
 from trainer.deepspeed_engine import Sharding
 from trainer.rank import LearnerRank, sharding_of
@@ -54,6 +54,7 @@ def tiny_recipe(*, kl_beta: float = 0.0, objective: Objective | None = None, **l
         sampling=Sampling(temperature=TEMPERATURE),
         objective=objective or Objective(off_policy_delta=None),
         learner=Learner(**settings),
+        supervised=Supervised(lr=3e-3, warmup_steps=0),
     )
 
 
@@ -134,8 +135,7 @@ def roll_out(
 
 
 def with_logprobs(sample: Sample, logprobs: NDArray) -> Sample:
-    fields = {name: getattr(sample, name) for name in Sample.__slots__}
-    return Sample(**fields | {"rollout_logprobs": logprobs.astype(np.float32)})
+    return dataclasses.replace(sample, rollout_logprobs=logprobs.astype(np.float32))
 
 
 def groups_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from model import DeepseekV32, load_model
+from model.moe import Experts
 from rl.config import IndexerTraining, Objective
 from rl.metrics import values
 from rl.sample import Group, Sample
@@ -151,8 +153,7 @@ def test_packed_log_probabilities_equal_unpacked_ones_over_kept_sets(model: Deep
 
 def test_samples_with_and_without_recordings_share_a_micro_batch(model: DeepseekV32):
     with_both, bare = samples_of(groups_of(model, lengths=((12, 20),)))
-    fields = {name: getattr(bare, name) for name in Sample.__slots__}
-    bare = Sample(**fields | {"routes": None, "routed": None, "kept": None})
+    bare = dataclasses.replace(bare, routes=None, routed=None, kept=None)
     perturb(model, 0.02)
     samples = [WeightedSample(sample=sample, advantage=1.0) for sample in (with_both, bare)]
     step, _ = run(model, pack_step(samples, ranks=1, micro_tokens=64))
@@ -188,9 +189,9 @@ def test_replayed_routes_are_the_experts_used_and_live_ones_differ_after_the_wei
     assert micro.routes is not None and micro.routed is not None
     tokens = PackedTokens.of(micro, CPU)
     used: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: used.append(inputs[1].clone()))
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.register_forward_pre_hook(lambda _, inputs: used.append(inputs[1].clone()))
     policy = Policy(model)
     with torch.no_grad():
         policy(tokens)
