@@ -1,0 +1,168 @@
+"""The driver's handle over real Ray actors."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from model import checksums, load_model
+from rl.config import Recipe
+from rl.errors import DataError, RecipeError, RunStopped
+from rl.metrics import values
+from tests.trainer.samples import advantages_of, groups_of, tiny_recipe
+from trainer.learner import Learner, StepResult
+from trainer.pack import Minibatch, pack
+from trainer.phase import Phase
+from trainer.supervised import Demonstration, cold_start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@asynccontextmanager
+async def started(recipe: Recipe, model_dir: Path, **keywords: Any) -> AsyncIterator[Learner]:
+    learner = await Learner.start(recipe, model_dir, **keywords)
+    try:
+        yield learner
+    finally:
+        learner.close()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 120))
+
+
+def batch(model_dir: Path, *, ranks: int, kl_beta: float = 0.0) -> list[Minibatch]:
+    groups = groups_of(load_model(model_dir))
+    return pack(
+        groups,
+        advantages_of(groups),
+        kl_betas={"math": kl_beta},
+        ranks=ranks,
+        minibatches=2,
+        micro_tokens=64,
+        rng=np.random.default_rng(0),
+    )
+
+
+def demonstrations() -> Iterator[list[Demonstration]]:
+    while True:
+        token_ids = np.arange(12, dtype=np.int32)
+        yield [Demonstration(id=f"d{i}", token_ids=token_ids + i, trained=np.arange(12) > 3) for i in range(4)]
+
+
+def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path):
+    recipe = tiny_recipe(ranks=2, zero_stage=2, kl_beta=0.1, warmup_steps=4)
+    supervised = dataclasses.replace(recipe.supervised, steps=5, dense_warmup_steps=2)
+
+    async def test() -> None:
+        async with started(recipe, model_dir) as learner:
+            results: list[StepResult] = []
+            async for result in cold_start(
+                learner, supervised, demonstrations(), model_dir=model_dir, out_dir=tmp_path / "cold"
+            ):
+                results.append(result)
+            losses = [values(result.metrics).get("loss/supervised", 0.0) for result in results]
+            assert len(losses) == 5
+            assert losses[4] < losses[2]
+            cold = load_model(tmp_path / "cold")
+            assert await learner.checksums() == checksums(cold.state_dict().items())
+
+            result = await learner.step(batch(tmp_path / "cold", ranks=2, kl_beta=0.1))
+            metrics = values(result.metrics)
+            steps = batch(tmp_path / "cold", ranks=2, kl_beta=0.1)
+            assert result.learner_logprobs.keys() == {name for step in steps for name in step.sample_ids}
+            for micro in (micro for rank in steps[0].ranks for micro in rank if micro.sampled.any()):
+                learned = np.concatenate([result.learner_logprobs[name] for name in micro.sample_ids])
+                np.testing.assert_allclose(learned, micro.rollout_logprobs, atol=1e-3)
+            # The second optimizer step is off policy by the first one, and away from the reference by as much.
+            assert metrics["mismatch/logprob_abs"] > 1e-4
+            assert 0 < metrics["loss/kl"] < 1e-2
+            assert metrics["lr"] == pytest.approx(1e-3 * (0.25 + 0.5) / 2)  # fresh optimizer, two steps of its warm-up
+            assert metrics["grad_norm"] > 0
+            assert metrics["learn/skipped"] == 0
+            assert metrics["tokens/trained"] == sum(step.num_tokens for step in steps)
+
+            buckets = await learner.weight_buckets(max_bytes=16384)
+            sent: dict[str, torch.Tensor] = {}
+            for bucket in await asyncio.gather(*buckets.refs):
+                assert sent.keys().isdisjoint(bucket)
+                sent |= bucket
+            assert len(buckets.refs) > 3
+            assert buckets.num_bytes == sum(tensor.nbytes for tensor in sent.values())
+            sums = await learner.checksums()
+            assert checksums(sent.items()) == sums
+            assert sums != checksums(cold.state_dict().items())
+
+            await learner.save_checkpoint(tmp_path / "checkpoint")
+            after = values((await learner.step(batch(tmp_path / "cold", ranks=2, kl_beta=0.1))).metrics)
+            await learner.begin(Phase.REINFORCEMENT, tmp_path / "cold")
+            await learner.load_checkpoint(tmp_path / "checkpoint")
+            again = values((await learner.step(batch(tmp_path / "cold", ranks=2, kl_beta=0.1))).metrics)
+            assert again == after
+
+            await learner.save_model(tmp_path / "model")
+            assert await learner.checksums() == checksums(load_model(tmp_path / "model").state_dict().items())
+
+    run(test)
+
+
+def test_steps_that_stay_non_finite_stop_the_run_and_name_their_samples(model_dir: Path):
+    good, bad = batch(model_dir, ranks=1), batch(model_dir, ranks=1)
+    culprit = bad[1].ranks[0][0]
+    culprit.advantages[:] = np.nan
+
+    async def test() -> None:
+        async with started(tiny_recipe(max_skipped_steps=2), model_dir) as learner:
+            result = await learner.step(bad)
+            assert [(skip.step, skip.sample_ids) for skip in result.skipped] == [(2, culprit.sample_ids)]
+            metrics = values(result.metrics)
+            assert metrics["learn/skipped"] == 1
+            assert all(np.isfinite(value) for value in metrics.values())
+            assert result.learner_logprobs.keys() == set(bad[0].sample_ids)
+            assert not (await learner.step(good)).skipped  # a step that works starts the count again
+            await learner.step(bad)
+            with pytest.raises(RunStopped, match=rf"optimizer step 7: .*2\. step in a row.*{culprit.sample_ids[0]}"):
+                await learner.step([bad[1]])
+
+    run(test)
+
+
+def test_silent_ranks_and_a_dead_one_are_named(model_dir: Path):
+    async def test() -> None:
+        async with started(tiny_recipe(ranks=2, zero_stage=1), model_dir, timeout_s=60.0) as learner:
+            learner.timeout_s = 0.0
+            with pytest.raises(RunStopped, match="learner rank 0, 1 did not finish checksums within 0 s"):
+                await learner.checksums()
+            learner.timeout_s = 60.0
+            ray.kill(learner._actors[1])
+            with pytest.raises(RunStopped, match="learner rank 1 died during step"):
+                await learner.step(batch(model_dir, ranks=2))
+
+    run(test)
+
+
+def test_ranks_that_the_cluster_has_no_room_for_are_refused_at_once(model_dir: Path):
+    with pytest.raises(RecipeError, match=r"learner\.ranks 3 .* need 6 CPUs, but the Ray cluster has 2"):
+        asyncio.run(Learner.start(tiny_recipe(ranks=3, threads=2), model_dir))
+
+
+def test_a_model_that_is_not_there_is_the_users_to_mend(tmp_path: Path):
+    async def test() -> None:
+        with pytest.raises(DataError, match="nowhere cannot be loaded"):
+            await Learner.start(tiny_recipe(), tmp_path / "nowhere")
+
+    run(test)

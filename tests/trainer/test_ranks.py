@@ -1,0 +1,249 @@
+"""Two ranks against one, at every ZeRO stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import DeepseekV32, checksums, load_model
+from rl.config import IndexerTraining, Model, Recipe
+from rl.errors import RecipeError
+from rl.metrics import merge
+from tests.trainer.conftest import MakeRank
+from tests.trainer.processes import Ranks
+from tests.trainer.samples import advantages_of, groups_of, live_weights, tiny_recipe
+from trainer.pack import Minibatch, pack
+from trainer.phase import Phase
+from trainer.step import RankStep
+from trainer.supervised import Demonstration, pack_demonstrations
+from trainer.weights import whole_weights
+
+Weights = dict[str, torch.Tensor]
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def steps_of(model_dir: Path, *, ranks: int, kl_beta: float = 0.0, num_steps: int = 2) -> list[Minibatch]:
+    """Lengths on both sides of index_topk, and an odd number of micro-batches, so that one rank idles once."""
+    groups = groups_of(load_model(model_dir), lengths=((40, 13, 5), (12, 4, 9)))
+    betas, rng = {"math": kl_beta}, np.random.default_rng(0)
+    advantages = advantages_of(groups)
+    return [
+        minibatch
+        for _ in range(num_steps)
+        for minibatch in pack(groups, advantages, kl_betas=betas, ranks=ranks, minibatches=1, micro_tokens=30, rng=rng)
+    ]
+
+
+def train(make: MakeRank, recipe: Recipe, model_dir: Path, steps: list[Minibatch]) -> tuple[list[RankStep], Weights]:
+    rank = make(recipe)
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    outcome = rank.step([minibatch.share(rank.rank) for minibatch in steps])
+    return outcome, live_weights(rank)
+
+
+def assert_same(first: Weights, second: Weights) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("indexer", list(IndexerTraining))
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_give_the_loss_and_the_weights_of_one(
+    pair: Ranks, sole_rank: MakeRank, model_dir: Path, stage: int, indexer: IndexerTraining
+):
+    recipe = tiny_recipe(zero_stage=stage, kl_beta=0.2, indexer=indexer)
+    steps = steps_of(model_dir, ranks=2, kl_beta=0.2)
+    assert any(micro.sample_ids == ("idle",) for step in steps for rank in step.ranks for micro in rank)
+    results = pair(train, recipe, model_dir, steps)
+    expected, weights = train(
+        sole_rank, tiny_recipe(kl_beta=0.2, indexer=indexer), model_dir, steps_of(model_dir, ranks=1, kl_beta=0.2)
+    )
+    for number, one in enumerate(expected):
+        shares = [ran[number] for ran, _ in results]
+        assert sum(share.loss for share in shares) == pytest.approx(one.loss, rel=1e-4, abs=1e-6)
+        assert shares[0].outcome == shares[1].outcome
+        assert shares[0].outcome.grad_norm == pytest.approx(one.outcome.grad_norm, rel=1e-4)
+        logprobs = shares[0].learner_logprobs | shares[1].learner_logprobs
+        assert logprobs.keys() == one.learner_logprobs.keys()
+        for name, stream in one.learner_logprobs.items():
+            np.testing.assert_allclose(logprobs[name], stream, atol=1e-4)
+    assert_same(results[0][1], results[1][1])
+    start = load_model(model_dir).state_dict()
+    for name, tensor in weights.items():
+        assert float((results[0][1][name] - tensor).abs().max()) <= 3e-5, name
+    moved = {name for name, tensor in weights.items() if not torch.equal(tensor, start[name])}
+    frozen = {name for name in start if name.endswith("bias") and "gate" in name}
+    if indexer == IndexerTraining.frozen:
+        frozen |= {name for name in start if ".indexer." in name}
+    assert moved == start.keys() - frozen
+
+
+@pytest.mark.parametrize(("stage", "what"), [(0, "loss"), (1, "gradient"), (2, "loss"), (3, "gradient")])
+def test_what_is_not_finite_on_one_rank_is_skipped_on_both(pair: Ranks, model_dir: Path, stage: int, what: str):
+    good, bad = steps_of(model_dir, ranks=2)
+    micro = bad.ranks[1][0]
+    if what == "loss":
+        micro.advantages[:] = np.nan
+    else:
+        # The clipped surrogate is finite, but its gradient is infinity times zero.
+        micro.advantages[:] = 1.0
+        micro.rollout_logprobs[np.flatnonzero(micro.sampled)[0]] = -1e4
+    recipe = tiny_recipe(zero_stage=stage)
+    skipping = pair(train, recipe, model_dir, [good, bad, good])
+    plain = pair(train, recipe, model_dir, [good, good])
+    for rank, (steps, weights) in enumerate(skipping):
+        assert [step.outcome.applied for step in steps] == [True, False, True]
+        assert steps[1].suspects == (micro.sample_ids if rank == 1 and what == "loss" else ())
+        assert_same(weights, plain[rank][1])
+
+
+def read_weights(make: MakeRank, recipe: Recipe, model_dir: Path, saved: Path) -> tuple[dict[str, int], list[Weights]]:
+    rank = make(recipe)
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    rank.step([minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size)])
+    rank.save_model(saved)
+    buckets = [{n: t.clone() for n, t in b.items()} for b in whole_weights(rank.policy.model, 4096)]
+    # Reading must not disturb training.
+    rank.step([minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size)])
+    sums = rank.checksums()
+    assert sums != checksums((name, tensor) for bucket in buckets for name, tensor in bucket.items())
+    return sums, buckets
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (3, "bfloat16")])
+def test_buckets_and_saved_models_hold_the_live_weights(
+    pair: Ranks, model_dir: Path, tmp_path: Path, stage: int, dtype: str
+):
+    recipe = in_dtype(tiny_recipe(zero_stage=stage), dtype)
+    results = pair(read_weights, recipe, model_dir, tmp_path / "model")
+    assert results[0][0] == results[1][0]
+    buckets = results[0][1]
+    weights = {name: tensor for bucket in buckets for name, tensor in bucket.items()}
+    assert sum(len(bucket) for bucket in buckets) == len(weights)
+    assert all(sum(t.nbytes for t in b.values()) <= 4096 or len(b) == 1 for b in buckets)
+    loaded = load_model(tmp_path / "model", dtype=getattr(torch, dtype))
+    assert_same(weights, dict(loaded.state_dict()))
+    assert weights["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert weights["lm_head.weight"].dtype == getattr(torch, dtype)
+    assert not torch.equal(weights["lm_head.weight"], load_model(model_dir).lm_head.weight)
+
+
+def in_dtype(recipe: Recipe, dtype: str) -> Recipe:
+    return dataclasses.replace(recipe, model=Model(path="unused", dtype=dtype))
+
+
+def test_bf16_needs_zero(sole_rank: MakeRank):
+    with pytest.raises(RecipeError, match="zero_stage 0 trains float32 only"):
+        sole_rank(in_dtype(tiny_recipe(zero_stage=0), "bfloat16"))
+
+
+def interrupted(make: MakeRank, recipe: Recipe, model_dir: Path, directory: Path) -> list[tuple[Weights, list[float]]]:
+    rank = make(recipe)
+    steps = [minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size, num_steps=3)]
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    rank.step(steps[:2])
+    rank.save_checkpoint(directory)
+    runs = []
+    for resumed in (False, True):
+        if resumed:
+            rank.begin(Phase.REINFORCEMENT, model_dir)
+            rank.load_checkpoint(directory)
+        draws = [float(torch.rand(())), float(np.random.rand())]
+        rank.step(steps[2:])
+        runs.append((live_weights(rank), draws))
+    return runs
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")])
+def test_a_resumed_run_takes_bitwise_the_same_steps(
+    pair: Ranks, model_dir: Path, tmp_path: Path, stage: int, dtype: str
+):
+    recipe = in_dtype(tiny_recipe(zero_stage=stage, warmup_steps=4, kl_beta=0.1), dtype)
+    for (straight, draws), (resumed, redrawn) in pair(interrupted, recipe, model_dir, tmp_path):
+        assert_same(straight, resumed)
+        assert draws == redrawn
+
+
+def test_a_checkpoint_of_another_layout_is_refused(sole_rank: MakeRank, model_dir: Path, tmp_path: Path):
+    rank = sole_rank(tiny_recipe(zero_stage=1))
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    rank.save_checkpoint(tmp_path / "saved")
+    other = sole_rank(tiny_recipe(zero_stage=2))
+    other.begin(Phase.REINFORCEMENT, model_dir)
+    with pytest.raises(RecipeError, match=r"written with learner\.zero_stage 1, but the recipe says 2"):
+        other.load_checkpoint(tmp_path / "saved")
+    with pytest.raises(ValueError, match="holds no learner checkpoint"):
+        other.load_checkpoint(tmp_path / "elsewhere")
+
+
+def demonstrations(num: int) -> list[Demonstration]:
+    """Sequences that count upwards, which a model can learn."""
+    made = []
+    for index in range(num):
+        token_ids = (np.arange(10 + index) + 3 * index).astype(np.int32) % 48
+        made.append(Demonstration(id=f"d{index}", token_ids=token_ids, trained=np.arange(10 + index) >= 4))
+    return made
+
+
+def test_supervised_training_weighs_every_trained_token_the_same(sole_rank: MakeRank, model_dir: Path):
+    rank = sole_rank(tiny_recipe())
+    rank.begin(Phase.SUPERVISED, model_dir)
+    shown = demonstrations(5)
+    step = rank.supervised_step(pack_demonstrations(shown, ranks=1, micro_tokens=25).share(0))
+    model = load_model(model_dir)
+    losses = torch.cat([token_losses(model, one) for one in shown])
+    assert float(step.metrics["loss/supervised"]) == pytest.approx(losses.mean().item(), rel=1e-5)
+    losses.mean().backward()
+    for name, parameter in model.named_parameters():
+        if ".indexer." not in name and parameter.grad is not None:
+            # The first AdamW step moves every weight by lr against the sign of its gradient.
+            clear = parameter.grad.abs() > 1e-5
+            moved = live_weights(rank)[name] - parameter.detach()
+            assert torch.equal(moved.sign()[clear], -parameter.grad.sign()[clear]), name
+
+
+def token_losses(model: DeepseekV32, one: Demonstration) -> torch.Tensor:
+    token_ids = torch.tensor(one.token_ids).long()
+    logits = model(token_ids.unsqueeze(0))[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, token_ids[1:], reduction="none")[torch.tensor(one.trained[1:])]
+
+
+def cold_start(
+    make: MakeRank, recipe: Recipe, model_dir: Path, out: Path
+) -> tuple[list[RankStep], list[RankStep], Weights]:
+    rank = make(recipe)
+    share = pack_demonstrations(demonstrations(5), ranks=rank.world_size, micro_tokens=30).share(rank.rank)
+    rank.begin(Phase.INDEXER_WARMUP, model_dir)
+    warmup = [rank.supervised_step(share) for _ in range(5)]
+    rank.save_model(out)
+    rank.begin(Phase.SUPERVISED, out)
+    warmed = live_weights(rank)
+    return warmup, [rank.supervised_step(share) for _ in range(5)], warmed
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_warm_up_trains_the_indexer_and_the_cold_start_the_model(
+    pair: Ranks, model_dir: Path, tmp_path: Path, stage: int
+):
+    results = pair(cold_start, tiny_recipe(zero_stage=stage), model_dir, tmp_path / "warm")
+    warmup, supervised, warmed = zip(*results, strict=True)
+    start = load_model(model_dir).state_dict()
+    moved = {name for name, tensor in warmed[0].items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if ".indexer." in name}
+    indexer = [sum(steps[i].loss for steps in warmup) for i in (0, -1)]
+    assert indexer[1] < 0.95 * indexer[0]
+    imitation = [float(merge(steps[i].metrics for steps in supervised)["loss/supervised"]) for i in (0, -1)]
+    assert imitation[1] < 0.8 * imitation[0]
