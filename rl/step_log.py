@@ -115,9 +115,7 @@ class StepLog:
         age = staleness(groups, version)
         return {"staleness/mean": float(age.mean), "staleness/max": float(age.max)}
 
-    def _trajectory(
-        self, scored: Scored, advantage: float, learner_logprobs: Mapping[str, NDArray] | None
-    ) -> Trajectory:
+    def _trajectory(self, scored: Scored, advantage: float, learned: Mapping[str, NDArray] | None) -> Trajectory:
         sample = scored.sample
         logprobs = (learned or {}).get(sample.id)
         # Two groups of one prompt in a step share their samples' names; a stream of another length is not this one's.

@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
     parser.add_argument("--show", action="store_true", help="print the whole resolved recipe and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.show:
