@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Convers
 async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> AsyncIterator[System]:
     """Joins the cluster named by the environment, or starts one on this machine, and runs the actors on it."""
     join_cluster(recipe)
+    cancel_on_sigterm()
     starting = (
         asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
         asyncio.create_task(Learner.start(recipe, model_dir)),
@@ -115,6 +117,13 @@ async def _close(part: asyncio.Task[Any]) -> None:
         closing = outcome.close()
         if asyncio.iscoroutine(closing):
             await closing
+
+
+def cancel_on_sigterm() -> None:
+    """SIGTERM, which ``ray job stop`` sends, ends the run like Ctrl-C. Comes after ``ray.init``, which sets its own."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def join_cluster(recipe: Recipe) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -99,16 +98,6 @@ async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress:
         conversation.tokenizer.save_pretrained(run.model)
 
 
-async def until_terminated(work: Coroutine[Any, Any, None]) -> None:
-    """Treats SIGTERM, which ``ray job stop`` sends, like Ctrl-C: actors end, and the run says that it was stopped."""
-    task = asyncio.create_task(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    try:
-        await task
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-
-
 def is_due(every: int, step: int, last: int) -> bool:
     """Whether something happens after ``step``: every so many steps (0 never), and always after the last."""
     return step == last or (every > 0 and step % every == 0)
@@ -151,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"keel: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("keel: interrupted", file=sys.stderr)
         return 130
 
@@ -162,7 +151,7 @@ def launch(recipe: Recipe, data: RunData) -> int:
     progress = Progress(recipe.name, steps=recipe.steps, supervised_steps=recipe.supervised.steps)
     try:
         with run, progress:
-            asyncio.run(until_terminated(run_recipe(recipe, data, run, progress)))
+            asyncio.run(run_recipe(recipe, data, run, progress))
     finally:
         if run.metrics.exists() or run.supervised.exists():
             build_report(run.path)
