@@ -26,9 +26,10 @@ REPLACED_STEPS = 4
 class Tally:
     """What happened since the last step."""
 
-    dropped_tokens: int = 0  # sampled for groups that were replaced, and for samples that failed
+    failed_tokens: int = 0  # sampled for samples that could not be scored
+    replaced: list[Group] = field(default_factory=list)
     scoring: Mean = field(default_factory=lambda: Mean(0.0, 0.0))  # seconds from a group's last token to its rewards
-    groups: Counter[str] = field(default_factory=Counter)  # replaced, failed
+    failed_groups: int = 0  # without a single sample that could be scored
     failures: Counter[str] = field(default_factory=Counter)  # samples, by "<reward> <reason>"
 
 
@@ -74,22 +75,21 @@ class Rollouts:
         self._tally.scoring += Mean(time.perf_counter() - began, 1)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         self._tally.failures.update(f"{failure.reward} {failure.reason}" for failure in failures)
-        self._tally.dropped_tokens += sum(failure.sample.num_sampled for failure in failures)
+        self._tally.failed_tokens += sum(failure.sample.num_sampled for failure in failures)
         scored = tuple(outcome for outcome in outcomes if isinstance(outcome, Scored))
         return Group(prompt=prompt, scored=scored, failed=len(outcomes) - len(scored))
 
     def _settle(self, ticket: Ticket, group: Group) -> None:
         """Hands a group to the buffer, or gives its place to a fresh prompt."""
         if not group.scored:
-            self._tally.groups["failed"] += 1
+            self._tally.failed_groups += 1
             self._failed_in_a_row += 1
             self._stop_if_hopeless()
             self.buffer.drop(ticket, "failed")
             return
         self._failed_in_a_row = 0
         if group.zero_variance and self._may_replace():
-            self._tally.groups["replaced"] += 1
-            self._tally.dropped_tokens += sum(scored.sample.num_sampled for scored in group.scored)
+            self._tally.replaced.append(group)
             self._replaced_in_a_row += 1
             self.buffer.drop(ticket, "zero variance")
             return

@@ -93,14 +93,16 @@ class StepLog:
             self.progress.warn(f"optimizer step {skipped.step} skipped: loss or gradient not finite; samples {names}")
 
     def _rollout_metrics(self, groups: Sequence[Group], tally: Tally) -> dict[str, float]:
+        # Replaced groups count too: without them rewards would be those of the prompts that still tell siblings apart.
+        groups = [*groups, *tally.replaced]
         scored = [one for group in groups for one in group.scored]
         metrics = {
-            "tokens/generated": float(tally.dropped_tokens + sum(one.sample.num_sampled for one in scored)),
+            "tokens/generated": float(tally.failed_tokens + sum(one.sample.num_sampled for one in scored)),
             "length/mean": _mean(one.sample.num_sampled for one in scored),
             "length/truncated": _mean(one.sample.status == Status.TRUNCATED for one in scored),
             "groups/zero_variance": _mean(group.zero_variance for group in groups),
-            "groups/failed": float(tally.groups["failed"]),
-            "groups/replaced": float(tally.groups["replaced"]),
+            "groups/failed": float(tally.failed_groups),
+            "groups/replaced": float(len(tally.replaced)),
             "samples/failed": float(sum(tally.failures.values())),
             "reward/mean": _mean(one.reward for one in scored),
         }
