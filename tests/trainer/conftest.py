@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from model import DeepseekV32, save_model
 from rl.config import Recipe
@@ -16,7 +15,7 @@ from trainer.rank import LOOPBACK, LearnerRank
 MakeRank = Callable[[Recipe], LearnerRank]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random three-layer model whose weights are large enough for its experts and keys to compete."""
     torch.manual_seed(0)
@@ -25,7 +24,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def sole_rank() -> Iterator[MakeRank]:
     """Makes the only rank of a learner, in this process."""
     environment = dict(os.environ)
@@ -42,6 +41,8 @@ def sole_rank() -> Iterator[MakeRank]:
 
     yield make
     if joined:
-        dist.destroy_process_group()
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)

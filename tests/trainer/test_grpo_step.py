@@ -224,10 +224,11 @@ def test_off_policy_sequences_with_negative_advantage_leave_the_loss(model: Deep
     assert_close(gradient, expected, 1e-5)
 
 
-def test_the_kl_is_to_the_reference_over_the_same_kept_sets(model: DeepseekV32, model_dir: Path):
-    groups = groups_of(model)
+def test_the_kl_is_to_the_reference_with_its_own_routes_over_the_same_kept_sets(model: DeepseekV32, model_dir: Path):
     frozen = load_model(model_dir)
-    perturb(model, 0.03)
+    # The policy that sampled is neither the reference nor the learner, so replaying its routes would show in both.
+    groups = groups_of(perturb(model, 0.1))
+    perturb(model, 0.02)
     reference = Reference(Policy(frozen, temperature=TEMPERATURE))
     beta = 0.3
     step, gradient = run(model, pack_all(groups, kl_beta=beta), reference=reference)
