@@ -71,11 +71,12 @@ def test_kept_sets_are_the_definition_ties_included(rows, position):
 
 
 def test_ties_at_every_boundary_go_to_the_lowest_ids():
-    flat = np.zeros((3, 8), np.float32)
-    rows = SamplingRows.of([Sampling(top_k=3, top_p=1.0), Sampling(top_p=0.3), Sampling(temperature=0.0)], [1, 2, 3])
-    draws = sample(flat, rows, np.zeros(3, np.int64))
-    assert [kept_row(draws, row).tolist() for row in range(3)] == [[0, 1, 2], [0, 1, 2], [0]]
-    assert draws.token_ids[2] == 0 and draws.logprobs[2] == 0
+    flat = np.zeros((4, 8), np.float32)
+    # Two of eight equal tokens have exactly the mass 0.25, which is enough; 0.3 needs a third.
+    samplings_ = [Sampling(top_k=3, top_p=1.0), Sampling(top_p=0.3), Sampling(top_p=0.25), Sampling(temperature=0.0)]
+    draws = sample(flat, SamplingRows.of(samplings_, [1, 2, 3, 4]), np.zeros(4, np.int64))
+    assert [kept_row(draws, row).tolist() for row in range(4)] == [[0, 1, 2], [0, 1, 2], [0, 1], [0]]
+    assert draws.token_ids[3] == 0 and draws.logprobs[3] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """The torch engine against full forwards of the model, and against itself in other company."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from model import CacheView, LatentCache
@@ -16,6 +17,13 @@ from rl.sample import Prompt, Status
 from rollout.engine import Completion, Finish, Request
 from rollout.samples import to_sample
 from rollout.torch_engine import TorchEngine
+
+ENGINE_RUNS = settings(
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # shrinking whole engine runs takes minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @pytest.fixture
@@ -99,7 +107,7 @@ def lone_completions(make_engine, make_request) -> dict[str, Completion]:
 
 
 @given(data=st.data())
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(ENGINE_RUNS, max_examples=10)
 def test_tokens_do_not_depend_on_company_order_or_slots(make_engine, make_request, lone_completions, data):
     """Requests arrive at drawn times, in a drawn order, in an engine with a drawn number of slots."""
     engine = make_engine(
@@ -130,6 +138,30 @@ def test_siblings_share_one_prefill_even_when_slots_come_free_one_by_one(make_en
     for sibling, completion in zip(siblings, completions, strict=True):
         assert_same(completion, make_engine().generate([sibling])[0])
     assert len({tuple(completion.token_ids[:3]) for completion in completions}) > 1
+
+
+@given(
+    order=st.lists(st.sampled_from("abcd"), min_size=2, max_size=12),
+    num_slots=st.integers(1, 3),
+    together=st.booleans(),
+)
+@example(order=["a", "b", "b", "a"], num_slots=2, together=False)  # b's second slot overwrites a's
+@settings(ENGINE_RUNS, max_examples=15)
+def test_prompts_that_come_and_go_are_never_mistaken(make_engine, lone_prompts, order, num_slots, together):
+    engine = make_engine(max_num_seqs=num_slots)
+    requests = [dataclasses.replace(lone_prompts[name][0], id=f"{name}{place}") for place, name in enumerate(order)]
+    if together:
+        completions = engine.generate(requests)
+    else:
+        completions = [engine.generate([request])[0] for request in requests]
+    for name, completion in zip(order, completions, strict=True):
+        assert_same(completion, lone_prompts[name][1])
+
+
+@pytest.fixture
+def lone_prompts(make_engine, make_request) -> dict[str, tuple[Request, Completion]]:
+    requests = {name: make_request(name, length=18, max_tokens=6) for name in "abcd"}
+    return {name: (request, make_engine().generate([request])[0]) for name, request in requests.items()}
 
 
 def test_a_reused_slot_shows_nothing_of_its_past(make_engine, make_request):
