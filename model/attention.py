@@ -8,7 +8,7 @@ the cached latents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -42,6 +42,17 @@ class CachedTokens:
     step: CacheStep
 
 
+class _Streams(NamedTuple):
+    """One layer's tokens on their way into attention, each [B, T, ...]; rope parts already rotated."""
+
+    hidden: torch.Tensor  # [.., hidden_size], normed
+    query_latent: torch.Tensor  # [.., q_lora_rank], normed
+    query_nope: torch.Tensor  # [.., H, qk_nope_head_dim]
+    query_rope: torch.Tensor  # [.., H, qk_rope_head_dim]
+    latent: torch.Tensor  # [.., kv_lora_rank], normed
+    rope_key: torch.Tensor  # [.., qk_rope_head_dim], shared by the heads
+
+
 class Attention(nn.Module):
     """MLA with its indexer; one layer's."""
 
@@ -68,40 +79,38 @@ class Attention(nn.Module):
         self, hidden: torch.Tensor, how: WholeSequences | CachedTokens
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden [B, T, hidden_size], normed. Returns the same shape, and the indexer's loss where it was asked for."""
+        streams = self._project(hidden, how.angles)
+        if isinstance(how, CachedTokens):
+            heads, loss = self._absorbed(streams, how), None
+        else:
+            heads, loss = self._expanded(streams, how)
+        return self.o_proj(heads.flatten(-2)), loss
+
+    def _project(self, hidden: torch.Tensor, angles: RotaryAngles) -> _Streams:
         query_latent = self.q_a_layernorm(self.q_a_proj(hidden))
         queries = self.q_b_proj(query_latent).unflatten(-1, (self.num_heads, -1))
         query_nope, query_rope = queries.split([self.nope_dim, self.rope_dim], dim=-1)
-        query_rope = how.angles.rotate_interleaved(query_rope)
         latent, rope_key = self.kv_a_proj_with_mqa(hidden).split([self.latent_dim, self.rope_dim], dim=-1)
-        latent = self.kv_a_layernorm(latent)
-        rope_key = how.angles.rotate_interleaved(rope_key.unsqueeze(2)).squeeze(2)
+        return _Streams(
+            hidden=hidden,
+            query_latent=query_latent,
+            query_nope=query_nope,
+            query_rope=angles.rotate_interleaved(query_rope),
+            latent=self.kv_a_layernorm(latent),
+            rope_key=angles.rotate_interleaved(rope_key.unsqueeze(2)).squeeze(2),
+        )
 
-        if isinstance(how, CachedTokens):
-            heads = self._absorbed(hidden, query_latent, query_nope, query_rope, latent, rope_key, how)
-            return self.o_proj(heads.flatten(-2)), None
-        heads, loss = self._expanded(hidden, query_latent, query_nope, query_rope, latent, rope_key, how)
-        return self.o_proj(heads.flatten(-2)), loss
-
-    def _expanded(
-        self,
-        hidden: torch.Tensor,
-        query_latent: torch.Tensor,
-        query_nope: torch.Tensor,
-        query_rope: torch.Tensor,
-        latent: torch.Tensor,
-        rope_key: torch.Tensor,
-        how: WholeSequences,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _expanded(self, streams: _Streams, how: WholeSequences) -> tuple[torch.Tensor, torch.Tensor | None]:
         """MHA form: attention heads [B, T, H, value_dim] and the indexer's loss."""
-        keys_values = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1))
+        keys_values = self.kv_b_proj(streams.latent).unflatten(-1, (self.num_heads, -1))
         key_nope, values = keys_values.split([self.nope_dim, self.value_dim], dim=-1)
-        shared = rope_key.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        queries = torch.cat([query_nope, query_rope], dim=-1)
+        shared = streams.rope_key.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
+        queries = torch.cat([streams.query_nope, streams.query_rope], dim=-1)
         keys = torch.cat([key_nope, shared], dim=-1)
         index = None
         if how.indexer_loss is not None or how.batch.longest > self.index_topk or how.always_index:
             with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None):
-                index = self.indexer(hidden.detach(), query_latent.detach(), how.angles)
+                index = self.indexer(streams.hidden.detach(), streams.query_latent.detach(), how.angles)
 
         heads, losses = [], []
         for group in how.batch.groups:
@@ -125,8 +134,7 @@ class Attention(nn.Module):
         if index is None or not (outgrown or indexer_loss is not None):
             return mask, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and indexer_loss is not None):
-            streams = (group.take(stream) for stream in (index.queries, index.keys, index.weights))
-            scores = kernels.indexer_scores(*streams, visible=mask)
+            scores = kernels.indexer_scores(*(group.take(stream) for stream in index), visible=mask)
         if outgrown and indexer_loss != "dense":
             mask = kernels.topk_mask(scores.detach(), self.index_topk)
         if indexer_loss is None:
@@ -134,31 +142,30 @@ class Attention(nn.Module):
         target = kernels.mean_attention(queries.detach(), keys.detach(), mask, self.scale)
         return mask, kernels.indexer_kl(scores, target, mask)
 
-    def _absorbed(
-        self,
-        hidden: torch.Tensor,
-        query_latent: torch.Tensor,
-        query_nope: torch.Tensor,
-        query_rope: torch.Tensor,
-        latent: torch.Tensor,
-        rope_key: torch.Tensor,
-        how: CachedTokens,
-    ) -> torch.Tensor:
+    def _absorbed(self, streams: _Streams, how: CachedTokens) -> torch.Tensor:
         """MQA form against the cache: attention heads [B, Q, H, value_dim]."""
         step = how.step
         to_key, to_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
             [self.nope_dim, self.value_dim], dim=1
         )
-        queries = torch.cat([torch.einsum("bqhn,hnr->bqhr", query_nope, to_key), query_rope], dim=-1)
-        entries = step.extend_latents(self.layer, torch.cat([latent, rope_key], dim=-1))
-        index_keys = index = None
-        if step.keeps_index_keys:
-            index = self.indexer(hidden, query_latent, how.angles)
-            index_keys = step.extend_index_keys(self.layer, index.keys)
-        if index is not None and index_keys is not None and step.window > self.index_topk:
-            scores = kernels.indexer_scores(index.queries, index_keys, index.weights, step.visible)
-            selected = kernels.topk_indices(scores, self.index_topk)
-            heads = kernels.sparse_attention(queries, entries, selected, self.scale, self.latent_dim)
-        else:
+        carried = torch.einsum("bqhn,hnr->bqhr", streams.query_nope, to_key)
+        queries = torch.cat([carried, streams.query_rope], dim=-1)
+        entries = step.extend_latents(self.layer, torch.cat([streams.latent, streams.rope_key], dim=-1))
+        selected = self._select_cached(streams, how)
+        if selected is None:
             heads = kernels.latent_attention(queries, entries, step.visible, self.scale, self.latent_dim)
+        else:
+            heads = kernels.sparse_attention(queries, entries, selected, self.scale, self.latent_dim)
         return torch.einsum("bqhr,hvr->bqhv", heads, to_value)
+
+    def _select_cached(self, streams: _Streams, how: CachedTokens) -> torch.Tensor | None:
+        """Which cached keys each query attends to, int64 [B, Q, index_topk] padded with -1; None for all it can see."""
+        step = how.step
+        if not step.keeps_index_keys:
+            return None
+        index = self.indexer(streams.hidden, streams.query_latent, how.angles)
+        index_keys = step.extend_index_keys(self.layer, index.keys)
+        if step.window <= self.index_topk:
+            return None
+        scores = kernels.indexer_scores(index.queries, index_keys, index.weights, step.visible)
+        return kernels.topk_indices(scores, self.index_topk)

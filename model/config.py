@@ -72,9 +72,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            optional_zero = field.name in ("first_k_dense_replace",) or field.name.endswith("_token_id")
-            if type(value) is int and not optional_zero and value <= 0:
-                raise ValueError(f"model config: {field.name} must be positive, not {value}")
+            least = 0 if field.name == "first_k_dense_replace" else 1
+            if field.type == "int" and (type(value) is not int or value < least):
+                raise ValueError(f"model config: {field.name} must be a whole number from {least} on, not {value!r}")
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.index_head_dim:
             raise ValueError(
                 f"model config: qk_rope_head_dim ({self.qk_rope_head_dim}) must be even and at most "
