@@ -137,7 +137,11 @@ def _put_in_place(staging: Path, target: Path) -> None:
             copy(file, staging / file.name)
     replaced = staging.with_name(staging.name + ".replaced")
     target.rename(replaced)
-    staging.rename(target)
+    try:
+        staging.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise
     shutil.rmtree(replaced)
 
 
