@@ -29,6 +29,7 @@ BASE: dict[str, Any] = {
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
+    # Many indexer heads: with few, ReLU makes scores of exactly 0, whose ties transformers breaks arbitrarily.
     "index_n_heads": 8,
     "index_head_dim": 16,
     "index_topk": 6,
