@@ -20,10 +20,14 @@ from trainer.supervised import Demonstration, cold_start
 
 
 async def run_cold_start(
-    recipe: Recipe, data: RunData, system: System, model_dir: Path, run: RunDirectory, progress: Progress
+    recipe: Recipe,
+    demonstrations: Sequence[Demonstration],
+    system: System,
+    model_dir: Path,
+    run: RunDirectory,
+    progress: Progress,
 ) -> None:
     """Leaves the learner ready for RL from the weights that the cold start ended with."""
-    demonstrations = encode_demonstrations(recipe, data, system.conversation)
     batches = shuffled_batches(demonstrations, recipe.supervised.batch_size, seed=recipe.seed)
     results = cold_start(
         system.learner, recipe.supervised, batches, model_dir=model_dir, out_dir=run.path / "cold_start"

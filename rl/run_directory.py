@@ -17,6 +17,7 @@ import asyncio
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -135,6 +136,11 @@ class RunDirectory:
     def stop(self, reason: str) -> None:
         """Marks the run as ended before its time, and why."""
         self._end(replace(self.status, status=STOPPED, reason=reason, ended=_now()))
+
+    def discard(self) -> None:
+        """Removes the directory of a run that ended before anything happened in it."""
+        self._events.close()
+        shutil.rmtree(self.path)
 
     def __enter__(self) -> RunDirectory:
         return self

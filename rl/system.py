@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray._private.ray_logging import stdout_deduplicator
 
 from model import load_config
 from model.tokenizer import load_tokenizer
@@ -133,6 +135,8 @@ def join_cluster(recipe: Recipe) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the GPUs they see
     # It says at every start that Ray's own authentication is on, which is as it should be.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # A reward that hangs costs its worker, which the run reports as a sample left out; Ray would add a paragraph each.
+    stdout_deduplicator.skip_re = re.compile("A worker died or was killed while executing a task")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         return

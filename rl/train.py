@@ -21,7 +21,7 @@ import numpy as np
 
 from rl.advantage import group_advantages
 from rl.buffer import GroupBuffer
-from rl.cold_start import run_cold_start
+from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
 from rl.errors import UserError
@@ -30,7 +30,7 @@ from rl.progress import Phase, Progress
 from rl.recipe import load_recipe, to_yaml
 from rl.report import build_report
 from rl.rollouts import Rollouts
-from rl.run_directory import RunDirectory
+from rl.run_directory import FINISHED, RunDirectory
 from rl.step_log import StepClock, StepLog
 from rl.sync import publish
 from rl.system import System, check_model, open_conversation, prepare_model, start
@@ -82,10 +82,11 @@ async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress:
     """Cold start, evaluation, training, evaluation, and the model that comes out."""
     model_dir = prepare_model(recipe, run.path)
     conversation = open_conversation(recipe, data, model_dir)
+    demonstrations = encode_demonstrations(recipe, data, conversation)
     async with start(recipe, model_dir, conversation) as system:
         if recipe.supervised.steps:
             progress.enter(Phase.COLD_START)
-            await run_cold_start(recipe, data, system, model_dir, run, progress)
+            await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
         await publish(system.learner, system.pool, version=0)
         if data.evaluation:
             progress.enter(Phase.EVALUATING)
@@ -126,7 +127,9 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rl.train", description="Run a recipe.")
     parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="settings that replace the recipe's"
+    )
     parser.add_argument("--show", action="store_true", help="print the whole resolved recipe and stop")
     arguments = parser.parse_intermixed_args(argv)
     try:
@@ -146,16 +149,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def launch(recipe: Recipe, data: RunData) -> int:
-    """Runs a checked recipe in its own directory; the report is written however the run ends."""
+    """Runs a checked recipe in its own directory; the report is written however the run ends.
+
+    A run that ends before its first step leaves nothing behind, so that its name is free for the next attempt.
+    """
     run = RunDirectory.create(f"{recipe.runs}/{recipe.name}", recipe=to_yaml(recipe))
     progress = Progress(recipe.name, steps=recipe.steps, supervised_steps=recipe.supervised.steps)
     try:
         with run, progress:
             asyncio.run(run_recipe(recipe, data, run, progress))
     finally:
-        if run.metrics.exists() or run.supervised.exists():
+        has_steps = run.metrics.exists() or run.supervised.exists()
+        if has_steps:
             build_report(run.path)
-        progress.summary(run)
+        if has_steps or run.status.status == FINISHED:
+            progress.summary(run)
+        else:
+            run.discard()
     return 0
 
 

@@ -185,6 +185,9 @@ class Learner:
             rank: asyncio.wrap_future(getattr(self._actors[rank], method).remote(*arguments).future())
             for rank, arguments in args.items()
         }
+        for call in calls.values():
+            # A run that ends for another reason stops waiting, and a failure that nobody waits for is no news then.
+            call.add_done_callback(lambda call: call.cancelled() or call.exception())
         done, pending = await asyncio.wait(calls.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         if any(call.exception() for call in done):
             # A rank that loses its peer fails too: give the one that began it the time to say so.
