@@ -69,7 +69,8 @@ class Router(nn.Module):
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """Group-limited top-k of scores fp32 [N, experts], ties to the lowest index; ascending int64 [N, top_k]."""
-        choice = scores + self.e_score_correction_bias
+        # A token that is not finite has experts too: the loss shows what is wrong with it, an index of -1 does not.
+        choice = (scores + self.e_score_correction_bias).nan_to_num(nan=0.0)
         if self.topk_groups < self.num_groups:
             grouped = choice.unflatten(-1, (self.num_groups, -1))
             group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
