@@ -133,6 +133,9 @@ class Learner:
     """Optimizer steps per rollout batch."""
     lr: float = 1.0e-6
     warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises to ``lr``."""
+    lr_decay: bool = False
+    """Lets the learning rate fall linearly to 0 over the run, instead of keeping it."""
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0
@@ -156,10 +159,13 @@ class Supervised:
     batch_size: int = 64
     lr: float = 1.0e-3
     warmup_steps: int = 20
+    lr_decay: bool = False
     weight_decay: float = 0.0
     indexer: IndexerTraining = IndexerTraining.kl
     dense_warmup_steps: int = 0
     """First steps with dense attention in which only the indexer learns (paper Eq. 3)."""
+    threads: Optional[int] = None
+    """CPU threads of one rank in this stage, while the engines have nothing to do; null keeps ``learner.threads``."""
 
 
 @dataclass(frozen=True, kw_only=True)

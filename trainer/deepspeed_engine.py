@@ -33,13 +33,19 @@ class Optimization:
 
     lr: float
     warmup_steps: int = 0
+    decay_steps: int | None = None  # the step from which on the rate is 0; None keeps it
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip: float = 1.0  # largest global norm; 0 never clips
 
     def lr_at(self, applied_steps: int) -> float:
-        """Linear warm-up: the first step already moves, and step ``warmup_steps`` is the first at full rate."""
-        return self.lr * min(1.0, (applied_steps + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+        """Linear warm-up: the first step already moves, and step ``warmup_steps`` is the first at full rate.
+
+        Then a constant rate, or one that falls linearly and would be 0 at step ``decay_steps``, counted from 0.
+        """
+        rise = min(1.0, (applied_steps + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        fall = 1.0 if self.decay_steps is None else max(0.0, 1.0 - applied_steps / self.decay_steps)
+        return self.lr * min(rise, fall)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,13 +30,20 @@ def trains_indexer(recipe: Recipe, phase: Phase) -> bool:
 
 def optimization(recipe: Recipe, phase: Phase) -> Optimization:
     """The optimizer settings of a phase; betas and clipping are the learner's in all of them."""
-    settings = recipe.learner if phase == Phase.REINFORCEMENT else recipe.supervised
+    learner, supervised = recipe.learner, recipe.supervised
+    settings = learner if phase == Phase.REINFORCEMENT else supervised
+    steps = {
+        Phase.INDEXER_WARMUP: supervised.dense_warmup_steps,
+        Phase.SUPERVISED: supervised.steps - supervised.dense_warmup_steps,
+        Phase.REINFORCEMENT: recipe.steps * learner.minibatches,
+    }
     return Optimization(
         lr=settings.lr,
         warmup_steps=settings.warmup_steps,
+        decay_steps=steps[phase] if settings.lr_decay else None,
         weight_decay=settings.weight_decay,
-        betas=(recipe.learner.betas[0], recipe.learner.betas[1]),
-        grad_clip=recipe.learner.grad_clip,
+        betas=(learner.betas[0], learner.betas[1]),
+        grad_clip=learner.grad_clip,
     )
 
 

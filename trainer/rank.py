@@ -73,6 +73,7 @@ class LearnerRank:
             self._engine.close()
             self._engine = self.reference = None
         self.phase = phase
+        torch.set_num_threads(threads_of(self.recipe, phase))
         temperature = self.recipe.sampling.temperature if phase == Phase.REINFORCEMENT else 1.0
         policy = self._policy(model_dir, temperature)
         freeze(policy.model, self.recipe, phase)
@@ -180,6 +181,13 @@ def sharding_of(recipe: Recipe) -> Sharding:
     if not isinstance(dtype, torch.dtype):
         raise RecipeError(f"model.dtype is {recipe.model.dtype!r}; the learner trains in float32 or bfloat16")
     return Sharding(zero_stage=recipe.learner.zero_stage, dtype=dtype)
+
+
+def threads_of(recipe: Recipe, phase: Phase) -> int:
+    """CPU threads of a rank: the cold start has the cores to itself."""
+    return (
+        recipe.learner.threads if phase == Phase.REINFORCEMENT else recipe.supervised.threads or recipe.learner.threads
+    )
 
 
 def _rng_states() -> dict[str, Any]:
