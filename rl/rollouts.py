@@ -19,7 +19,7 @@ from rl.system import System, seeds_of
 HOPELESS_STEPS = 3
 """Steps' worth of groups that may fail in a row before the run stops."""
 REPLACED_STEPS = 4
-"""Steps' worth of groups that may be replaced in a row: a policy that masters every prompt has no variance left."""
+"""Steps' worth of groups that may be replaced for one step: a policy that masters every prompt has no variance left."""
 
 
 @dataclass(slots=True)
@@ -44,7 +44,8 @@ class Rollouts:
         self.num_drawn = 0
         self._tally = Tally()
         self._failed_in_a_row = 0
-        self._replaced_in_a_row = 0
+        self._num_added = 0
+        self._num_replaced = 0  # for the step's worth of groups that is being added
 
     def take_tally(self) -> Tally:
         """What happened since the last call."""
@@ -90,15 +91,17 @@ class Rollouts:
         self._failed_in_a_row = 0
         if group.zero_variance and self._may_replace():
             self._tally.replaced.append(group)
-            self._replaced_in_a_row += 1
+            self._num_replaced += 1
             self.buffer.drop(ticket, "zero variance")
             return
-        self._replaced_in_a_row = 0
         self.buffer.add(ticket, group)
+        self._num_added += 1
+        if self._num_added % self.recipe.prompts_per_step == 0:
+            self._num_replaced = 0
 
     def _may_replace(self) -> bool:
         allowed = self.recipe.objective.zero_variance == ZeroVariance.replace
-        return allowed and self._replaced_in_a_row < REPLACED_STEPS * self.recipe.prompts_per_step
+        return allowed and self._num_replaced < REPLACED_STEPS * self.recipe.prompts_per_step
 
     def _stop_if_hopeless(self) -> None:
         if self._failed_in_a_row >= HOPELESS_STEPS * self.recipe.prompts_per_step:

@@ -1,0 +1,23 @@
+"""One Ray cluster for all runs of this folder that happen inside the test process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[None]:
+    ray.init(
+        num_cpus=4,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=128 << 20,
+    )
+    yield
+    ray.shutdown()
