@@ -90,6 +90,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "warmup_steps": _AT_LEAST_0,
         "weight_decay": _AT_LEAST_0,
         "dense_warmup_steps": _AT_LEAST_0,
+        "threads": _AT_LEAST_1,
     },
     Evaluation: {"every": _AT_LEAST_0, "num_prompts": _AT_LEAST_0, "samples_per_prompt": _AT_LEAST_1},
     Checkpoint: {"every": _AT_LEAST_0, "keep": _AT_LEAST_1},

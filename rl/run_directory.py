@@ -129,6 +129,12 @@ class RunDirectory:
         lines = (json.dumps(_jsonable({"step": step} | t.record()), ensure_ascii=False) for t in trajectories)
         write_whole(self.samples / f"step_{step}.jsonl", "".join(line + "\n" for line in lines))
 
+    def prune_checkpoints(self, keep: int) -> None:
+        """Deletes all checkpoints but the ``keep`` latest."""
+        kept = sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))[-keep:]
+        for path in set(self.checkpoints.glob("step_*")) - set(kept):
+            shutil.rmtree(path)
+
     def finish(self) -> None:
         """Marks the run as complete. Call it when everything that belongs to the run is on disk."""
         self._end(replace(self.status, status=FINISHED, ended=_now()))

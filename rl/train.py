@@ -76,6 +76,7 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
             log.step(step, groups, advantages, rollouts.take_tally(), result, sync, clock, evaluation)
             if is_due(recipe.checkpoint.every, step, recipe.steps):
                 await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
+                run.prune_checkpoints(recipe.checkpoint.keep)
 
 
 async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress: Progress) -> None:
