@@ -120,12 +120,20 @@ class Learner:
         return (await self._all("checksums"))[0]
 
     async def save_model(self, path: str | Path) -> None:
-        """Writes the current weights in Hugging Face layout."""
-        await self._all("save_model", Path(path).absolute())
+        """Writes the current weights in Hugging Face layout. Raises RunStopped when they cannot be written."""
+        await self._save("save_model", Path(path).absolute())
 
     async def save_checkpoint(self, directory: str | Path) -> None:
-        """Writes what a later run needs to go on exactly from here."""
-        await self._all("save_checkpoint", Path(directory).absolute())
+        """Writes what a later run needs to go on exactly from here; raises like :meth:`save_model`."""
+        await self._save("save_checkpoint", Path(directory).absolute())
+
+    async def _save(self, method: str, path: Path) -> None:
+        try:
+            await self._all(method, path)
+        except UserError:
+            raise
+        except RuntimeError as error:
+            raise RunStopped(f"{path} could not be written: {error}") from error
 
     async def load_checkpoint(self, directory: str | Path) -> None:
         """Goes on from :meth:`save_checkpoint`; comes right after :meth:`start` or :meth:`begin`."""
