@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ class StepResult:
 
     metrics: dict[str, Mean]
     skipped: tuple[SkippedStep, ...]
-    learner_logprobs: Mapping[str, NDArray]  # by sample: float32 [T], each just before its own optimizer step
+    learner_logprobs: Mapping[str, NDArray]
+    """By sample: float32 [T], each just before its own optimizer step; without samples of equal names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +161,9 @@ class Learner:
             else:
                 # What was measured may be as broken as the loss, so it stays out of the metrics.
                 skipped.append(self._skip(minibatch, steps))
+        # Two groups of one prompt share their samples' names: whose stream it is cannot be told then.
+        holders = Counter(name for minibatch in minibatches for name in minibatch.sample_ids)
+        logprobs = {name: stream for name, stream in logprobs.items() if holders[name] == 1}
         counts = {
             "tokens/trained": Mean(sum(minibatch.num_tokens for minibatch in minibatches), 1),
             "learn/skipped": Mean(len(skipped), 1),
@@ -244,10 +249,10 @@ def _actors(recipe: Recipe) -> list[Any]:
             f"learner.ranks {ranks} with learner.threads {threads} need {ranks * threads} CPUs, "
             f"but the Ray cluster has {room:.0f}"
         )
-    actor = ray.remote(LearnerRank).options(
-        num_cpus=threads,
-        num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0,
-    )
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if 0 < gpus < ranks:
+        raise RecipeError(f"learner.ranks {ranks} need a GPU each, but the Ray cluster has {gpus:.0f}")
+    actor = ray.remote(LearnerRank).options(num_cpus=threads, num_gpus=1 if gpus else 0)
     return [actor.remote(recipe, rank=rank, world_size=ranks) for rank in range(ranks)]
 
 

@@ -165,6 +165,15 @@ def test_step_0_is_the_evaluation_before_training(desk: Desk):
     assert len(read_lines(desk.run.samples / "step_0.jsonl")) == 2
 
 
+def test_samples_that_an_evaluation_could_not_score_are_told(desk: Desk):
+    desk.log.before(Evaluation(accuracy={"sums": 0.5}, num_failed=0, scored=()))
+    assert "evaluation" not in desk.printed.getvalue()
+    evaluation = Evaluation(accuracy={"sums": 0.25}, num_failed=2, scored=())
+    desk.step([group("1", 1.0, 0.0)], step=1, evaluation=evaluation)
+    sentence = "warning: evaluation at step 1: 2 samples could not be scored and count as wrong"
+    assert sentence in desk.printed.getvalue()
+
+
 def test_a_clock_books_every_second_once(monkeypatch: pytest.MonkeyPatch):
     times = iter([10.0, 11.0, 13.5, 14.0])
     monkeypatch.setattr("rl.step_log.time.perf_counter", lambda: next(times))
