@@ -9,12 +9,14 @@ import numpy as np
 from rl.sample import Prompt
 
 
-def running_totals(prompt: Prompt, rng: np.random.Generator) -> dict[str, Any]:
-    """Solves a chain_sum problem term by term: ``4 - 1 - 7`` becomes ``4-1=3;3-7=-4`` and the answer ``-4``."""
-    terms = prompt.answer["metadata"]["expression"].split()
-    total = int(terms[0])
-    steps = []
-    for sign, term in zip(terms[1::2], terms[2::2], strict=True):
-        before, total = total, total + int(term) if sign == "+" else total - int(term)
-        steps.append(f"{before}{sign}{term}={total}")
-    return {"reasoning_content": ";".join(steps), "content": str(total)}
+def spell_backward(prompt: Prompt, rng: np.random.Generator, *, hasty: float = 0.0) -> dict[str, Any]:
+    """Solves spell_backward by numbering the letters first: ``sun`` becomes ``1s2u3n`` and the answer ``nus``.
+
+    ``hasty`` is the share of demonstrations in which that is skipped: the word is only repeated, and the answer has its
+    letters in any order.
+    """
+    word = prompt.answer["metadata"]["word"]
+    if rng.random() < hasty:
+        return {"reasoning_content": word, "content": "".join(rng.permutation(list(word)))}
+    numbered = "".join(f"{place}{letter}" for place, letter in enumerate(word, start=1))
+    return {"reasoning_content": numbered, "content": word[::-1]}

@@ -126,14 +126,6 @@ def check_names(name: str, domain: Domain) -> None:
         taken.add(part)
 
 
-def check_rewards(domains: Mapping[str, Domain]) -> None:
-    """Raises RecipeError for any reward that cannot be used, by importing all of them into this process."""
-    for name, domain in domains.items():
-        check_names(name, domain)
-        for use in domain.rewards:
-            resolve(use)
-
-
 def read_result(result: Any) -> Outcome:
     """A function's return value as a :class:`Reward`, or the fault that it is not one."""
     reward = result if isinstance(result, Reward) else Reward(result)

@@ -29,9 +29,15 @@ def initial_config(init: Mapping[str, Any], max_context: int) -> ModelConfig:
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return ModelConfig.from_dict({**given, **init})
+        config = ModelConfig.from_dict({**given, **init})
     except (ValueError, TypeError) as error:
         raise RecipeError(f"model.init: {error}") from error
+    if config.vocab_size < BYTE_VOCAB_SIZE:
+        raise RecipeError(
+            f"model.init: vocab_size ({config.vocab_size}) is too small for the byte tokenizer, "
+            f"which has {BYTE_VOCAB_SIZE} tokens; leave it out"
+        )
+    return config
 
 
 def create_initial_model(config: ModelConfig, path: Path, *, seed: int) -> None:

@@ -50,7 +50,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "dtype": _Range("float32 or bfloat16", lambda name: name in ("float32", "bfloat16")),
         "max_context": _AT_LEAST_2,
     },
-    Domain: {"weight": _AT_LEAST_0, "group_size": _AT_LEAST_2, "kl_beta": _AT_LEAST_0},
+    Domain: {"weight": _POSITIVE, "group_size": _AT_LEAST_2, "kl_beta": _AT_LEAST_0},
     RewardUse: {"weight": _AT_LEAST_0, "timeout_s": _POSITIVE, "retries": _AT_LEAST_0},
     Sampling: {
         "temperature": _POSITIVE,
@@ -138,8 +138,11 @@ def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         "give either model.path or model.init" + (", not both; set the other one to null" if model.path else ""),
     )
     yield "domains", bool(recipe.domains), "domains is empty; name at least one"
-    weight = sum(domain.weight for domain in recipe.domains.values())
-    yield "domains", not recipe.domains or weight > 0, "all domains have weight 0, so no prompt can be drawn"
+    yield (
+        "learner.zero_stage",
+        recipe.learner.zero_stage > 0 or model.dtype != "bfloat16",
+        "learner.zero_stage 0 trains float32 only; use stage 1, 2 or 3 with model.dtype bfloat16",
+    )
     yield (
         "prompts_per_step",
         recipe.prompts_per_step % n == 0,
@@ -198,6 +201,9 @@ def _vllm_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
 
 
 def _domain_rules(key: str, domain: Domain) -> Iterator[tuple[str, bool, str]]:
+    called = key.removeprefix("domains.")
+    is_free = "/" not in called and called != "mean"
+    yield key, is_free, f"a domain cannot be called '{called}': reward/{called} is another metric"
     for name in ("prompts", "eval_prompts"):
         source = getattr(domain, name)
         usable = isinstance(source, str | dict) or (name == "eval_prompts" and source is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 from rl.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +86,12 @@ def _read_jsonl(path: Path) -> list[Record]:
             raise DataError(f"{place}: is not UTF-8 ({error.reason} at byte {error.start})") from error
         except json.JSONDecodeError as error:
             raise DataError(f"{place}: is not JSON ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:  # numbers and nesting beyond Python's own limits
+            raise DataError(f"{place}: cannot be read ({error})") from error
         if not isinstance(fields, dict):
             raise DataError(f"{place}: must be a JSON object, not {_kind(fields)}")
+        if b"\\ud" in line.lower() and _SURROGATE.search(json.dumps(fields, ensure_ascii=False)):
+            raise DataError(f"{place}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
         records.append(Record(place=place, fields=fields))
     return records
 

@@ -199,8 +199,12 @@ class _JsonLines:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old one or all of this one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _number(name: str, value: Any) -> float | int | None:

@@ -54,6 +54,7 @@ class StepLog:
     def before(self, evaluation: Evaluation) -> None:
         """Step 0: the evaluation before training."""
         self._write({"step": 0, **evaluation.metrics()})
+        self._warn_of_unscored(0, evaluation)
         shown = evaluation.scored[: self.recipe.log_samples]
         self.run.log_samples(0, (self._trajectory(scored, 0.0, None) for scored in shown))
 
@@ -76,6 +77,8 @@ class StepLog:
         metrics |= values(result.metrics) | sync.metrics() | (evaluation.metrics() if evaluation else {})
         self._write(metrics)
         self._warn(step, tally, result)
+        if evaluation:
+            self._warn_of_unscored(step, evaluation)
         logged = list(_first(groups, advantages, self.recipe.log_samples))
         self.run.log_samples(
             step, (self._trajectory(one, advantage, result.learner_logprobs) for one, advantage in logged)
@@ -91,6 +94,12 @@ class StepLog:
         for skipped in result.skipped:
             names = ", ".join(skipped.sample_ids[:4])
             self.progress.warn(f"optimizer step {skipped.step} skipped: loss or gradient not finite; samples {names}")
+
+    def _warn_of_unscored(self, step: int, evaluation: Evaluation) -> None:
+        if evaluation.num_failed:
+            self.progress.warn(
+                f"evaluation at step {step}: {evaluation.num_failed} samples could not be scored and count as wrong"
+            )
 
     def _rollout_metrics(self, groups: Sequence[Group], tally: Tally) -> dict[str, float]:
         # Replaced groups count too: without them rewards would be those of the prompts that still tell siblings apart.
@@ -120,8 +129,7 @@ class StepLog:
     def _trajectory(self, scored: Scored, advantage: float, learned: Mapping[str, NDArray] | None) -> Trajectory:
         sample = scored.sample
         logprobs = (learned or {}).get(sample.id)
-        # Two groups of one prompt in a step share their samples' names; a stream of another length is not this one's.
-        known = logprobs is not None and len(logprobs) == len(sample)
+        known = logprobs is not None
         log_ratios = np.where(sample.sampled, logprobs - sample.rollout_logprobs, 0.0) if known else None
         return Trajectory(
             scored=scored,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ from rl.buffer import GroupBuffer
 from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
-from rl.errors import UserError
+from rl.errors import RunStopped, UserError
 from rl.evaluate import evaluate
 from rl.progress import Phase, Progress
 from rl.recipe import load_recipe, to_yaml
@@ -35,6 +36,8 @@ from rl.step_log import StepClock, StepLog
 from rl.sync import publish
 from rl.system import System, check_model, open_conversation, prepare_model, start
 from trainer.pack import pack
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory, progress: Progress) -> None:
@@ -157,16 +160,21 @@ def launch(recipe: Recipe, data: RunData) -> int:
     run = RunDirectory.create(f"{recipe.runs}/{recipe.name}", recipe=to_yaml(recipe))
     progress = Progress(recipe.name, steps=recipe.steps, supervised_steps=recipe.supervised.steps)
     try:
-        with run, progress:
-            asyncio.run(run_recipe(recipe, data, run, progress))
-    finally:
-        has_steps = run.metrics.exists() or run.supervised.exists()
-        if has_steps:
-            build_report(run.path)
-        if has_steps or run.status.status == FINISHED:
-            progress.summary(run)
-        else:
-            run.discard()
+        try:
+            with run, progress:
+                asyncio.run(run_recipe(recipe, data, run, progress))
+        finally:
+            has_steps = run.metrics.exists() or run.supervised.exists()
+            if has_steps:
+                build_report(run.path)
+            if has_steps or run.status.status == FINISHED:
+                progress.summary(run)
+            else:
+                run.discard()
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunStopped(f"{run.path} cannot be written: {error.strerror}") from error
     return 0
 
 

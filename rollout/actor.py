@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from model.hf import load_model
+from rl.errors import DataError
 from rollout.engine import Completion, EngineStats, Request
 from rollout.torch_engine import Finished, TorchEngine
 
@@ -35,9 +36,15 @@ class EngineActor:
         threads: int,
         version: int = 0,
     ) -> None:
-        """Loads a Hugging Face directory; `dtype` is a torch dtype's name, `threads` counts CPU threads."""
+        """Loads a Hugging Face directory; `dtype` is a torch dtype's name, `threads` counts CPU threads.
+
+        Raises DataError for a checkpoint that cannot be read, naming the tensor where it is one.
+        """
         torch.set_num_threads(threads)
-        module = load_model(model_path, dtype=getattr(torch, dtype), device=device)
+        try:
+            module = load_model(model_path, dtype=getattr(torch, dtype), device=device)
+        except (ValueError, OSError) as error:
+            raise DataError(f"the model in {model_path} cannot be loaded: {error}") from error
         self._engine = TorchEngine(module, max_num_seqs=max_num_seqs, max_context=max_context, version=version)
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:

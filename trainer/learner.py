@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ class StepResult:
 
     metrics: dict[str, Mean]
     skipped: tuple[SkippedStep, ...]
-    learner_logprobs: Mapping[str, NDArray]  # by sample: float32 [T], each just before its own optimizer step
+    learner_logprobs: Mapping[str, NDArray]
+    """By sample: float32 [T], each just before its own optimizer step; without samples of equal names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +123,20 @@ class Learner:
         return (await self._all("checksums"))[0]
 
     async def save_model(self, path: str | Path) -> None:
-        """Writes the current weights in Hugging Face layout."""
-        await self._all("save_model", Path(path).absolute())
+        """Writes the current weights in Hugging Face layout. Raises RunStopped when they cannot be written."""
+        await self._save("save_model", Path(path).absolute())
 
     async def save_checkpoint(self, directory: str | Path) -> None:
-        """Writes what a later run needs to go on exactly from here."""
-        await self._all("save_checkpoint", Path(directory).absolute())
+        """Writes what a later run needs to go on exactly from here; raises like :meth:`save_model`."""
+        await self._save("save_checkpoint", Path(directory).absolute())
+
+    async def _save(self, method: str, path: Path) -> None:
+        try:
+            await self._all(method, path)
+        except UserError:
+            raise
+        except RuntimeError as error:
+            raise RunStopped(f"{path} could not be written: {error}") from error
 
     async def load_checkpoint(self, directory: str | Path) -> None:
         """Goes on from :meth:`save_checkpoint`; comes right after :meth:`start` or :meth:`begin`."""
@@ -152,6 +162,9 @@ class Learner:
             else:
                 # What was measured may be as broken as the loss, so it stays out of the metrics.
                 skipped.append(self._skip(minibatch, steps))
+        # Two groups of one prompt share their samples' names: whose stream it is cannot be told then.
+        holders = Counter(name for minibatch in minibatches for name in minibatch.sample_ids)
+        logprobs = {name: stream for name, stream in logprobs.items() if holders[name] == 1}
         counts = {
             "tokens/trained": Mean(sum(minibatch.num_tokens for minibatch in minibatches), 1),
             "learn/skipped": Mean(len(skipped), 1),

@@ -141,13 +141,13 @@ class LearnerRank:
         dist.barrier()
 
     def save_checkpoint(self, directory: Path) -> None:
-        """Writes everything that the next step depends on."""
+        """Writes everything that the next step depends on; ``layout.json``, without which nothing loads, comes last."""
         directory.mkdir(parents=True, exist_ok=True)
         self.engine.save(directory)
         torch.save(_rng_states(), directory / f"rng_{self.rank}.pt")
+        dist.barrier()
         if self.rank == 0:
             (directory / "layout.json").write_text(json.dumps(self._layout()))
-        dist.barrier()
 
     def load_checkpoint(self, directory: Path) -> None:
         """Restores a checkpoint into a phase that has just begun.

@@ -1,4 +1,4 @@
-"""One Ray cluster for all runs of this folder that happen inside the test process."""
+"""The Ray cluster of runs that happen inside the test process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray.init(
         num_cpus=4,

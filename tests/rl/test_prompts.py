@@ -64,6 +64,8 @@ def test_jsonl(tmp_path):
         (b'{"prompt": "2+2?"', "is not JSON (Expecting ',' delimiter at column 18)"),
         (b'{"prompt": "\xff"}', "is not UTF-8"),
         (b"[1, 2]", "must be a JSON object, not a list"),
+        (b'{"prompt": "a", "answer": ["\\ud83d"]}', "holds half of a surrogate pair (\\ud800 to \\udfff)"),
+        (b'{"prompt": "a", "answer": ' + b"7" * 5000 + b"}", "cannot be read (Exceeds the limit"),
         ({"answer": "4"}, "has neither prompt nor messages"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "has both prompt and messages"),
         ({"prompt": "a", "anwser": "4"}, "unknown field 'anwser'; did you mean 'answer'?"),
@@ -86,6 +88,12 @@ def test_a_bad_line_is_named(tmp_path, row, problem):
     message = str(raised.value)
     assert message.startswith(f"{path} line 3: ") and "\n" not in message
     assert problem.split(" (")[0] in message
+
+
+def test_whole_surrogate_pairs_and_escaped_backslashes_are_characters(tmp_path):
+    path = write(tmp_path / "p.jsonl", b'{"prompt": "\\ud83d\\ude00"}', b'{"prompt": "\\\\ud800"}')
+    contents = [prompt.messages[0]["content"] for prompt in load(path)]
+    assert contents == ["\N{GRINNING FACE}", "\\ud800"]
 
 
 def test_two_system_messages_are_an_error(tmp_path):

@@ -214,7 +214,10 @@ def test_mistakes_inside_domains_and_models(write, change, sentence):
         (["rollout.tensor_parallel=2"], "the torch engine runs in one process"),
         (["supervised.steps=5"], "supervised.demonstrations names nothing to learn from"),
         (["supervised.dense_warmup_steps=5"], "supervised.dense_warmup_steps is 5, but supervised.steps is 0"),
-        (["domains.math.weight=0"], "all domains have weight 0"),
+        (["domains.math.weight=0"], "domains.math.weight is 0.0; it must be above 0"),
+        (["domains.mean=${domains.math}"], "a domain cannot be called 'mean': reward/mean is another metric"),
+        (["domains.math/format=${domains.math}"], "a domain cannot be called 'math/format': reward/math/format is"),
+        (["learner.zero_stage=0", "model.dtype=bfloat16"], "learner.zero_stage 0 trains float32 only"),
         (["domains.math.rewards=[]"], "domains.math.rewards is empty"),
         (
             ["domains.math.rewards.0.weight=0", "domains.math.rewards.1.weight=0"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -176,12 +176,12 @@ def test_a_policy_that_has_mastered_every_prompt_still_ends_its_run(tmp_path: Pa
 
 
 def test_a_generation_that_raises_ends_the_rollouts(tmp_path: Path):
+    class Dead(Scripted):
+        async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
+            raise RunStopped("engine 0 of 1 died during generate")
+
     rig = Rig(tmp_path, by_index)
-
-    async def generate(*_: Any) -> list[Sample]:
-        raise RunStopped("engine 0 of 1 died during generate")
-
-    rig.system.generate = generate
+    rig.rollouts.system = cast(System, Dead(by_index))
     with pytest.raises(BaseExceptionGroup) as stopped:
         rig.take(1)
     assert str(first_error(stopped.value)) == "engine 0 of 1 died during generate"

@@ -19,7 +19,7 @@ from rl.sample import Kept, Prompt, Sample, Status
 from rl.train import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-REWARDS = "tests.rl.tiny_runs"
+REWARDS = "tests.rl.tiny_rewards"
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -60,34 +60,6 @@ RECIPE: dict[str, Any] = {
     "learner": {"micro_tokens": 256, "lr": 1.0e-2},
     "log_samples": 6,
 }
-
-
-def evenness(sample: Sample) -> float:
-    """Share of even ids among the sampled tokens: a reward that differs between siblings from the first step on."""
-    return float(np.mean(sample.token_ids[sample.sampled] % 2 == 0))
-
-
-def constant(sample: Sample) -> float:
-    return 1.0
-
-
-def raises(sample: Sample) -> float:
-    raise KeyError("no rubric for this")
-
-
-def hangs(sample: Sample) -> float:
-    while True:
-        pass
-
-
-def overflows(sample: Sample) -> float:
-    """Finite, but no float32 holds the advantages that follow."""
-    return 1e300 * sample.index
-
-
-def says_the_prompt(prompt: Prompt, rng: np.random.Generator) -> dict[str, str]:
-    """A demonstration that repeats the question."""
-    return {"content": str(prompt.messages[-1]["content"])}
 
 
 @dataclass(frozen=True, slots=True)

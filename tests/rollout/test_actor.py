@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model import save_model
 from rl.errors import DataError
@@ -94,3 +95,11 @@ def test_a_refused_request_and_a_failing_step_leave_the_engine_usable(load_actor
     (expected,) = TorchEngine(make_model(0), max_num_seqs=4, max_context=96).generate([make_request("x")])
     np.testing.assert_array_equal(completion.token_ids, expected.token_ids)
     assert set(completion.versions.tolist()) == {2}
+
+
+def test_a_checkpoint_without_a_tensor_is_the_users_to_mend(load_actor, tmp_path):
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(DataError, match=r"tensor model\.norm\.weight is missing"):
+        asyncio.run(load_actor())

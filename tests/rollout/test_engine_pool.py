@@ -124,6 +124,6 @@ def test_groups_updates_aborts_and_a_dying_engine(cluster, model_path, make_mode
 def test_a_model_that_cannot_be_loaded_is_one_sentence(cluster, model_path):
     (model_path / "model.safetensors").unlink()
     recipe = Recipe(name="pool", model=Model(path=str(model_path), max_context=96))
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(DataError) as raised:  # ValueError would reach the user as a traceback
         asyncio.run(EnginePool.start(recipe, model_path))
     assert str(model_path) in str(raised.value) and "\n" not in str(raised.value)

@@ -19,10 +19,12 @@ from rl.config import Recipe
 from rl.errors import DataError, RecipeError, RunStopped
 from rl.metrics import values
 from tests.trainer.samples import advantages_of, groups_of, tiny_recipe
+from trainer.deepspeed_engine import StepOutcome
 from trainer.learner import Learner, StepResult
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
-from trainer.supervised import Demonstration, cold_start
+from trainer.step import RankStep
+from trainer.supervised import Demonstration, cold_start, pack_demonstrations
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,6 +160,28 @@ def test_silent_ranks_and_a_dead_one_are_named(model_dir: Path):
 def test_ranks_that_the_cluster_has_no_room_for_are_refused_at_once(model_dir: Path):
     with pytest.raises(RecipeError, match=r"learner\.ranks 3 .* need 6 CPUs, but the Ray cluster has 2"):
         asyncio.run(Learner.start(tiny_recipe(ranks=3, threads=2), model_dir))
+
+
+def test_ranks_without_a_gpu_each_are_refused_where_there_are_gpus(model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(RecipeError, match=r"learner\.ranks 2 need a GPU each, but the Ray cluster has 1"):
+        asyncio.run(Learner.start(tiny_recipe(ranks=2), model_dir))
+
+
+def test_streams_of_samples_that_share_a_name_are_left_out():
+    def minibatch(*names: str) -> Minibatch:
+        token_ids, trained = np.arange(4, dtype=np.int32), np.arange(4) > 1
+        shown = [Demonstration(id=name, token_ids=token_ids, trained=trained) for name in names]
+        return pack_demonstrations(shown, ranks=1, micro_tokens=64)
+
+    def done(*names: str) -> RankStep:
+        outcome = StepOutcome(applied=True, grad_norm=1.0, lr=1.0)
+        streams = {f"{name}#0": np.zeros(4, np.float32) for name in names}
+        return RankStep(outcome=outcome, loss=1.0, metrics={}, learner_logprobs=streams)
+
+    learner = Learner(tiny_recipe(), [], timeout_s=1.0)
+    result = learner._result([minibatch("a", "b", "b"), minibatch("a", "c")], [[done("a", "b"), done("a", "c")]])
+    assert set(result.learner_logprobs) == {"c#0"}
 
 
 def test_a_model_that_is_not_there_is_the_users_to_mend(tmp_path: Path):

@@ -189,6 +189,23 @@ def test_a_checkpoint_of_another_layout_is_refused(sole_rank: MakeRank, model_di
         other.load_checkpoint(tmp_path / "elsewhere")
 
 
+def test_a_checkpoint_counts_only_once_every_rank_has_written_its_part(
+    sole_rank: MakeRank, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rank = sole_rank(tiny_recipe())
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    seen: list[set[str]] = []
+
+    def wait_for_the_others(**_: object) -> None:
+        seen.append({path.name for path in tmp_path.iterdir()})
+
+    monkeypatch.setattr("trainer.rank.dist.barrier", wait_for_the_others)
+    rank.save_checkpoint(tmp_path)
+    assert {"state", "rng_0.pt"} <= seen[-1]
+    assert not any("layout.json" in names for names in seen)
+    assert (tmp_path / "layout.json").is_file()
+
+
 def demonstrations(num: int) -> list[Demonstration]:
     """Sequences that count upwards, which a model can learn."""
     made = []

@@ -1,0 +1,91 @@
+"""Accuracy on prompts that are never trained on, with engines and rewards whose answers the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from rewards.pool import Failure
+from rl.config import Recipe
+from rl.evaluate import accuracy, evaluate, is_accurate
+from rl.sample import Prompt, Sample, Scored
+from rl.system import System
+from tests.rl.tiny_runs import make_prompt, make_sample, tiny_recipe
+
+
+class Graded:
+    """Sample n of prompt p is right when n < int(p), and cannot be scored when the prompt is ``broken``."""
+
+    def __init__(self) -> None:
+        self.rewards = self
+        self.asked: dict[str, list[int]] = {}
+
+    async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
+        self.asked[prompt.id] = list(seeds)
+        return [make_sample(prompt, index) for index in range(len(seeds))]
+
+    async def score_group(self, samples: Sequence[Sample]) -> list[Scored | Failure]:
+        return [self._score(sample) for sample in samples]
+
+    def _score(self, sample: Sample) -> Scored | Failure:
+        name = sample.prompt.id.split("/")[1]
+        if name == "broken":
+            return Failure(sample=sample, reward="evenness", reason="raised KeyError")
+        right = float(sample.index < int(name))
+        return Scored(sample=sample, reward=right - 0.1, parts={"evenness": right, "format": 1.0})
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return tiny_recipe(
+        tmp_path,
+        "evaluation={num_prompts: 3, samples_per_prompt: 4}",
+        "domains.other={thinking: false, group_size: 2, rewards: [{use: format}, {use: 'x:y', name: evenness}]}",
+        "domains.other.prompts=${domains.sums.prompts}",
+    )
+
+
+def test_what_cannot_be_scored_counts_as_wrong(recipe: Recipe):
+    prompts = [make_prompt("4"), make_prompt("1"), make_prompt("broken"), make_prompt("0", domain="other")]
+    system = Graded()
+    evaluation = asyncio.run(evaluate(recipe, prompts, cast(System, system)))
+    # "other" is judged by its own first reward, which is 1 for every sample.
+    assert evaluation.accuracy == {"sums": (4 + 1 + 0) / 12, "other": 1.0}
+    assert evaluation.metrics() == {"eval/sums": 5 / 12, "eval/other": 1.0}
+    assert evaluation.num_failed == 4
+    assert len(evaluation.scored) == 12
+
+
+def test_two_evaluations_of_a_run_draw_with_the_same_seeds(recipe: Recipe):
+    prompts = [make_prompt("1"), make_prompt("2")]
+    first, second = Graded(), Graded()
+    for system in (first, second):
+        asyncio.run(evaluate(recipe, prompts, cast(System, system)))
+    assert first.asked == second.asked
+    seeds = [seed for seeds in first.asked.values() for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 8
+
+
+def test_a_domain_without_evaluation_prompts_has_no_accuracy(recipe: Recipe):
+    evaluation = asyncio.run(evaluate(recipe, [make_prompt("4")], cast(System, Graded())))
+    assert evaluation.accuracy == {"sums": 1.0}
+
+
+@pytest.mark.parametrize(("value", "right"), [(1.0, True), (1.5, True), (0.999, False), (0.0, False)])
+def test_a_sample_is_right_when_its_first_reward_reaches_1(recipe: Recipe, value: float, right: bool):
+    scored = Scored(sample=make_sample(make_prompt("1")), reward=7.0, parts={"evenness": value, "format": 0.0})
+    assert is_accurate(recipe, scored) is right
+
+
+def test_accuracy_is_per_domain(recipe: Recipe):
+    def scored(domain: str, value: float) -> Scored:
+        sample = make_sample(make_prompt("1", domain=domain))
+        return Scored(sample=sample, reward=0.0, parts={"evenness": value, "format": value})
+
+    outcomes = [scored("sums", 1.0), scored("sums", 0.0), scored("sums", 0.5), scored("other", 1.0)]
+    assert accuracy(recipe, outcomes) == {"sums": pytest.approx(1 / 3), "other": 1.0}
+    assert accuracy(recipe, []) == {}

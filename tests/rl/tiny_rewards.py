@@ -1,0 +1,31 @@
+"""Rewards and demonstrations of the tiny runs, in a module that workers import quickly."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rl.sample import Prompt, Sample
+
+
+def evenness(sample: Sample) -> float:
+    """Share of even ids among the sampled tokens: a reward that differs between siblings from the first step on."""
+    return float(np.mean(sample.token_ids[sample.sampled] % 2 == 0))
+
+
+def raises(sample: Sample) -> float:
+    raise KeyError("no rubric for this")
+
+
+def hangs(sample: Sample) -> float:
+    while True:
+        pass
+
+
+def overflows(sample: Sample) -> float:
+    """Finite, but no float32 holds the advantages that follow."""
+    return 1e300 * sample.index
+
+
+def says_the_prompt(prompt: Prompt, rng: np.random.Generator) -> dict[str, str]:
+    """A demonstration that repeats the question."""
+    return {"content": str(prompt.messages[-1]["content"])}
