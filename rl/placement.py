@@ -35,11 +35,12 @@ def gpu_shares(recipe: Recipe, num_gpus: float) -> GpuShares:
     shared = vllm and recipe.placement == Placement.shared
     shares = GpuShares(rank=0.5, engine=0.5) if shared else GpuShares(rank=1, engine=rollout.tensor_parallel * vllm)
     needed = ranks * shares.rank + rollout.engines * shares.engine
+    if needed > num_gpus and not vllm:
+        raise RecipeError(f"learner.ranks {ranks} need a GPU each, but the Ray cluster has {num_gpus:g}")
     if needed > num_gpus:
-        engines = f" and rollout.engines {rollout.engines} x tensor_parallel {rollout.tensor_parallel}" if vllm else ""
-        hint = "; placement=shared puts a rank and an engine on one GPU" if vllm and not shared else ""
+        hint = "" if shared else "; placement=shared puts a rank and an engine on one GPU"
         raise RecipeError(
-            f"placement: learner.ranks {ranks}{engines} need {needed:g} GPUs, but the Ray cluster has "
-            f"{num_gpus:g}{hint}"
+            f"placement: learner.ranks {ranks} and rollout.engines {rollout.engines} x tensor_parallel "
+            f"{rollout.tensor_parallel} need {needed:g} GPUs, but the Ray cluster has {num_gpus:g}{hint}"
         )
     return shares

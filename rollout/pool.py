@@ -160,9 +160,7 @@ class EnginePool:
 def _torch_engines(recipe: Recipe, device: str) -> list[tuple[Any, dict[str, Any]]]:
     """One embedded engine an actor, with what its ``load`` takes."""
     rollout, model = recipe.rollout, recipe.model
-    actor = ray.remote(EngineActor).options(
-        max_concurrency=_MAX_CONCURRENT_CALLS, num_gpus=0 if device == "cpu" else 1
-    )
+    actor = ray.remote(EngineActor).options(max_concurrency=_MAX_CONCURRENT_CALLS, num_gpus=0 if device == "cpu" else 1)
     arguments = {
         "dtype": model.dtype,
         "device": device,

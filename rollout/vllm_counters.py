@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import StatLoggerBase  # pyright: ignore[reportMissingImports]
 
 
 class StepCounters(StatLoggerBase):
@@ -26,7 +26,7 @@ class StepCounters(StatLoggerBase):
         if iteration_stats is not None:
             self.num_steps += 1
             self.num_generated_tokens += iteration_stats.num_generation_tokens
-            self.num_prefilled_tokens += iteration_stats.num_prompt_tokens
+            self.num_prefilled_tokens += iteration_stats.prompt_token_stats.computed
 
     def log_engine_initialized(self) -> None:
         pass

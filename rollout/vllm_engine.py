@@ -70,6 +70,11 @@ class VllmEngineActor:
         with torch.device("meta"):
             names = DeepseekV32(config).state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in names.items()}
+        from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
+            WeightTransferInitRequest,
+        )
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"packed": False}))
         await self._relabel(version)
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -137,9 +142,9 @@ class VllmEngineActor:
             self._engine = None
 
     async def _generate(self, request: Request) -> Completion:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
 
         sampling = SamplingParams(
             **sampling_arguments(request, self._recording), output_kind=RequestOutputKind.FINAL_ONLY
@@ -167,7 +172,7 @@ class VllmEngineActor:
 
     async def _send(self, bucket: Mapping[str, torch.Tensor]) -> None:
         """One bucket into the worker that shares this process's GPU."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # pyright: ignore[reportMissingImports]
 
         on_gpu = {name: tensor.to("cuda") for name, tensor in bucket.items()}
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=transfer_info(on_gpu)))
@@ -185,8 +190,8 @@ def _start(model_path: str, settings: EngineSettings) -> tuple[StepCounters, Any
     if not torch.cuda.is_available():
         raise RecipeError("rollout.engine: vllm needs a GPU, but its process sees none; use rollout.engine=torch")
     try:
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
         from rollout.vllm_counters import StepCounters
     except ModuleNotFoundError as error:
@@ -198,6 +203,7 @@ def _start(model_path: str, settings: EngineSettings) -> tuple[StepCounters, Any
         skip_tokenizer_init=True,
         generation_config="vllm",  # the directory's own would add stop tokens
         dtype=settings.dtype,
+        hf_overrides={"moe_router_dtype": "float32"},  # as the learner routes; else in bfloat16
         seed=settings.seed,
         max_model_len=settings.max_context,
         max_num_seqs=settings.max_num_seqs,

@@ -41,14 +41,17 @@ def read_back(
         yield name, tensor
 
 
-def _find(
-    live: Mapping[str, torch.Tensor], name: str, shapes: Mapping[str, Sequence[int]]
-) -> torch.Tensor | None:
+def _find(live: Mapping[str, torch.Tensor], name: str, shapes: Mapping[str, Sequence[int]]) -> torch.Tensor | None:
     path, _, kind = name.rpartition(".")
     owner, _, module = path.rpartition(".")
     if module == "experts":
-        held = [key for key in live if key.startswith(f"{path}.") and key.endswith(f".{_EXPERTS[kind]}")]
-        return live[held[0]] if len(held) == 1 else None
+        # The module in between has had several names, and more than one at a time.
+        held = {
+            tensor.data_ptr(): tensor
+            for key, tensor in live.items()
+            if key.startswith(f"{path}.") and key.endswith(f".{_EXPERTS[kind]}")
+        }
+        return next(iter(held.values())) if len(held) == 1 else None
     if module in _PADDED and name in live:
         return live[name][: shapes[name][0]]
     if module in _FUSED and name not in live:

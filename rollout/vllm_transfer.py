@@ -20,7 +20,7 @@ def transfer_info(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """
     named = [pair for name, tensor in tensors.items() for pair in split_experts(name, tensor.contiguous())]
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    handles = [{uuid: reduce_tensor(tensor)} for _, tensor in named]
+    handles = [{uuid: reduce_tensor(tensor)[1]} for _, tensor in named]  # vLLM knows which function rebuilds them
     return {
         "names": [name for name, _ in named],
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in named],

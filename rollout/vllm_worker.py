@@ -25,13 +25,14 @@ class WeightReader:
         verified, when the matrices that decoding uses were not made of it.
         """
         model = self.model_runner.get_model()
-        live = dict(model.named_parameters()) | dict(model.named_buffers())
+        # With duplicates: a module that two others hold has a name in each.
+        live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         shapes = {name: shape for name, (shape, _) in tensors.items()}
         sums = {}
         for name, tensor in read_back(live, shapes):
             sums |= checksums([(name, tensor.to(getattr(torch, tensors[name][1])))])
         for name, module in model.named_modules():
-            if isinstance(getattr(module, "W_UK_T", None), torch.Tensor):
-                if not absorbed(module.kv_b_proj.weight, module.W_UK_T, module.W_UV):
-                    sums.pop(f"{name.removesuffix('.mla_attn')}.kv_b_proj.weight", None)
+            absorbs = isinstance(getattr(module, "W_UK_T", None), torch.Tensor)
+            if absorbs and not absorbed(module.kv_b_proj.weight, module.W_UK_T, module.W_UV):
+                sums.pop(f"{name}.kv_b_proj.weight", None)
         return sums

@@ -32,8 +32,12 @@ def test_shares(asked: Recipe, num_gpus: int, shares: GpuShares):
     ("asked", "num_gpus", "sentence"),
     [
         (recipe(), 0, "rollout.engine: vllm needs a GPU, but the Ray cluster has none"),
-        (recipe(), 1, "learner.ranks 1 and rollout.engines 1 x tensor_parallel 1 need 2 GPUs, but .* has 1; placement="),
-        (recipe(EngineKind.torch, ranks=4), 2, "learner.ranks 4 need 4 GPUs, but the Ray cluster has 2$"),
+        (
+            recipe(),
+            1,
+            "learner.ranks 1 and rollout.engines 1 x tensor_parallel 1 need 2 GPUs, but .* has 1; placement=",
+        ),
+        (recipe(EngineKind.torch, ranks=4), 2, "learner.ranks 4 need a GPU each, but the Ray cluster has 2$"),
         (recipe(engines=2, tensor_parallel=4), 8, "need 9 GPUs, but the Ray cluster has 8"),
     ],
 )

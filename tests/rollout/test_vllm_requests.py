@@ -118,9 +118,9 @@ def test_seeds_and_lengths_stay_in_range(make_request, recording):
 
 
 def test_requests_that_vllm_would_misread(make_request, recording):
-    with pytest.raises(DataError, match="request long: the prompt has 96 tokens .* holds 96"):
+    with pytest.raises(DataError, match=r"request long: the prompt has 96 tokens .* holds 96"):
         check_request(make_request("long", length=96), recording)
-    with pytest.raises(DataError, match="request cold: sampling.temperature is 0.001, but vLLM samples at 0.01 to 2"):
+    with pytest.raises(DataError, match=r"request cold: sampling.temperature is 0.001, but vLLM samples at 0.01 to 2"):
         check_request(make_request("cold", temperature=0.001), recording)
     request = make_request("foreign", length=3)
     request.token_ids[1] = 264
