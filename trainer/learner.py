@@ -65,11 +65,11 @@ class Learner:
         recipe: Recipe,
         model_dir: str | Path,
         *,
-        phase: Phase = Phase.REINFORCEMENT,
+        phase: Phase | None = Phase.REINFORCEMENT,
         timeout_s: float = 1800.0,
         start_timeout_s: float = 300.0,
     ) -> Learner:
-        """Starts the ranks and begins a phase from the weights in ``model_dir``.
+        """Starts the ranks and begins a phase from the weights in ``model_dir``; with None, that is left to the caller.
 
         ``timeout_s`` bounds every later call, and how long a rank waits for the others inside one.
 
@@ -84,7 +84,8 @@ class Learner:
             host = LOOPBACK if _one_node() else ray.util.get_node_ip_address()
             port = await learner._one(0, "open_store", host)
             await learner._all("join", host, port, timeout_s)
-            await learner.begin(phase, model_dir)
+            if phase is not None:
+                await learner.begin(phase, model_dir)
         except BaseException:
             learner.close()
             raise
