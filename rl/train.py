@@ -168,7 +168,7 @@ def launch(recipe: Recipe, data: RunData) -> int:
         finally:
             has_steps = run.metrics.exists() or run.supervised.exists()
             if has_steps:
-                build_report(run.path)
+                write_report(run, progress)
             if has_steps or run.status.status == FINISHED:
                 progress.summary(run)
             else:
@@ -178,6 +178,14 @@ def launch(recipe: Recipe, data: RunData) -> int:
             raise
         raise RunStopped(f"{run.path} cannot be written: {error.strerror}") from error
     return 0
+
+
+def write_report(run: RunDirectory, progress: Progress) -> None:
+    """A report that cannot be made is worth a warning; it must not hide how the run itself ended."""
+    try:
+        build_report(run.path)
+    except (UserError, OSError) as error:
+        progress.warn(f"the report was not written: {error}")
 
 
 if __name__ == "__main__":
