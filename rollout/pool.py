@@ -46,8 +46,9 @@ class EnginePool:
         rollout, model = recipe.rollout, recipe.model
         if rollout.engine != EngineKind.torch:
             raise RecipeError(f"rollout.engine: {rollout.engine} is not available; use torch")
+        _check_room(recipe)
         actor = ray.remote(EngineActor).options(
-            max_concurrency=_MAX_CONCURRENT_CALLS, num_gpus=0 if device == "cpu" else 1
+            max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=0 if device == "cpu" else 1
         )
         pool = cls(
             [actor.remote() for _ in range(rollout.engines)],
@@ -147,3 +148,16 @@ class EnginePool:
             if isinstance(error.cause, FloatingPointError):
                 raise RunStopped(f"{name} cannot generate: {error.cause}") from error
             raise error.cause from error
+
+
+def _check_room(recipe: Recipe) -> None:
+    """Raises RecipeError where engines and learner together need more CPUs than there are: Ray would wait for ever."""
+    rollout, learner = recipe.rollout, recipe.learner
+    needed = rollout.engines * rollout.threads + learner.ranks * learner.threads
+    room = ray.cluster_resources().get("CPU", 0)
+    if needed > room:
+        raise RecipeError(
+            f"rollout.engines {rollout.engines} with rollout.threads {rollout.threads} and learner.ranks "
+            f"{learner.ranks} with learner.threads {learner.threads} need {needed} CPUs, but the Ray cluster has "
+            f"{room:.0f}"
+        )
