@@ -16,12 +16,12 @@ from rl.run_directory import RunDirectory
 from rl.system import System
 from rollout.conversation import Conversation
 from rollout.engine import check_window
-from trainer.supervised import Demonstration, cold_start
+from trainer.supervised import EncodedDemonstration, cold_start
 
 
 async def run_cold_start(
     recipe: Recipe,
-    demonstrations: Sequence[Demonstration],
+    demonstrations: Sequence[EncodedDemonstration],
     system: System,
     model_dir: Path,
     run: RunDirectory,
@@ -43,7 +43,7 @@ async def run_cold_start(
     system.conversation.tokenizer.save_pretrained(run.path / "cold_start")
 
 
-def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversation) -> list[Demonstration]:
+def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversation) -> list[EncodedDemonstration]:
     """Raises DataError naming the demonstration that cannot be encoded or does not fit the window."""
     encoded = []
     for demonstration in data.demonstrations:
@@ -57,13 +57,13 @@ def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversat
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         check_window(name, len(token_ids) - 1, recipe.model.max_context)
-        encoded.append(Demonstration(id=demonstration.prompt.id, token_ids=token_ids, trained=trained))
+        encoded.append(EncodedDemonstration(id=demonstration.prompt.id, token_ids=token_ids, trained=trained))
     return encoded
 
 
 def shuffled_batches(
-    demonstrations: Sequence[Demonstration], batch_size: int, *, seed: int
-) -> Iterator[list[Demonstration]]:
+    demonstrations: Sequence[EncodedDemonstration], batch_size: int, *, seed: int
+) -> Iterator[list[EncodedDemonstration]]:
     """Batches for ever, epoch after epoch, each epoch in an order of its own."""
     order: list[int] = []
     for epoch in range(1 << 62):

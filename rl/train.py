@@ -27,7 +27,7 @@ from rl.config import Recipe
 from rl.data import RunData, load_data
 from rl.errors import RunStopped, UserError
 from rl.evaluate import evaluate
-from rl.progress import Phase, Progress
+from rl.progress import Progress, Stage
 from rl.recipe import load_recipe, to_yaml
 from rl.report import build_report
 from rl.rollouts import Rollouts
@@ -91,16 +91,16 @@ async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress:
     demonstrations = encode_demonstrations(recipe, data, conversation)
     async with start(recipe, model_dir, conversation) as system:
         if recipe.supervised.steps:
-            progress.enter(Phase.COLD_START)
+            progress.enter(Stage.COLD_START)
             await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
         await publish(system.learner, system.pool, version=0)
         if data.evaluation:
-            progress.enter(Phase.EVALUATING)
+            progress.enter(Stage.EVALUATING)
             before = await evaluate(recipe, data.evaluation, system)
             StepLog(recipe, conversation, run, progress).before(before)
-        progress.enter(Phase.TRAINING)
+        progress.enter(Stage.TRAINING)
         await train(recipe, data, system, run, progress)
-        progress.enter(Phase.SAVING)
+        progress.enter(Stage.SAVING)
         await system.learner.save_model(run.model)
         conversation.tokenizer.save_pretrained(run.model)
 

@@ -20,7 +20,7 @@ from trainer.pack import Minibatch
 from trainer.phase import Phase
 from trainer.rank import LOOPBACK, LearnerRank
 from trainer.step import RankStep
-from trainer.supervised import Demonstration, pack_demonstrations
+from trainer.supervised import EncodedDemonstration, pack_demonstrations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ class Learner:
         shares = [([minibatch.share(rank) for minibatch in minibatches],) for rank in range(len(self._actors))]
         return self._result(minibatches, await self._each("step", shares))
 
-    async def supervised_step(self, demonstrations: Sequence[Demonstration]) -> StepResult:
+    async def supervised_step(self, demonstrations: Sequence[EncodedDemonstration]) -> StepResult:
         """One optimizer step over demonstrations; raises like :meth:`step`."""
         minibatch = pack_demonstrations(
             demonstrations, ranks=len(self._actors), micro_tokens=self.recipe.learner.micro_tokens

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
+class EncodedDemonstration:
     """A conversation to imitate, already encoded."""
 
     id: str
@@ -41,14 +41,14 @@ class Demonstration:
             raise DataError(f"demonstration {self.id} must have a trained token, and not as its first one")
 
 
-def pack_demonstrations(demonstrations: Sequence[Demonstration], *, ranks: int, micro_tokens: int) -> Minibatch:
+def pack_demonstrations(demonstrations: Sequence[EncodedDemonstration], *, ranks: int, micro_tokens: int) -> Minibatch:
     """One optimizer step over all of them."""
     return pack_step(
         [WeightedSample(sample=_as_sample(one)) for one in demonstrations], ranks=ranks, micro_tokens=micro_tokens
     )
 
 
-def _as_sample(demonstration: Demonstration) -> Sample:
+def _as_sample(demonstration: EncodedDemonstration) -> Sample:
     """To the packer a demonstration is a sample that someone else wrote: no log-probabilities, no versions."""
     length = len(demonstration.token_ids)
     return Sample(
@@ -90,7 +90,7 @@ def supervised_step(
 async def cold_start(
     learner: Learner,
     settings: Supervised,
-    batches: Iterator[Sequence[Demonstration]],
+    batches: Iterator[Sequence[EncodedDemonstration]],
     *,
     model_dir: Path,
     out_dir: Path,
