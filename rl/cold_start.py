@@ -16,7 +16,8 @@ from rl.run_directory import RunDirectory
 from rl.system import System
 from rollout.conversation import Conversation
 from rollout.engine import check_window
-from trainer.supervised import EncodedDemonstration, cold_start
+from trainer.learner import cold_start
+from trainer.supervised import EncodedDemonstration
 
 
 async def run_cold_start(

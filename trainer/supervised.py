@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-from rl.config import Supervised
 from rl.errors import DataError
 from rl.metrics import Mean, merge
 from rl.sample import NDArray, Prompt, Sample
@@ -19,9 +17,6 @@ from trainer.pack import Minibatch, WeightedSample, pack_step
 from trainer.phase import Phase
 from trainer.policy import PackedTokens
 from trainer.step import RankStep, indexer_term
-
-if TYPE_CHECKING:
-    from trainer.learner import Learner, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,30 +80,3 @@ def supervised_step(
         total += float(loss.detach())
         tallies.append(tally)
     return RankStep(outcome=engine.step(), loss=total, metrics=merge(tallies), suspects=tuple(suspects))
-
-
-async def cold_start(
-    learner: Learner,
-    settings: Supervised,
-    batches: Iterator[Sequence[EncodedDemonstration]],
-    *,
-    model_dir: Path,
-    out_dir: Path,
-) -> AsyncIterator[StepResult]:
-    """Trains ``settings.steps`` steps from ``model_dir``; the first ``dense_warmup_steps`` train the indexer alone.
-
-    Yields the result of every step. At the end the weights are in ``out_dir`` and the learner is ready for RL from
-    there, with a fresh optimizer.
-    """
-    for phase, steps in (
-        (Phase.INDEXER_WARMUP, min(settings.dense_warmup_steps, settings.steps)),
-        (Phase.SUPERVISED, max(0, settings.steps - settings.dense_warmup_steps)),
-    ):
-        if not steps:
-            continue
-        await learner.begin(phase, model_dir)
-        for _ in range(steps):
-            yield await learner.supervised_step(next(batches))
-        await learner.save_model(out_dir)
-        model_dir = out_dir
-    await learner.begin(Phase.REINFORCEMENT, model_dir)

@@ -20,11 +20,11 @@ from rl.errors import DataError, RecipeError, RunStopped
 from rl.metrics import values
 from tests.trainer.samples import advantages_of, groups_of, tiny_recipe
 from trainer.deepspeed_engine import StepOutcome
-from trainer.learner import Learner, StepResult
+from trainer.learner import Learner, StepResult, cold_start
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
 from trainer.step import RankStep
-from trainer.supervised import EncodedDemonstration, cold_start, pack_demonstrations
+from trainer.supervised import EncodedDemonstration, pack_demonstrations
 
 
 @pytest.fixture(scope="module", autouse=True)
