@@ -1,4 +1,4 @@
-"""The cold start: next-token training on demonstrations before RL, and the indexer's dense warm-up before that."""
+"""Supervised steps on demonstrations: the cold start before RL, and the indexer's dense warm-up before that."""
 
 from __future__ import annotations
 
