@@ -147,6 +147,7 @@ def join_cluster(recipe: Recipe) -> None:
         return
     threads = recipe.learner.ranks * recipe.learner.threads + recipe.rollout.engines * recipe.rollout.threads
     ray.init(
+        address="local",  # a cluster that happens to run here is joined only when RAY_ADDRESS names it
         # Threads are what an actor is given on this machine; more actors than cores share them.
         num_cpus=max(threads, os.cpu_count() or 1),
         include_dashboard=False,
