@@ -18,7 +18,7 @@ from rollout.pool import EnginePool
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=3, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
