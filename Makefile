@@ -22,14 +22,14 @@ install: $(VENV)/.installed
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
 		{ echo "Keel needs Python 3.11 or 3.12; name one with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
-	@command -v cc >/dev/null || \
-		{ echo "Keel needs a C compiler: pycosat, a dependency of reasoning_gym, is built from source (apt-get install gcc)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # deepspeed's build reads the torch that is installed, so torch goes first.
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "$$(sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)"
 	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['tool']['keel']['without-requirements'])" \
+		| xargs $(BIN)/python -m pip install --quiet --no-deps
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed

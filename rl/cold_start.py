@@ -16,12 +16,13 @@ from rl.run_directory import RunDirectory
 from rl.system import System
 from rollout.conversation import Conversation
 from rollout.engine import check_window
-from trainer.supervised import Demonstration, cold_start
+from trainer.learner import cold_start
+from trainer.supervised import EncodedDemonstration
 
 
 async def run_cold_start(
     recipe: Recipe,
-    demonstrations: Sequence[Demonstration],
+    demonstrations: Sequence[EncodedDemonstration],
     system: System,
     model_dir: Path,
     run: RunDirectory,
@@ -43,11 +44,13 @@ async def run_cold_start(
     system.conversation.tokenizer.save_pretrained(run.path / "cold_start")
 
 
-def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversation) -> list[Demonstration]:
+def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversation) -> list[EncodedDemonstration]:
     """Raises DataError naming the demonstration that cannot be encoded or does not fit the window."""
     encoded = []
     for demonstration in data.demonstrations:
         name = f"demonstration for {demonstration.prompt.id}"
+        if demonstration.prompt.tools:
+            raise DataError(f"{name}: tools are not supported in conversations yet; remove the field")
         try:
             token_ids, trained = conversation.encode_demonstration(
                 demonstration.messages, thinking=demonstration.prompt.thinking
@@ -55,13 +58,13 @@ def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversat
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         check_window(name, len(token_ids) - 1, recipe.model.max_context)
-        encoded.append(Demonstration(id=demonstration.prompt.id, token_ids=token_ids, trained=trained))
+        encoded.append(EncodedDemonstration(id=demonstration.prompt.id, token_ids=token_ids, trained=trained))
     return encoded
 
 
 def shuffled_batches(
-    demonstrations: Sequence[Demonstration], batch_size: int, *, seed: int
-) -> Iterator[list[Demonstration]]:
+    demonstrations: Sequence[EncodedDemonstration], batch_size: int, *, seed: int
+) -> Iterator[list[EncodedDemonstration]]:
     """Batches for ever, epoch after epoch, each epoch in an order of its own."""
     order: list[int] = []
     for epoch in range(1 << 62):

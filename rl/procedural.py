@@ -18,7 +18,7 @@ from rl.plugin import describe
 
 
 @cache
-def _library() -> ModuleType:
+def library() -> ModuleType:
     """reasoning_gym's factory module, which knows every task and its configuration."""
     # pycosat needs a C compiler to install and only zebra puzzles solve with it, so the import must not depend on it.
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
@@ -53,7 +53,7 @@ def entries(task: str, *, size: int, seed: int, args: Mapping[str, Any]) -> Iter
         if name not in fields:
             raise RecipeError(f"reasoning_gym task '{task}' has no argument '{name}'; {did_you_mean(name, fields)}")
     try:
-        dataset = _library().create_dataset(task, size=size, seed=seed, **args)
+        dataset = library().create_dataset(task, size=size, seed=seed, **args)
         for index in range(size):
             yield dataset[index]
     except RecipeError:
@@ -71,7 +71,7 @@ def scorer(task: str) -> Callable[[str | None, dict[str, Any]], float]:
 
 
 def _registered(task: str) -> tuple[Any, Any]:
-    datasets = _library().DATASETS
+    datasets = library().DATASETS
     if task not in datasets:
         raise RecipeError(f"reasoning_gym has no task '{task}'; {did_you_mean(task, datasets)}")
     return datasets[task]

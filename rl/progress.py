@@ -1,7 +1,7 @@
 """What a run shows in the terminal: a live display, or plain lines where the output is not a terminal.
 
 with Progress("quickstart", steps=120, supervised_steps=300) as progress:
-    progress.enter(Phase.TRAINING)
+    progress.enter(Stage.TRAINING)
     progress.step({"step": 1, "reward/mean": 0.4, ...})
     progress.warn("reward math_answer failed on 2 samples of step 1")
 progress.summary(run)
@@ -32,7 +32,7 @@ DOMAINS_SHOWN = 3
 LONGEST_WARNING = 400  # characters
 
 
-class Phase(StrEnum):
+class Stage(StrEnum):
     STARTING = "starting"
     COLD_START = "cold start"
     EVALUATING = "evaluating"
@@ -56,8 +56,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
-        self.phase = Phase.STARTING
-        self.seconds: dict[Phase, float] = {}
+        self.stage = Stage.STARTING
+        self.seconds: dict[Stage, float] = {}
         self.evaluations: list[tuple[int, dict[str, float]]] = []  # (step, {domain: accuracy})
         self._console = console or Console(file=sys.stdout)
         self._clock = clock
@@ -65,7 +65,7 @@ class Progress:
         self._training = _Course(steps)
         self._supervised = _Course(supervised_steps)
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
-        self._shown: dict[str, str] = {}  # what the last step said, kept through phases that say nothing
+        self._shown: dict[str, str] = {}  # what the last step said, kept through stages that say nothing
         self._last_line = -LINE_EVERY_S
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
 
@@ -73,7 +73,7 @@ class Progress:
         if self._console.is_terminal:
             self._live.start()
         else:
-            self._print(f"{self.name}: {self.phase}")
+            self._print(f"{self.name}: {self.stage}")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -83,16 +83,16 @@ class Progress:
             if self._shown:
                 self._print(self._line())  # the display is gone; its last numbers stay
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, stage: Stage) -> None:
         """Says what the run does from now on."""
-        if phase == self.phase:
+        if stage == self.stage:
             return
         self._tally()
-        self.phase = phase
+        self.stage = stage
         for course in (self._training, self._supervised):
             course.resume(self._clock())
         if not self._live.is_started:
-            self._print(f"{self.name}: {phase}")
+            self._print(f"{self.name}: {stage}")
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """A step of reinforcement learning. Step 0 is the evaluation before the first one."""
@@ -127,7 +127,7 @@ class Progress:
         else:
             reason = f": {run.status.reason}" if run.status.reason else ""
             self._print(f"\n{self.name} {run.status.status} after {took}{reason}", style="bold red")
-        rows = [*self._gains(), *self._phase_times()]
+        rows = [*self._gains(), *self._stage_times()]
         places = {
             "recipe": run.recipe,
             "metrics": run.metrics,
@@ -152,8 +152,8 @@ class Progress:
             self._print(self._line())
 
     def _course(self) -> _Course:
-        """Whose steps the current phase counts."""
-        return self._supervised if self.phase is Phase.COLD_START else self._training
+        """Whose steps the current stage counts."""
+        return self._supervised if self.stage is Stage.COLD_START else self._training
 
     def _line(self) -> str:
         course = self._course()
@@ -166,7 +166,7 @@ class Progress:
     def _render(self) -> RenderableType:
         now, course = self._clock(), self._course()
         head = Table.grid(padding=(0, 2))
-        cells: list[RenderableType] = [Spinner("dots", Text.assemble((self.name, "bold"), "  ", (self.phase, "cyan")))]
+        cells: list[RenderableType] = [Spinner("dots", Text.assemble((self.name, "bold"), "  ", (self.stage, "cyan")))]
         if course.begun:
             left = course.left(now)
             cells += [
@@ -197,13 +197,13 @@ class Progress:
             if domain in before
         ]
 
-    def _phase_times(self) -> list[tuple[str, str]]:
-        phases = [f"{phase} {clock_time(seconds)}" for phase, seconds in self.seconds.items() if seconds >= 0.5]
-        return [("time", " · ".join(phases))] if phases else []
+    def _stage_times(self) -> list[tuple[str, str]]:
+        stages = [f"{stage} {clock_time(seconds)}" for stage, seconds in self.seconds.items() if seconds >= 0.5]
+        return [("time", " · ".join(stages))] if stages else []
 
     def _tally(self) -> None:
         now = self._clock()
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._entered
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self._entered
         self._entered = now
 
     def _print(self, line: str, style: str | None = None) -> None:
@@ -211,7 +211,7 @@ class Progress:
 
 
 class _Course:
-    """Where a counted phase stands, and how long its remaining steps will take at the measured pace."""
+    """Where a counted stage stands, and how long its remaining steps will take at the measured pace."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rewards.pool import Failure
@@ -27,7 +28,7 @@ class Tally:
     """What happened since the last step."""
 
     failed_tokens: int = 0  # sampled for samples that could not be scored
-    replaced: list[Group] = field(default_factory=list)
+    replaced: list[Group] = field(default_factory=list)  # without variance, before the groups that are trained now
     scoring: Mean = field(default_factory=lambda: Mean(0.0, 0.0))  # seconds from a group's last token to its rewards
     failed_groups: int = 0  # without a single sample that could be scored
     failures: Counter[str] = field(default_factory=Counter)  # samples, by "<reward> <reason>"
@@ -44,12 +45,18 @@ class Rollouts:
         self.num_drawn = 0
         self._tally = Tally()
         self._failed_in_a_row = 0
+        self._replaced: list[Group] = []  # since the last group that was added
+        self._replaced_before: dict[int, list[Group]] = {}  # by id() of a group in the buffer
         self._num_added = 0
         self._num_replaced = 0  # for the step's worth of groups that is being added
 
-    def take_tally(self) -> Tally:
-        """What happened since the last call."""
+    def take_tally(self, batch: Sequence[Group]) -> Tally:
+        """What happened since the last call, and the groups that were replaced on the way to this ``batch``.
+
+        Those belong to the batch and not to the moment: generation runs ahead of training, and ends before it.
+        """
         tally, self._tally = self._tally, Tally()
+        tally.replaced = [old for group in batch for old in self._replaced_before.pop(id(group), ())]
         return tally
 
     async def run(self) -> None:
@@ -90,10 +97,11 @@ class Rollouts:
             return
         self._failed_in_a_row = 0
         if group.zero_variance and self._may_replace():
-            self._tally.replaced.append(group)
+            self._replaced.append(group)
             self._num_replaced += 1
             self.buffer.drop(ticket, "zero variance")
             return
+        self._replaced_before[id(group)], self._replaced = self._replaced, []
         self.buffer.add(ticket, group)
         self._num_added += 1
         if self._num_added % self.recipe.prompts_per_step == 0:

@@ -6,6 +6,7 @@ two is the most expensive bug an RL run can have, so a difference stops the run 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,9 +37,8 @@ async def publish(learner: Learner, pool: EnginePool, version: int) -> Sync:
     """
     began = time.perf_counter()
     buckets = await learner.weight_buckets()
-    await pool.stage(buckets.refs)
+    _, expected = await asyncio.gather(pool.stage(buckets.refs), learner.checksums())
     engine_sums = await pool.commit(version)
-    expected = await learner.checksums()
     for engine, sums in enumerate(engine_sums):
         verify(expected, sums, place=f"engine {engine}", version=version)
     return Sync(

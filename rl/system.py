@@ -29,6 +29,7 @@ from rollout.conversation import Conversation
 from rollout.engine import check_window
 from rollout.pool import EnginePool
 from trainer.learner import Learner
+from trainer.phase import Phase
 
 OBJECT_STORE_BYTES = 512 << 20
 """Of the cluster that a run starts for itself; weights and batches of small models are all that passes through it."""
@@ -51,6 +52,8 @@ class System:
 
 def encode(conversation: Conversation, prompt: Prompt) -> NDArray:
     """int32 [P]; a prompt that came encoded is taken as it is. Errors name the prompt."""
+    if prompt.tools:
+        raise DataError(f"prompt {prompt.id}: tools are not supported in conversations yet; remove the field")
     if prompt.token_ids is not None:
         return prompt.token_ids
     try:
@@ -97,9 +100,11 @@ def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Convers
 @asynccontextmanager
 async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> AsyncIterator[System]:
     """Joins the cluster named by the environment, or starts one on this machine, and runs the actors on it."""
+    # A cold start begins its own phases.
+    first_phase = None if recipe.supervised.steps else Phase.REINFORCEMENT
     join_cluster(recipe)
     cancel_on_sigterm()
-    learning = asyncio.create_task(Learner.start(recipe, model_dir))
+    learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase))
     starting = (
         asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
         learning,
@@ -150,6 +155,7 @@ def join_cluster(recipe: Recipe) -> None:
         return
     threads = recipe.learner.ranks * recipe.learner.threads + recipe.rollout.engines * recipe.rollout.threads
     ray.init(
+        address="local",  # a cluster that happens to run here is joined only when RAY_ADDRESS names it
         # Threads are what an actor is given on this machine; more actors than cores share them.
         num_cpus=max(threads, os.cpu_count() or 1),
         include_dashboard=False,

@@ -27,7 +27,7 @@ from rl.config import Recipe
 from rl.data import RunData, load_data
 from rl.errors import RunStopped, UserError
 from rl.evaluate import evaluate
-from rl.progress import Phase, Progress
+from rl.progress import Progress, Stage
 from rl.recipe import load_recipe, to_yaml
 from rl.report import build_report
 from rl.rollouts import Rollouts
@@ -76,10 +76,12 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
             evaluation = None
             if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
                 evaluation = await evaluate(recipe, data.evaluation, system)
-            log.step(step, groups, advantages, rollouts.take_tally(), result, sync, clock, evaluation)
+                clock.lap("evaluate")
             if is_due(recipe.checkpoint.every, step, recipe.steps):
                 await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
                 run.prune_checkpoints(recipe.checkpoint.keep)
+                clock.lap("checkpoint")
+            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, evaluation)
 
 
 async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress: Progress) -> None:
@@ -89,16 +91,16 @@ async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress:
     demonstrations = encode_demonstrations(recipe, data, conversation)
     async with start(recipe, model_dir, conversation) as system:
         if recipe.supervised.steps:
-            progress.enter(Phase.COLD_START)
+            progress.enter(Stage.COLD_START)
             await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
         await publish(system.learner, system.pool, version=0)
         if data.evaluation:
-            progress.enter(Phase.EVALUATING)
+            progress.enter(Stage.EVALUATING)
             before = await evaluate(recipe, data.evaluation, system)
             StepLog(recipe, conversation, run, progress).before(before)
-        progress.enter(Phase.TRAINING)
+        progress.enter(Stage.TRAINING)
         await train(recipe, data, system, run, progress)
-        progress.enter(Phase.SAVING)
+        progress.enter(Stage.SAVING)
         await system.learner.save_model(run.model)
         conversation.tokenizer.save_pretrained(run.model)
 
@@ -166,7 +168,7 @@ def launch(recipe: Recipe, data: RunData) -> int:
         finally:
             has_steps = run.metrics.exists() or run.supervised.exists()
             if has_steps:
-                build_report(run.path)
+                write_report(run, progress)
             if has_steps or run.status.status == FINISHED:
                 progress.summary(run)
             else:
@@ -176,6 +178,14 @@ def launch(recipe: Recipe, data: RunData) -> int:
             raise
         raise RunStopped(f"{run.path} cannot be written: {error.strerror}") from error
     return 0
+
+
+def write_report(run: RunDirectory, progress: Progress) -> None:
+    """A report that cannot be made is worth a warning; it must not hide how the run itself ended."""
+    try:
+        build_report(run.path)
+    except (UserError, OSError) as error:
+        progress.warn(f"the report was not written: {error}")
 
 
 if __name__ == "__main__":

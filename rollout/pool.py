@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from model.tokenizer import load_tokenizer
 from rl.config import EngineKind, Recipe, Sampling
-from rl.errors import RunStopped
+from rl.errors import RecipeError, RunStopped
 from rl.placement import gpu_shares
 from rl.sample import NDArray, Prompt, Sample
 from rollout.actor import EngineActor
@@ -55,6 +55,7 @@ class EnginePool:
         """
         conversation = Conversation(load_tokenizer(model_path))
         vllm = recipe.rollout.engine == EngineKind.vllm
+        _check_room(recipe)
         engines = _vllm_engines(recipe) if vllm else _torch_engines(recipe, device)
         pool = cls(
             [engine for engine, _ in engines],
@@ -160,7 +161,9 @@ class EnginePool:
 def _torch_engines(recipe: Recipe, device: str) -> list[tuple[Any, dict[str, Any]]]:
     """One embedded engine an actor, with what its ``load`` takes."""
     rollout, model = recipe.rollout, recipe.model
-    actor = ray.remote(EngineActor).options(max_concurrency=_MAX_CONCURRENT_CALLS, num_gpus=0 if device == "cpu" else 1)
+    actor = ray.remote(EngineActor).options(
+        max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=0 if device == "cpu" else 1
+    )
     arguments = {
         "dtype": model.dtype,
         "device": device,
@@ -175,7 +178,9 @@ def _vllm_engines(recipe: Recipe) -> list[tuple[Any, dict[str, Any]]]:
     """One vLLM engine an actor, with what its ``load`` takes."""
     rollout, model = recipe.rollout, recipe.model
     shares = gpu_shares(recipe, ray.cluster_resources().get("GPU", 0))
-    actor = ray.remote(VllmEngineActor).options(max_concurrency=_MAX_CONCURRENT_CALLS, num_gpus=shares.engine)
+    actor = ray.remote(VllmEngineActor).options(
+        max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=shares.engine
+    )
 
     def settings(index: int) -> EngineSettings:
         return EngineSettings(
@@ -190,3 +195,16 @@ def _vllm_engines(recipe: Recipe) -> list[tuple[Any, dict[str, Any]]]:
         )
 
     return [(actor.remote(), {"settings": settings(index)}) for index in range(rollout.engines)]
+
+
+def _check_room(recipe: Recipe) -> None:
+    """Raises RecipeError where engines and learner together need more CPUs than there are: Ray would wait for ever."""
+    rollout, learner = recipe.rollout, recipe.learner
+    needed = rollout.engines * rollout.threads + learner.ranks * learner.threads
+    room = ray.cluster_resources().get("CPU", 0)
+    if needed > room:
+        raise RecipeError(
+            f"rollout.engines {rollout.engines} with rollout.threads {rollout.threads} and learner.ranks "
+            f"{learner.ranks} with learner.threads {learner.threads} need {needed} CPUs, but the Ray cluster has "
+            f"{room:.0f}"
+        )

@@ -36,10 +36,10 @@ class TorchEngine:
 
     Batch independence. A request's random numbers are a function of its seed and of positions, every operation
     treats rows separately, and a slot shows nothing of the sequence before. What is left is the rounding of matrix
-    products, whose kernels may differ with the number of rows: rows are padded to multiples of ROW_MULTIPLE, from which
-    on the libraries we measured give each row the same bits whatever is beside it. Experts still see as many rows as
-    were routed to them. So the logits of a request in different company agree to rounding (about 1e-6 relative in
-    fp32), and its tokens are the same unless a draw or a top-k choice falls into that gap.
+    products, whose kernels may differ with the number of rows: rows are padded to multiples of ROW_MULTIPLE, here and
+    in each expert (`model.moe`), from which on the libraries we measured (CPU, fp32) give each row the same bits
+    whatever is beside it. Where a library does not, logits in different company agree to rounding, and tokens are the
+    same unless a draw or a top-k choice falls into that gap.
     """
 
     def __init__(

@@ -186,7 +186,7 @@ class VllmEngineActor:
 def _start(model_path: str, settings: EngineSettings) -> tuple[StepCounters, Any]:
     """vLLM's AsyncLLM, and the counters it feeds."""
     os.environ.update(_ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every update of parts that have no weights
     if not torch.cuda.is_available():
         raise RecipeError("rollout.engine: vllm needs a GPU, but its process sees none; use rollout.engine=torch")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from rl.config import Recipe
+from rl.config import Recipe, Supervised
 from rl.errors import RecipeError, RunStopped, UserError
 from rl.metrics import Mean, merge
 from rl.placement import gpu_shares
@@ -21,7 +21,7 @@ from trainer.pack import Minibatch
 from trainer.phase import Phase
 from trainer.rank import LOOPBACK, LearnerRank
 from trainer.step import RankStep
-from trainer.supervised import Demonstration, pack_demonstrations
+from trainer.supervised import EncodedDemonstration, pack_demonstrations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +66,11 @@ class Learner:
         recipe: Recipe,
         model_dir: str | Path,
         *,
-        phase: Phase = Phase.REINFORCEMENT,
+        phase: Phase | None = Phase.REINFORCEMENT,
         timeout_s: float = 1800.0,
         start_timeout_s: float = 300.0,
     ) -> Learner:
-        """Starts the ranks and begins a phase from the weights in ``model_dir``.
+        """Starts the ranks and begins a phase from the weights in ``model_dir``; with None, that is left to the caller.
 
         ``timeout_s`` bounds every later call, and how long a rank waits for the others inside one.
 
@@ -85,7 +85,8 @@ class Learner:
             host = LOOPBACK if _one_node() else ray.util.get_node_ip_address()
             port = await learner._one(0, "open_store", host)
             await learner._all("join", host, port, timeout_s)
-            await learner.begin(phase, model_dir)
+            if phase is not None:
+                await learner.begin(phase, model_dir)
         except BaseException:
             learner.close()
             raise
@@ -105,7 +106,7 @@ class Learner:
         shares = [([minibatch.share(rank) for minibatch in minibatches],) for rank in range(len(self._actors))]
         return self._result(minibatches, await self._each("step", shares))
 
-    async def supervised_step(self, demonstrations: Sequence[Demonstration]) -> StepResult:
+    async def supervised_step(self, demonstrations: Sequence[EncodedDemonstration]) -> StepResult:
         """One optimizer step over demonstrations; raises like :meth:`step`."""
         minibatch = pack_demonstrations(
             demonstrations, ranks=len(self._actors), micro_tokens=self.recipe.learner.micro_tokens
@@ -211,6 +212,33 @@ class Learner:
             silent = ", ".join(str(rank) for rank, call in calls.items() if call in pending)
             raise RunStopped(f"learner rank {silent} did not finish {method.strip('_')} within {timeout_s:.0f} s")
         return [call.result() for call in calls.values()]
+
+
+async def cold_start(
+    learner: Learner,
+    settings: Supervised,
+    batches: Iterator[Sequence[EncodedDemonstration]],
+    *,
+    model_dir: Path,
+    out_dir: Path,
+) -> AsyncIterator[StepResult]:
+    """Trains ``settings.steps`` steps from ``model_dir``; the first ``dense_warmup_steps`` train the indexer alone.
+
+    Yields the result of every step. At the end the weights are in ``out_dir`` and the learner is ready for RL from
+    there, with a fresh optimizer.
+    """
+    for phase, steps in (
+        (Phase.INDEXER_WARMUP, min(settings.dense_warmup_steps, settings.steps)),
+        (Phase.SUPERVISED, max(0, settings.steps - settings.dense_warmup_steps)),
+    ):
+        if not steps:
+            continue
+        await learner.begin(phase, model_dir)
+        for _ in range(steps):
+            yield await learner.supervised_step(next(batches))
+        await learner.save_model(out_dir)
+        model_dir = out_dir
+    await learner.begin(Phase.REINFORCEMENT, model_dir)
 
 
 def _raise_cause(method: str, errors: Mapping[int, BaseException | None]) -> None:

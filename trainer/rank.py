@@ -79,7 +79,8 @@ class LearnerRank:
         freeze(policy.model, self.recipe, phase)
         self._engine = DeepSpeedEngine(policy, optimization(self.recipe, phase), self.sharding)
         if phase == Phase.REINFORCEMENT and any(domain.kl_beta != 0 for domain in self.recipe.domains.values()):
-            self.reference = Reference(shard_frozen(self._policy(model_dir, temperature), self.sharding))
+            frozen = shard_frozen(self._policy(model_dir, temperature), self.sharding)
+            self.reference = Reference(frozen, partitioned=self.sharding.zero_stage == 3)
 
     def _policy(self, model_dir: Path, temperature: float) -> Policy:
         try:

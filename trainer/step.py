@@ -36,12 +36,16 @@ class Reference:
     the reference is another distribution, the one that its own router defines.
     """
 
-    def __init__(self, policy: Callable[..., PolicyOutput]) -> None:
+    def __init__(self, policy: Callable[..., PolicyOutput], *, partitioned: bool = False) -> None:
+        """``partitioned``: the ranks hold it together, so that they must run it together."""
         self.policy = policy
+        self.partitioned = partitioned
 
     @torch.no_grad()
-    def logprobs(self, tokens: PackedTokens) -> Tensor:
-        """fp32 [N], 0 where not sampled."""
+    def logprobs(self, tokens: PackedTokens, kl_beta: NDArray) -> Tensor | None:
+        """fp32 [N], 0 where not sampled; None where no token has a KL (``kl_beta`` [N] is 0 everywhere)."""
+        if not (self.partitioned or kl_beta.any()):
+            return None
         return self.policy(tokens, replay=False).logprobs
 
 
@@ -65,7 +69,7 @@ def grpo_step(
         tokens = PackedTokens.of(
             micro, device, keep_routing=objective.keep_routing, keep_sampling_mask=objective.keep_sampling_mask
         )
-        ref_logprobs = reference.logprobs(tokens) if reference else None
+        ref_logprobs = reference.logprobs(tokens, micro.kl_beta) if reference else None
         output = engine(tokens, indexer_loss=None if indexer_weight is None else "sparse")
         loss, tally = grpo_loss(
             output.logprobs,

@@ -1,16 +1,14 @@
-"""The cold start: next-token training on demonstrations before RL, and the indexer's dense warm-up before that."""
+"""Supervised steps on demonstrations: the cold start before RL, and the indexer's dense warm-up before that."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-from rl.config import Supervised
 from rl.errors import DataError
 from rl.metrics import Mean, merge
 from rl.sample import NDArray, Prompt, Sample
@@ -20,12 +18,9 @@ from trainer.phase import Phase
 from trainer.policy import PackedTokens
 from trainer.step import RankStep, indexer_term
 
-if TYPE_CHECKING:
-    from trainer.learner import Learner, StepResult
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
+class EncodedDemonstration:
     """A conversation to imitate, already encoded."""
 
     id: str
@@ -41,14 +36,14 @@ class Demonstration:
             raise DataError(f"demonstration {self.id} must have a trained token, and not as its first one")
 
 
-def pack_demonstrations(demonstrations: Sequence[Demonstration], *, ranks: int, micro_tokens: int) -> Minibatch:
+def pack_demonstrations(demonstrations: Sequence[EncodedDemonstration], *, ranks: int, micro_tokens: int) -> Minibatch:
     """One optimizer step over all of them."""
     return pack_step(
         [WeightedSample(sample=_as_sample(one)) for one in demonstrations], ranks=ranks, micro_tokens=micro_tokens
     )
 
 
-def _as_sample(demonstration: Demonstration) -> Sample:
+def _as_sample(demonstration: EncodedDemonstration) -> Sample:
     """To the packer a demonstration is a sample that someone else wrote: no log-probabilities, no versions."""
     length = len(demonstration.token_ids)
     return Sample(
@@ -85,30 +80,3 @@ def supervised_step(
         total += float(loss.detach())
         tallies.append(tally)
     return RankStep(outcome=engine.step(), loss=total, metrics=merge(tallies), suspects=tuple(suspects))
-
-
-async def cold_start(
-    learner: Learner,
-    settings: Supervised,
-    batches: Iterator[Sequence[Demonstration]],
-    *,
-    model_dir: Path,
-    out_dir: Path,
-) -> AsyncIterator[StepResult]:
-    """Trains ``settings.steps`` steps from ``model_dir``; the first ``dense_warmup_steps`` train the indexer alone.
-
-    Yields the result of every step. At the end the weights are in ``out_dir`` and the learner is ready for RL from
-    there, with a fresh optimizer.
-    """
-    for phase, steps in (
-        (Phase.INDEXER_WARMUP, min(settings.dense_warmup_steps, settings.steps)),
-        (Phase.SUPERVISED, max(0, settings.steps - settings.dense_warmup_steps)),
-    ):
-        if not steps:
-            continue
-        await learner.begin(phase, model_dir)
-        for _ in range(steps):
-            yield await learner.supervised_step(next(batches))
-        await learner.save_model(out_dir)
-        model_dir = out_dir
-    await learner.begin(Phase.REINFORCEMENT, model_dir)

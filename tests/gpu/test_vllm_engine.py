@@ -271,15 +271,19 @@ def test_replayed_experts_are_the_learners_own_but_for_rounding(seen: Observed, 
     assert same / total > 0.9
 
 
-@pytest.mark.parametrize("name", ["short", "top_k", "min_p", "long"])
+BEYOND_TOP_K = "beyond index_topk the two attend to different keys; see RESULTS.md"
+
+
+@pytest.mark.parametrize(
+    "name", ["short", "top_k", "min_p", pytest.param("long", marks=pytest.mark.xfail(reason=BEYOND_TOP_K, strict=True))]
+)
 def test_the_learner_agrees_with_the_engine(seen: Observed, learner: DeepseekV32, name: str):
     pair = seen.requests[name], seen.completions[name]
     both = figures(log_ratios(learner, *pair))
     without_routes = figures(log_ratios(learner, *pair, routes=False))
     without_kept = figures(log_ratios(learner, *pair, kept=False))
     seen.figures[name] = {"both": both, "without_routes": without_routes, "without_kept": without_kept}
-    # Beyond index_topk the two choose keys with different precision: vLLM's indexer computes in fp8.
-    assert both["mean_abs"] < (0.15 if name == "long" else 0.05)
+    assert both["mean_abs"] < 0.05
     assert both["mean_abs"] < without_routes["mean_abs"]
     assert both["mean_abs"] < without_kept["mean_abs"]
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model import ModelConfig
 from tests.model.shapes import (
     SHAPES,
+    VOCAB,
+    YARN,
     gradients,
     indexer_loss,
     make_config,
@@ -34,6 +38,57 @@ def test_logits_and_gradients_are_transformers(shape: str) -> None:
     found, wanted_gradients = gradients(module), gradients(twin)
     assert found.keys() == wanted_gradients.keys()
     errors = {name: relative_error(found[name], gradient) for name, gradient in wanted_gradients.items()}
+    assert max(errors.values()) < 1e-4, errors
+
+
+def lowest_index_topk(scores: torch.Tensor, k: int, dim: int = -1, **_: object) -> torch.return_types.topk:
+    """torch.topk with ties to the lowest index, which its own kernels leave open."""
+    values, indices = scores.sort(dim=dim, descending=True, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> ModelConfig:
+    """Any small shape, also with so few indexer heads that many index scores are exactly 0 and tie."""
+    groups = draw(st.sampled_from([1, 2, 4]))
+    kept_groups, group_size = draw(st.integers(1, groups)), draw(st.sampled_from([2, 4]))
+    top_k = draw(st.integers(1, min(4, kept_groups * group_size)))
+    layers = draw(st.integers(1, 3))
+    return make_config(
+        hidden_size=draw(st.sampled_from([32, 48])),
+        num_hidden_layers=layers,
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        n_routed_experts=groups * group_size,
+        num_experts_per_tok=top_k,
+        # A single normalised weight is 1 whatever the router says: its gradient is rounding noise on both sides.
+        norm_topk_prob=top_k > 1 and draw(st.booleans()),
+        n_group=groups,
+        topk_group=kept_groups,
+        kv_lora_rank=draw(st.sampled_from([8, 16, 32])),
+        qk_rope_head_dim=draw(st.sampled_from([4, 8, 16])),
+        v_head_dim=draw(st.sampled_from([8, 12])),
+        index_n_heads=draw(st.sampled_from([1, 2, 4])),
+        index_topk=draw(st.sampled_from([4, 9])),
+        rope_scaling=draw(st.sampled_from([None, YARN])),
+    )
+
+
+@given(config=architectures(), seed=st.integers(0, 1000))
+@settings(max_examples=12, deadline=None)
+def test_any_shape_is_transformers_when_its_ties_go_to_the_lowest_index(config: ModelConfig, seed: int) -> None:
+    module = make_model(config)
+    twin = make_twin(module)
+    ids = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "topk", lowest_index_topk)
+        patch.setattr(torch.Tensor, "topk", lowest_index_topk)
+        wanted = twin(ids).logits
+    logits = module(ids)
+    assert (logits - wanted).abs().max() < 1e-4
+    logits.square().sum().backward()
+    wanted.square().sum().backward()
+    found = gradients(module)
+    errors = {name: relative_error(found[name], gradient) for name, gradient in gradients(twin).items()}
     assert max(errors.values()) < 1e-4, errors
 
 

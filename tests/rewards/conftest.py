@@ -51,7 +51,7 @@ def make_sample() -> MakeSample:
 def cluster() -> Iterator[None]:
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     if started_here:
         ray.shutdown()

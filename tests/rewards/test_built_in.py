@@ -4,7 +4,6 @@ import random
 import threading
 
 import pytest
-import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +14,7 @@ from rewards.math_answer import math_answer
 from rewards.protocol import Reward
 from rewards.reasoning_gym import reasoning_gym_score
 from rewards.reply import answer, reasoning
-from rl.procedural import entries
+from rl.procedural import entries, library
 from rl.sample import Status
 
 EOS = "<｜end▁of▁sentence｜>"
@@ -191,7 +190,7 @@ TASKS += ("leg_counting", "number_sorting", "sudoku", "word_sorting", "letter_co
 
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_equal_the_library(make_sample, task):
-    dataset = reasoning_gym.create_dataset(task, size=6, seed=11)
+    dataset = library().create_dataset(task, size=6, seed=11)
     ours = list(entries(task, size=6, seed=11, args={}))
     rng = random.Random(task)
     for index, entry in enumerate(dataset):

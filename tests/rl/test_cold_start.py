@@ -16,14 +16,14 @@ from rl.data import load_data
 from rl.errors import DataError
 from rollout.conversation import Conversation
 from tests.rl.tiny_runs import REWARDS, tiny_recipe
-from trainer.supervised import Demonstration
+from trainer.supervised import EncodedDemonstration
 
 END = "<｜end▁of▁sentence｜>"
 
 
-def demonstrations(number: int) -> list[Demonstration]:
+def demonstrations(number: int) -> list[EncodedDemonstration]:
     tokens = np.arange(3, dtype=np.int32)
-    return [Demonstration(id=str(n), token_ids=tokens, trained=tokens > 0) for n in range(number)]
+    return [EncodedDemonstration(id=str(n), token_ids=tokens, trained=tokens > 0) for n in range(number)]
 
 
 @given(number=st.integers(1, 12), batch_size=st.integers(1, 20), seed=st.integers(0, 5))

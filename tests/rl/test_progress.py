@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from rl.progress import Phase, Progress, clock_time, sparkline
+from rl.progress import Progress, Stage, clock_time, sparkline
 from rl.run_directory import RunDirectory
 
 
@@ -34,7 +34,7 @@ def metrics(step, **more):
 def test_plain_lines_come_at_a_sensible_rhythm():
     progress, output, clock = make(terminal=False, steps=100)
     with progress:
-        progress.enter(Phase.TRAINING)
+        progress.enter(Stage.TRAINING)
         for step in range(1, 101):
             clock.now += 1.0
             progress.step(metrics(step))
@@ -51,7 +51,7 @@ def test_plain_lines_come_at_a_sensible_rhythm():
 def test_an_evaluation_always_gets_its_line():
     progress, output, _ = make(terminal=False, steps=10)
     with progress:
-        progress.enter(Phase.TRAINING)
+        progress.enter(Stage.TRAINING)
         for step in range(4):
             progress.step(metrics(step, **({"eval/sums": step / 4} if step % 2 == 0 else {})))
     assert [line.split("/")[0] for line in output.getvalue().splitlines()[2:]] == [
@@ -74,7 +74,7 @@ def test_slow_steps_get_a_line_each():
 
 def test_time_left_is_measured_without_the_first_step_and_counts_down():
     progress, _, clock = make(terminal=False, steps=11)
-    progress.enter(Phase.TRAINING)
+    progress.enter(Stage.TRAINING)
     clock.now += 60  # the first step waits for the engines
     progress.step(metrics(1))
     assert progress._training.left(clock.now) == pytest.approx(600)
@@ -98,7 +98,7 @@ def test_the_evaluation_before_training_is_not_a_step_to_measure():
 def test_the_cold_start_counts_its_own_steps():
     progress, output, clock = make(terminal=False, steps=10, supervised_steps=300)
     with progress:
-        progress.enter(Phase.COLD_START)
+        progress.enter(Stage.COLD_START)
         clock.now += 2
         progress.supervised_step({"step": 1, "loss/supervised": 5.5})
         clock.now += 6
@@ -112,7 +112,7 @@ def test_the_cold_start_counts_its_own_steps():
 def test_the_live_display_shows_the_phase_and_its_numbers_and_leaves_the_last_ones():
     progress, output, clock = make(terminal=True, steps=40)
     with progress:
-        progress.enter(Phase.TRAINING)
+        progress.enter(Stage.TRAINING)
         for step in (1, 2):
             clock.now += 3
             progress.step(metrics(step))
@@ -148,13 +148,13 @@ def test_the_closing_table_says_what_was_gained_and_where_everything_is(tmp_path
     progress, output, clock = make(terminal=False, steps=2)
     with progress, RunDirectory.create(tmp_path / "demo", recipe="name: demo\n") as run:
         clock.now += 5
-        progress.enter(Phase.EVALUATING)
+        progress.enter(Stage.EVALUATING)
         clock.now += 10
         progress.step({"step": 0, "eval/sums": 0.412})
         run.log({"step": 0, "eval/sums": 0.412})
-        progress.enter(Phase.TRAINING)
+        progress.enter(Stage.TRAINING)
         clock.now += 70
-        progress.enter(Phase.EVALUATING)
+        progress.enter(Stage.EVALUATING)
         clock.now += 10
         progress.step(metrics(2, **{"eval/sums": 0.938}))
         run.model.mkdir()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.config import Domain
 from rl.errors import DataError, RecipeError
+from rl.procedural import library
 from rl.prompts import PromptStream, load_prompts, load_split, question, split
 from rl.sample import Prompt
 
@@ -157,10 +157,10 @@ def test_sources_that_cannot_be(source, problem):
 
 def test_procedural_prompts_are_the_library_s():
     source = {"reasoning_gym": "gcd", "size": 20, "seed": 5, "args": {"max_numbers": 3}}
-    library = list(reasoning_gym.create_dataset("gcd", size=20, seed=5, max_numbers=3))
+    wanted = list(library().create_dataset("gcd", size=20, seed=5, max_numbers=3))
     loaded = load(source)
-    assert [prompt.messages[0]["content"] for prompt in loaded] == [entry["question"] for entry in library]
-    assert [prompt.answer for prompt in loaded] == library
+    assert [prompt.messages[0]["content"] for prompt in loaded] == [entry["question"] for entry in wanted]
+    assert [prompt.answer for prompt in loaded] == wanted
     assert load(source) == loaded
 
 

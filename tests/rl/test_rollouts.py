@@ -105,12 +105,12 @@ def test_a_sample_that_fails_is_left_out_and_counted(tmp_path: Path):
     (batch,) = rig.take(1)
     assert [[scored.sample.index for scored in group.scored] for group in batch] == [[0, 1, 3]] * 2
     assert [group.failed for group in batch] == [1, 1]
-    tally = rig.rollouts.take_tally()
+    tally = rig.rollouts.take_tally(batch)
     assert tally.failures == {"judge raised ValueError": 2}
     assert tally.failed_tokens == 2 * 3
     assert tally.failed_groups == 0
     assert float(tally.scoring) >= 0
-    assert rig.rollouts.take_tally().failures == {}
+    assert rig.rollouts.take_tally([]).failures == {}
 
 
 def test_a_group_without_any_score_is_replaced_and_counted(tmp_path: Path):
@@ -119,7 +119,7 @@ def test_a_group_without_any_score_is_replaced_and_counted(tmp_path: Path):
     rig = Rig(tmp_path, lambda sample: "is offline" if sample.prompt.id in drawn[:2] else sample.index)
     (batch,) = rig.take(1)
     assert [group.prompt.id for group in batch] == drawn[2:]
-    tally = rig.rollouts.take_tally()
+    tally = rig.rollouts.take_tally(batch)
     assert tally.failed_groups == 2
     assert tally.failures == {"judge is offline": 8}
 
@@ -155,14 +155,16 @@ def test_groups_without_variance_are_kept_by_default(tmp_path: Path):
     rig = Rig(tmp_path, equal_on_odd_prompts, "steps=6")
     groups = [group for batch in rig.take(6) for group in batch]
     assert sum(group.zero_variance for group in groups) == 6
-    assert rig.rollouts.take_tally().replaced == []
+    assert rig.rollouts.take_tally(groups).replaced == []
 
 
 def test_groups_without_variance_are_replaced_on_request(tmp_path: Path):
     rig = Rig(tmp_path, equal_on_odd_prompts, "steps=6", "objective.zero_variance=replace")
-    groups = [group for batch in rig.take(6) for group in batch]
+    batches = rig.take(6)
+    groups = [group for batch in batches for group in batch]
     assert not any(group.zero_variance for group in groups)
-    replaced = rig.rollouts.take_tally().replaced
+    # Each batch has those that were replaced for it, whenever it is asked.
+    replaced = [old for batch in batches for old in rig.rollouts.take_tally(batch).replaced]
     assert replaced
     assert all(group.zero_variance for group in replaced)
     assert len(rig.system.asked) == len(groups) + len(replaced)
@@ -172,7 +174,8 @@ def test_a_policy_that_has_mastered_every_prompt_still_ends_its_run(tmp_path: Pa
     rig = Rig(tmp_path, lambda sample: 1.0, "steps=3", "objective.zero_variance=replace")
     batches = rig.take(3)
     assert all(group.zero_variance for batch in batches for group in batch)
-    assert len(rig.rollouts.take_tally().replaced) == 3 * REPLACED_STEPS * 2
+    replaced = [len(rig.rollouts.take_tally(batch).replaced) for batch in batches]
+    assert sum(replaced) == 3 * REPLACED_STEPS * 2
 
 
 def test_a_generation_that_raises_ends_the_rollouts(tmp_path: Path):

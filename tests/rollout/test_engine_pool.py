@@ -9,8 +9,8 @@ import ray
 from model import save_model
 from model.checksum import checksums
 from model.tokenizer import load_tokenizer, save_byte_tokenizer
-from rl.config import Model, Recipe, Rollout, Sampling
-from rl.errors import DataError, RunStopped
+from rl.config import Learner, Model, Recipe, Rollout, Sampling
+from rl.errors import DataError, RecipeError, RunStopped
 from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
 from rollout.pool import EnginePool
@@ -18,7 +18,7 @@ from rollout.pool import EnginePool
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, object_store_memory=200_000_000, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -127,3 +127,14 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(cluster, model_path):
     with pytest.raises(DataError) as raised:  # ValueError would reach the user as a traceback
         asyncio.run(EnginePool.start(recipe, model_path))
     assert str(model_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_engines_that_the_cluster_has_no_room_for_beside_the_learner_are_refused_at_once(cluster, model_path):
+    recipe = Recipe(
+        name="pool",
+        model=Model(path=str(model_path), max_context=96),
+        rollout=Rollout(engines=2),
+        learner=Learner(ranks=2),
+    )
+    with pytest.raises(RecipeError, match=r"rollout\.engines 2 .* learner\.ranks 2 .* need 4 CPUs, .* has 3"):
+        asyncio.run(EnginePool.start(recipe, model_path))

@@ -251,6 +251,30 @@ def test_the_kl_is_to_the_reference_with_its_own_routes_over_the_same_kept_sets(
     assert_close(gradient, gradients(model), 1e-4)
 
 
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_the_reference_is_spared_micro_batches_without_a_kl(model: DeepseekV32, model_dir: Path, partitioned: bool):
+    samples = samples_of(groups_of(model))
+    weighted = [
+        WeightedSample(sample=sample, advantage=1.0, kl_beta=0.2 * (number % 2))
+        for number, sample in enumerate(samples)
+    ]
+    minibatch = pack_step(weighted, ranks=1, micro_tokens=1)
+    asked: list[int] = []
+
+    def policy(tokens: PackedTokens, **keywords: Any) -> Any:
+        asked.append(len(tokens.token_ids))
+        return frozen(tokens, **keywords)
+
+    perturb(model, 0.05)
+    frozen = Policy(load_model(model_dir), temperature=TEMPERATURE)
+    step, gradient = run(model, minibatch, reference=Reference(policy, partitioned=partitioned))
+    assert sorted(asked) == sorted(len(one.sample) for one in weighted if one.kl_beta or partitioned)
+    whole, expected = run(model, pack_step(weighted, ranks=1, micro_tokens=1000), reference=Reference(frozen))
+    assert values(whole.metrics)["loss/kl"] > 0
+    assert values(step.metrics)["loss/kl"] == pytest.approx(values(whole.metrics)["loss/kl"], rel=1e-3)
+    assert_close(gradient, expected, 1e-4)
+
+
 def test_the_indexer_loss_trains_the_indexer_alone(model: DeepseekV32):
     minibatch = pack_all(groups_of(model))
     _, expected = run(model, minibatch)

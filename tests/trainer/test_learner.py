@@ -20,16 +20,16 @@ from rl.errors import DataError, RecipeError, RunStopped
 from rl.metrics import values
 from tests.trainer.samples import advantages_of, groups_of, tiny_recipe
 from trainer.deepspeed_engine import StepOutcome
-from trainer.learner import Learner, StepResult
+from trainer.learner import Learner, StepResult, cold_start
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
 from trainer.step import RankStep
-from trainer.supervised import Demonstration, cold_start, pack_demonstrations
+from trainer.supervised import EncodedDemonstration, pack_demonstrations
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -60,10 +60,10 @@ def batch(model_dir: Path, *, ranks: int, kl_beta: float = 0.0) -> list[Minibatc
     )
 
 
-def demonstrations() -> Iterator[list[Demonstration]]:
+def demonstrations() -> Iterator[list[EncodedDemonstration]]:
     while True:
         token_ids = np.arange(12, dtype=np.int32)
-        yield [Demonstration(id=f"d{i}", token_ids=token_ids + i, trained=np.arange(12) > 3) for i in range(4)]
+        yield [EncodedDemonstration(id=f"d{i}", token_ids=token_ids + i, trained=np.arange(12) > 3) for i in range(4)]
 
 
 def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path):
@@ -171,7 +171,7 @@ def test_ranks_without_a_gpu_each_are_refused_where_there_are_gpus(model_dir: Pa
 def test_streams_of_samples_that_share_a_name_are_left_out():
     def minibatch(*names: str) -> Minibatch:
         token_ids, trained = np.arange(4, dtype=np.int32), np.arange(4) > 1
-        shown = [Demonstration(id=name, token_ids=token_ids, trained=trained) for name in names]
+        shown = [EncodedDemonstration(id=name, token_ids=token_ids, trained=trained) for name in names]
         return pack_demonstrations(shown, ranks=1, micro_tokens=64)
 
     def done(*names: str) -> RankStep:

@@ -20,7 +20,7 @@ from tests.trainer.samples import advantages_of, groups_of, live_weights, tiny_r
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
 from trainer.step import RankStep
-from trainer.supervised import Demonstration, pack_demonstrations
+from trainer.supervised import EncodedDemonstration, pack_demonstrations
 from trainer.weights import whole_weights
 
 Weights = dict[str, torch.Tensor]
@@ -206,12 +206,12 @@ def test_a_checkpoint_counts_only_once_every_rank_has_written_its_part(
     assert (tmp_path / "layout.json").is_file()
 
 
-def demonstrations(num: int) -> list[Demonstration]:
+def demonstrations(num: int) -> list[EncodedDemonstration]:
     """Sequences that count upwards, which a model can learn."""
     made = []
     for index in range(num):
         token_ids = (np.arange(10 + index) + 3 * index).astype(np.int32) % 48
-        made.append(Demonstration(id=f"d{index}", token_ids=token_ids, trained=np.arange(10 + index) >= 4))
+        made.append(EncodedDemonstration(id=f"d{index}", token_ids=token_ids, trained=np.arange(10 + index) >= 4))
     return made
 
 
@@ -232,7 +232,7 @@ def test_supervised_training_weighs_every_trained_token_the_same(sole_rank: Make
             assert torch.equal(moved.sign()[clear], -parameter.grad.sign()[clear]), name
 
 
-def token_losses(model: DeepseekV32, one: Demonstration) -> torch.Tensor:
+def token_losses(model: DeepseekV32, one: EncodedDemonstration) -> torch.Tensor:
     token_ids = torch.tensor(one.token_ids).long()
     logits = model(token_ids.unsqueeze(0))[0, :-1]
     return torch.nn.functional.cross_entropy(logits, token_ids[1:], reduction="none")[torch.tensor(one.trained[1:])]
