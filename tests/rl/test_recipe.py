@@ -117,6 +117,7 @@ class TestOverrides:
             [
                 "steps=3",
                 "rollout.engine=vllm",
+                "model.dtype=bfloat16",
                 "learner.lr=1e-4",
                 "domains.math.rewards.1.weight=0.5",
                 "domains.math.rewards[1].args.limit=9",
@@ -305,7 +306,7 @@ def test_printing_and_loading_is_the_identity(tmp_path, system, args, init, lr, 
     start = Recipe(name="n", domains={"d": Domain(prompts={"reasoning_gym": "x"}, system=system)})
     recipe = replace(
         start,
-        model=replace(start.model, init=init),
+        model=replace(start.model, init=init, dtype="bfloat16"),
         domains={"d": replace(start.domains["d"], rewards=[RewardUse(use="u", args=args)])},
         learner=replace(start.learner, lr=lr),
         objective=replace(start.objective, off_policy_delta=delta, zero_variance=ZeroVariance.replace),
