@@ -18,6 +18,11 @@ class EngineKind(StrEnum):
     vllm = "vllm"
 
 
+class Placement(StrEnum):
+    split = "split"
+    shared = "shared"
+
+
 class Aggregation(StrEnum):
     sequence_mean = "sequence_mean"
     token_mean = "token_mean"
@@ -105,6 +110,10 @@ class Rollout:
     """Oldest policy a trained token may come from, in weight versions; 0 is strictly on-policy lock-step."""
     threads: int = 1
     """CPU threads of one torch engine."""
+    gpu_memory: float = 0.85
+    """Share of each of its GPUs that a vLLM engine takes, weights and cache together; less where the learner is too."""
+    cuda_graphs: bool = True
+    """Whether vLLM captures CUDA graphs: it starts slower and decodes faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +208,9 @@ class Recipe:
     domains: dict[str, Domain] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     rollout: Rollout = field(default_factory=Rollout)
+    placement: Placement = Placement.split
+    """``split`` gives every learner rank and every vLLM engine GPUs of its own, ``shared`` lets a rank and an engine
+    share one."""
     objective: Objective = field(default_factory=Objective)
     learner: Learner = field(default_factory=Learner)
     supervised: Supervised = field(default_factory=Supervised)

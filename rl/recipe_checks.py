@@ -15,6 +15,7 @@ from rl.config import (
     Learner,
     Model,
     Objective,
+    Placement,
     Recipe,
     RewardUse,
     Rollout,
@@ -64,6 +65,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "max_num_seqs": _AT_LEAST_1,
         "max_staleness": _AT_LEAST_0,
         "threads": _AT_LEAST_1,
+        "gpu_memory": _Range("above 0 and at most 1", lambda share: 0 < share <= 1),
     },
     Objective: {"clip_low": _AT_LEAST_0, "clip_high": _AT_LEAST_0, "off_policy_delta": _AT_LEAST_0},
     Learner: {
@@ -157,6 +159,7 @@ def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         rollout.engine != EngineKind.torch or rollout.tensor_parallel == 1,
         f"rollout.tensor_parallel is {rollout.tensor_parallel}, but the torch engine runs in one process; use vllm",
     )
+    yield from _vllm_rules(recipe)
     yield (
         "supervised.demonstrations",
         supervised.steps == 0 or supervised.demonstrations is not None,
@@ -166,6 +169,34 @@ def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         "supervised.dense_warmup_steps",
         supervised.dense_warmup_steps <= supervised.steps,
         f"supervised.dense_warmup_steps is {supervised.dense_warmup_steps}, but supervised.steps is {supervised.steps}",
+    )
+
+
+def _vllm_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
+    if recipe.rollout.engine != EngineKind.vllm:
+        return
+    rollout, temperature = recipe.rollout, recipe.sampling.temperature
+    yield (
+        "rollout.tensor_parallel",
+        rollout.tensor_parallel == 1,
+        f"rollout.tensor_parallel is {rollout.tensor_parallel}, but the weights of an engine that is spread over GPUs "
+        "cannot be verified after an update yet; use 1 and more rollout.engines",
+    )
+    yield (
+        "model.dtype",
+        recipe.model.dtype == "bfloat16",
+        f"model.dtype is {recipe.model.dtype}, but vLLM's sparse attention runs in bfloat16 only; set it to bfloat16",
+    )
+    yield (
+        "sampling.temperature",
+        0.01 <= temperature <= 2,
+        f"sampling.temperature is {temperature}, but vLLM samples at 0.01 to 2 only",
+    )
+    yield (
+        "placement",
+        recipe.placement == Placement.split or recipe.learner.ranks == rollout.engines == 1,
+        f"placement is shared with learner.ranks {recipe.learner.ranks} and rollout.engines {rollout.engines}; "
+        "it puts one rank and one engine on one GPU, so set both to 1 or use split",
     )
 
 

@@ -20,7 +20,7 @@ from ray._private.ray_logging import stdout_deduplicator
 from model import load_config
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
-from rl.config import Recipe, Sampling
+from rl.config import Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
 from rl.initial_model import create_initial_model, initial_config
@@ -104,10 +104,11 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     first_phase = None if recipe.supervised.steps else Phase.REINFORCEMENT
     join_cluster(recipe)
     cancel_on_sigterm()
+    learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase))
     starting = (
         asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
-        asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase)),
-        asyncio.create_task(EnginePool.start(recipe, model_dir)),
+        learning,
+        asyncio.create_task(_start_pool(recipe, model_dir, learning)),
     )
     try:
         rewards, learner, pool = await asyncio.gather(*starting)
@@ -115,6 +116,13 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
+
+
+async def _start_pool(recipe: Recipe, model_dir: Path, learning: asyncio.Task[Learner]) -> EnginePool:
+    """Beside the learner; after it on a shared GPU, where vLLM measures how much memory is free."""
+    if recipe.placement == Placement.shared:
+        await asyncio.shield(learning)
+    return await EnginePool.start(recipe, model_dir)
 
 
 async def _close(part: asyncio.Task[Any]) -> None:

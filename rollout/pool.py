@@ -16,13 +16,16 @@ from ray.exceptions import RayActorError, RayTaskError
 from model.tokenizer import load_tokenizer
 from rl.config import EngineKind, Recipe, Sampling
 from rl.errors import RecipeError, RunStopped
+from rl.placement import gpu_shares
 from rl.sample import NDArray, Prompt, Sample
 from rollout.actor import EngineActor
 from rollout.conversation import Conversation
-from rollout.engine import Completion, EngineStats, Request, check_window
+from rollout.engine import Completion, EngineStats, Request, check_window, truncates
 from rollout.samples import to_sample
+from rollout.vllm_engine import EngineSettings, VllmEngineActor
 
 _MAX_CONCURRENT_CALLS = 100_000  # a call waits for its whole generation, and weight updates must not queue behind
+_SHUTDOWN_S = 20.0
 
 
 class EnginePool:
@@ -31,8 +34,12 @@ class EnginePool:
     Every method raises RunStopped, naming the engine, when an engine's process has died.
     """
 
-    def __init__(self, engines: Sequence[Any], *, conversation: Conversation, max_context: int) -> None:
+    def __init__(
+        self, engines: Sequence[Any], *, conversation: Conversation, max_context: int, shutdown_s: float = 0.0
+    ) -> None:
+        """``shutdown_s``: seconds that :meth:`close` gives engines to end the processes they started, if they do."""
         self.max_context = max_context
+        self._shutdown_s = shutdown_s
         self._conversation = conversation
         self._engines = list(engines)
         self._load = [0] * len(engines)  # sequences dispatched and not yet returned
@@ -42,29 +49,27 @@ class EnginePool:
     async def start(
         cls, recipe: Recipe, model_path: str | os.PathLike[str], *, device: str = "cpu", version: int = 0
     ) -> EnginePool:
-        """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`."""
-        rollout, model = recipe.rollout, recipe.model
-        if rollout.engine != EngineKind.torch:
-            raise RecipeError(f"rollout.engine: {rollout.engine} is not available; use torch")
+        """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`.
+
+        `device` is the torch engine's; vLLM has the GPUs that `rl.placement` gives it.
+        """
+        conversation = Conversation(load_tokenizer(model_path))
+        vllm = recipe.rollout.engine == EngineKind.vllm
         _check_room(recipe)
-        actor = ray.remote(EngineActor).options(
-            max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=0 if device == "cpu" else 1
-        )
+        engines = _vllm_engines(recipe) if vllm else _torch_engines(recipe, device)
         pool = cls(
-            [actor.remote() for _ in range(rollout.engines)],
-            conversation=Conversation(load_tokenizer(model_path)),
-            max_context=model.max_context,
+            [engine for engine, _ in engines],
+            conversation=conversation,
+            max_context=recipe.model.max_context,
+            shutdown_s=_SHUTDOWN_S if vllm else 0.0,
         )
+        directory = str(Path(model_path).absolute())
         try:
-            await pool._call_all(
-                "load",
-                str(Path(model_path).absolute()),
-                dtype=model.dtype,
-                device=device,
-                max_num_seqs=rollout.max_num_seqs,
-                max_context=model.max_context,
-                threads=rollout.threads,
-                version=version,
+            await asyncio.gather(
+                *(
+                    pool._call(index, "load", directory, **arguments, version=version)
+                    for index, (_, arguments) in enumerate(engines)
+                )
             )
         except BaseException:
             pool.close()
@@ -118,6 +123,9 @@ class EnginePool:
 
     def close(self) -> None:
         """Ends the engines' processes."""
+        if self._shutdown_s:
+            ending = [engine.shutdown.remote() for engine in self._engines]
+            ray.wait(ending, num_returns=len(ending), timeout=self._shutdown_s)
         for engine in self._engines:
             ray.kill(engine)
 
@@ -148,6 +156,45 @@ class EnginePool:
             if isinstance(error.cause, FloatingPointError):
                 raise RunStopped(f"{name} cannot generate: {error.cause}") from error
             raise error.cause from error
+
+
+def _torch_engines(recipe: Recipe, device: str) -> list[tuple[Any, dict[str, Any]]]:
+    """One embedded engine an actor, with what its ``load`` takes."""
+    rollout, model = recipe.rollout, recipe.model
+    actor = ray.remote(EngineActor).options(
+        max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=0 if device == "cpu" else 1
+    )
+    arguments = {
+        "dtype": model.dtype,
+        "device": device,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_context": model.max_context,
+        "threads": rollout.threads,
+    }
+    return [(actor.remote(), arguments) for _ in range(rollout.engines)]
+
+
+def _vllm_engines(recipe: Recipe) -> list[tuple[Any, dict[str, Any]]]:
+    """One vLLM engine an actor, with what its ``load`` takes."""
+    rollout, model = recipe.rollout, recipe.model
+    shares = gpu_shares(recipe, ray.cluster_resources().get("GPU", 0))
+    actor = ray.remote(VllmEngineActor).options(
+        max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=shares.engine
+    )
+
+    def settings(index: int) -> EngineSettings:
+        return EngineSettings(
+            dtype=model.dtype,
+            max_num_seqs=rollout.max_num_seqs,
+            max_context=model.max_context,
+            tensor_parallel=rollout.tensor_parallel,
+            gpu_memory=rollout.gpu_memory,
+            cuda_graphs=rollout.cuda_graphs,
+            kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
+            seed=recipe.seed + index,
+        )
+
+    return [(actor.remote(), {"settings": settings(index)}) for index in range(rollout.engines)]
 
 
 def _check_room(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from rl.config import Recipe, Supervised
 from rl.errors import RecipeError, RunStopped, UserError
 from rl.metrics import Mean, merge
+from rl.placement import gpu_shares
 from rl.sample import NDArray
 from trainer.pack import Minibatch
 from trainer.phase import Phase
@@ -269,7 +270,7 @@ def _step_metrics(steps: Sequence[RankStep]) -> dict[str, Mean]:
 
 
 def _actors(recipe: Recipe) -> list[Any]:
-    """One actor per rank, each with its own CPUs and, where the cluster has GPUs, its own GPU."""
+    """One actor per rank, each with its own CPUs and, where the cluster has GPUs, its GPU or its share of one."""
     ranks, threads = recipe.learner.ranks, recipe.learner.threads
     room = ray.cluster_resources().get("CPU", 0)
     if ranks * threads > room:
@@ -277,10 +278,8 @@ def _actors(recipe: Recipe) -> list[Any]:
             f"learner.ranks {ranks} with learner.threads {threads} need {ranks * threads} CPUs, "
             f"but the Ray cluster has {room:.0f}"
         )
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if 0 < gpus < ranks:
-        raise RecipeError(f"learner.ranks {ranks} need a GPU each, but the Ray cluster has {gpus:.0f}")
-    actor = ray.remote(LearnerRank).options(num_cpus=threads, num_gpus=1 if gpus else 0)
+    shares = gpu_shares(recipe, ray.cluster_resources().get("GPU", 0))
+    actor = ray.remote(LearnerRank).options(num_cpus=threads, num_gpus=shares.rank)
     return [actor.remote(recipe, rank=rank, world_size=ranks) for rank in range(ranks)]
 
 

@@ -106,7 +106,7 @@ def test_a_name_that_is_taken(tmp_path: Path, capsys: Capture):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["rollout.engine=vllm"], ["rollout.engine: vllm is not available"]),
+        (["rollout.engine=vllm", "model.dtype=bfloat16"], ["rollout.engine: vllm needs a GPU", "rollout.engine=torch"]),
         (["domains.sums.rewards.0.use=my_rewards:f"], ["reward 'my_rewards:f' cannot be imported", "'my_rewards'"]),
         ([f"domains.sums.rewards.0.use={REWARDS}:even"], ["has no 'even'; did you mean 'evenness'?"]),
         (["domains.sums.rewards.0.args={targt: 3}"], ["does not take the argument 'targt'"]),

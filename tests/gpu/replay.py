@@ -1,0 +1,52 @@
+"""The learner's own log-probabilities of what an engine sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from model import DeepseekV32
+from rl.sample import NDArray, Prompt
+from rollout.engine import Completion, Request
+from rollout.samples import to_sample
+from trainer.pack import WeightedSample, pack_step
+from trainer.policy import PackedTokens, Policy
+
+MICRO_TOKENS = 4096
+
+
+def log_ratios(
+    module: DeepseekV32,
+    requests: Sequence[Request],
+    completions: Sequence[Completion],
+    *,
+    routes: bool = True,
+    kept: bool = True,
+) -> NDArray:
+    """float32 [sampled tokens]: learner minus engine, with what the engine recorded replayed or not."""
+    samples = [
+        to_sample(Prompt(id=request.id, domain="gpu", token_ids=request.token_ids), 0, request, completion, "")
+        for request, completion in zip(requests, completions, strict=True)
+    ]
+    policy = Policy(module, temperature=requests[0].sampling.temperature or 1.0)
+    minibatch = pack_step([WeightedSample(sample=sample) for sample in samples], ranks=1, micro_tokens=MICRO_TOKENS)
+    ratios = []
+    for micro in minibatch.ranks[0]:
+        tokens = PackedTokens.of(micro, "cuda", keep_routing=routes, keep_sampling_mask=kept)
+        with torch.no_grad():
+            learned = policy(tokens).logprobs.float().cpu().numpy()
+        ratios.append((learned - micro.rollout_logprobs)[micro.sampled])
+    return np.concatenate(ratios)
+
+
+def figures(ratios: NDArray) -> dict[str, float]:
+    """Mean |difference|, its largest, and k3 = mean(exp(d) - d - 1), per token."""
+    d = ratios.astype(np.float64)
+    return {
+        "mean_abs": float(np.abs(d).mean()),
+        "max_abs": float(np.abs(d).max()),
+        "k3": float((np.expm1(d) - d).mean()),
+        "tokens": len(d),
+    }

@@ -1,0 +1,129 @@
+"""vLLM's outputs as completions, from stand-ins with the fields that vLLM documents."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rl.errors import DataError
+from rl.sample import Prompt
+from rollout.engine import Finish, Request
+from rollout.samples import to_sample
+from rollout.vllm_requests import Recording, check_request, sampling_arguments, to_completion
+
+
+@pytest.fixture
+def recording(tiny_config) -> Recording:
+    return Recording.of(tiny_config, kept=True, max_context=96)
+
+
+@pytest.fixture
+def request_of_5(make_request) -> Request:
+    return make_request("five", length=5, max_tokens=7, top_p=0.9, stops=(1,))
+
+
+def span(version: str, start: int, end: int) -> SimpleNamespace:
+    return SimpleNamespace(version=version, start=start, end=end)
+
+
+def output_of(token_ids: list[int], **changes: Any) -> SimpleNamespace:
+    """What vLLM returns for a prompt of 5: a row of routes for every layer and every token but the last."""
+    count = len(token_ids)
+    rows = np.arange((5 + count - 1) * 3 * 2, dtype=np.uint8).reshape(-1, 3, 2) % 8
+    fields = {
+        "token_ids": token_ids,
+        "logprobs": SimpleNamespace(token_ids=list(token_ids), logprobs=[-0.5 - t for t in range(count)]),
+        "sampling_mask": SimpleNamespace(token_ids=[sorted({0, token, 200 + t}) for t, token in enumerate(token_ids)]),
+        "routed_experts": rows,
+        "weight_versions": [span("4", 0, count)],
+        "finish_reason": "length",
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def test_every_stream_is_aligned_with_the_tokens(recording, request_of_5):
+    output = output_of([9, 8, 7, 1], weight_versions=[span("4", 0, 3), span("6", 3, 4)], finish_reason="stop")
+    completion = to_completion(output, request_of_5, recording)
+    assert completion.token_ids.tolist() == [9, 8, 7, 1] and completion.token_ids.dtype == np.int32
+    assert completion.logprobs.tolist() == [-0.5, -1.5, -2.5, -3.5]
+    assert completion.versions.tolist() == [4, 4, 4, 6]
+    assert completion.finish == Finish.STOP
+    kept = completion.kept
+    assert kept is not None
+    rows = [kept.ids[a:b].tolist() for a, b in zip(kept.offsets[:-1], kept.offsets[1:], strict=True)]
+    assert rows == [[0, 9, 200], [0, 8, 201], [0, 7, 202], [0, 1, 203]]
+    assert completion.routed is not None and completion.routes is not None
+    assert completion.routed.tolist() == [True] * 8 + [False]
+    # Layer 0 of the tiny model is dense: what vLLM has there is no expert's number.
+    np.testing.assert_array_equal(completion.routes[:8], output.routed_experts[:, 1:])
+    assert completion.routes.dtype == np.uint8 and completion.routes.shape == (9, 2, 2)
+    prompt = Prompt(id="p", domain="d", token_ids=request_of_5.token_ids)
+    assert to_sample(prompt, 0, request_of_5, completion, "").num_sampled == 4
+
+
+def test_rows_that_vllm_does_not_have_are_not_recorded(recording, request_of_5):
+    output = output_of([9, 8, 7])
+    output.routed_experts = output.routed_experts[:3]
+    completion = to_completion(output, request_of_5, recording)
+    assert completion.routed is not None
+    assert completion.routed.tolist() == [True] * 3 + [False] * 5
+
+
+def test_an_abort_before_the_first_token(recording, request_of_5):
+    output = output_of(
+        [], logprobs=None, sampling_mask=None, routed_experts=None, weight_versions=None, finish_reason="abort"
+    )
+    completion = to_completion(output, request_of_5, recording)
+    assert completion.finish == Finish.ABORT and len(completion.token_ids) == 0
+    assert completion.routed is not None and not completion.routed.any() and len(completion.routed) == 5
+    assert completion.kept is not None and len(completion.kept) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sampling_mask": SimpleNamespace(token_ids=[[9]])}, "1 kept sets for 2 tokens"),
+        ({"weight_versions": [span("4", 0, 1)]}, "weight versions do not cover its 2 tokens"),
+        ({"weight_versions": [span("4", 1, 2)]}, "weight versions do not cover its 2 tokens"),
+        ({"weight_versions": None}, "weight versions do not cover its 2 tokens"),
+        ({"logprobs": SimpleNamespace(token_ids=[9, 7], logprobs=[0, 0])}, "not those of the sampled tokens"),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused(recording, request_of_5, changes, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        to_completion(output_of([9, 8], **changes), request_of_5, recording)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"top_p": 0.9, "top_k": 0}, {"temperature": 1.0, "top_k": 264, "top_p": 0.9, "min_p": 0.0}),
+        ({"top_p": 1.0, "min_p": 0.1, "temperature": 0.7}, {"temperature": 0.7, "top_k": 264, "min_p": 0.1}),
+        ({"top_k": 5000}, {"top_k": 264}),
+        ({"top_k": 7}, {"top_k": 7}),
+        ({"temperature": 0.0, "top_p": 0.5, "min_p": 0.3}, {"temperature": 1.0, "top_k": 1, "top_p": 1, "min_p": 0}),
+    ],
+)
+def test_sampling_that_a_mask_can_be_asked_for(make_request, recording, sampling, expected):
+    arguments = sampling_arguments(make_request("r", length=5, **sampling), recording)
+    assert arguments["temperature"] > 0 and arguments["top_k"] > 0
+    assert {key: arguments[key] for key in expected} == expected
+
+
+def test_seeds_and_lengths_stay_in_range(make_request, recording):
+    for seed in (-1, 0, 2**64 - 1):
+        assert 0 <= sampling_arguments(make_request("r", length=5, seed=seed), recording)["seed"] < 2**63
+    assert sampling_arguments(make_request("r", length=90, max_tokens=20), recording)["max_tokens"] == 6
+
+
+def test_requests_that_vllm_would_misread(make_request, recording):
+    with pytest.raises(DataError, match=r"request long: the prompt has 96 tokens .* holds 96"):
+        check_request(make_request("long", length=96), recording)
+    with pytest.raises(DataError, match=r"request cold: sampling.temperature is 0.001, but vLLM samples at 0.01 to 2"):
+        check_request(make_request("cold", temperature=0.001), recording)
+    request = make_request("foreign", length=3)
+    request.token_ids[1] = 264
+    with pytest.raises(DataError, match="request foreign: token id 264 is outside the model's vocabulary of 264"):
+        check_request(request, recording)
+    check_request(make_request("greedy", temperature=0.0), recording)
