@@ -77,11 +77,10 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
             if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
                 evaluation = await evaluate(recipe, data.evaluation, system)
                 clock.lap("evaluate")
+            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, evaluation)
             if is_due(recipe.checkpoint.every, step, recipe.steps):
                 await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
                 run.prune_checkpoints(recipe.checkpoint.keep)
-                clock.lap("checkpoint")
-            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, evaluation)
 
 
 async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress: Progress) -> None:
