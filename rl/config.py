@@ -18,7 +18,7 @@ class EngineKind(StrEnum):
     vllm = "vllm"
 
 
-class Placement(StrEnum):
+class Placement(Enum):
     split = "split"
     shared = "shared"
 
