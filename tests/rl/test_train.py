@@ -96,8 +96,9 @@ def test_all_four_stabilisers_are_active(full: tuple[Run, str]):
     assert all(row["kept/share"] == 1.0 for row in run.steps)
     assert all(1 < row["kept/mean_size"] < 260 for row in run.steps)
     assert all(row["routes/replayed"] > 0.99 for row in run.steps)
-    # From the second optimizer step on the policy is not the reference any more; the KL is never negative.
-    assert all(row["loss/kl"] > 0 for row in run.steps)
+    # In the first optimizer step the policy still is the reference, and the domain with a KL may fall into that one.
+    assert run.steps[0]["loss/kl"] > -1e-9
+    assert all(row["loss/kl"] > 0 for row in run.steps[1:])
     # Only one of the two domains has a KL: its mean is over that domain's tokens, the loss over all samples.
     assert all(row["loss/kl"] < 0.1 * row["kl/reference"] for row in run.steps)
 
