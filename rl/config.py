@@ -101,6 +101,8 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
+    """The engines: which kind, how many, and how far they may run ahead of the learner."""
+
     engine: EngineKind = EngineKind.torch
     engines: int = 1
     tensor_parallel: int = 1
@@ -134,6 +136,8 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
+    """The learner: its ranks, how their state is sharded, and the optimizer of RL."""
+
     ranks: int = 1
     zero_stage: int = 2
     micro_tokens: int = 16384

@@ -130,6 +130,7 @@ def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 1 for what a user can mend, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m rl.train", description="Run a recipe.")
     parser.add_argument("recipe", help="a YAML file, for example recipes/quickstart.yaml")
     parser.add_argument(

@@ -10,6 +10,7 @@ from rl.report import build_report
 
 
 def main() -> int:
+    """Rebuilds one report; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m rl.report", description="Rebuild the report.html of a run.")
     parser.add_argument("run", help="the run's directory, for example runs/quickstart")
     try:
