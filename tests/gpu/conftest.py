@@ -9,11 +9,11 @@ import torch
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu, vllm = torch.cuda.is_available(), find_spec("vllm") is not None
+    missing = "an NVIDIA GPU" if not gpu else "" if vllm else "vllm"
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if item.config.pluginmanager.hasplugin("timeout"):
                 item.add_marker(pytest.mark.timeout(900))
-            missing = "an NVIDIA GPU" if not gpu else "vllm" if not (vllm or item.path.stem.endswith("_kernels")) else None
-            if missing:
+            if missing and not (gpu and item.path.stem.endswith("_kernels")):
                 item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))
