@@ -41,7 +41,7 @@ def outline_of(config: PretrainedConfig, module: nn.Module) -> ModelOutline:
     """The outline of a module, which may live on any device."""
     text: Any = config.get_text_config()
     experts = {int(name.split(".layers.")[1].split(".")[0]): part for name, part in _experts(module)}
-    routers = [part for part in module.modules() if hasattr(part, "top_k") and hasattr(part, "num_experts")]
+    routers: list[Any] = [part for part in module.modules() if hasattr(part, "top_k") and hasattr(part, "num_experts")]
     architectures = config.architectures or [type(module).__name__]
     return ModelOutline(
         architecture=architectures[0],

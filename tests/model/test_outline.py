@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, Glm4MoeConfig, 
 from model import DeepseekV32, outline, save_model
 from tests.model.shapes import make_config
 
-SHARED = {
+SHARED: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -20,14 +21,21 @@ SHARED = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
 }
-MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
-MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-GROUPS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+MOE: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+MLA: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+GROUPS: dict[str, Any] = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+HEADS: dict[str, Any] = {"head_dim": 8}  # of transformers' configs, but not of their signatures
 CONFIGS = {
     "qwen3": (Qwen3Config(**SHARED, head_dim=8, tie_word_embeddings=True), ()),
-    "qwen3_moe": (Qwen3MoeConfig(**SHARED, **MOE, head_dim=8, num_experts=8, mlp_only_layers=[1]), (0, 2)),
+    "qwen3_moe": (Qwen3MoeConfig(**SHARED, **MOE, **HEADS, num_experts=8, mlp_only_layers=[1]), (0, 2)),
     "deepseek_v3": (DeepseekV3Config(**SHARED | {"num_key_value_heads": 4}, **MOE, **MLA, **GROUPS), (1, 2)),
-    "glm4_moe": (Glm4MoeConfig(**SHARED, **MOE, **GROUPS | {"n_group": 1, "topk_group": 1}, head_dim=8), (1, 2)),
+    "glm4_moe": (Glm4MoeConfig(**SHARED, **MOE, **GROUPS | {"n_group": 1, "topk_group": 1}, **HEADS), (1, 2)),
 }
 
 
