@@ -27,7 +27,7 @@ def recomputed(layer: Callable[..., LayerOutput], *args: Any) -> LayerOutput:
 
 
 class _Anchor(torch.autograd.Function):
-    """The identity on a layer's outputs. Its backward comes before all others of the layer and starts the recomputation.
+    """The identity on a layer's outputs, whose backward precedes all others of the layer and starts the recomputation.
 
     Otherwise that would start in the middle of some module's backward, for which ZeRO-3 has just gathered parameters,
     and the module's second forward would let go of them.
