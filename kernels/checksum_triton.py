@@ -7,26 +7,25 @@ import triton
 import triton.language as tl
 
 _MAX_BLOCK = 2048
+_GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
+_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+_MIX_2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
 def _word_hash_kernel(
-    words, total, columns, num_blocks, row_stride, first, stride, BITS: tl.constexpr, BLOCK: tl.constexpr
+    words, total, columns, num_blocks, row_stride, first, stride, MASK: tl.constexpr, BLOCK: tl.constexpr
 ):
     program = tl.program_id(0)
     row = (program // num_blocks).to(tl.int64)
     column = (program % num_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     word = tl.load(words + row * row_stride + column, mask=inside, other=0).to(tl.int64)  # [BLOCK]
-    if BITS < 64:
-        word = word & ((1 << BITS) - 1)
+    word = word & MASK  # unsigned
     place = first + row * stride + column
-    gamma: tl.constexpr = 0x9E3779B97F4A7C15
-    mix_1: tl.constexpr = 0xBF58476D1CE4E5B9
-    mix_2: tl.constexpr = 0x94D049BB133111EB
-    x = word.to(tl.uint64, bitcast=True) * mix_1 + place.to(tl.uint64, bitcast=True) * gamma
-    x = (x ^ (x >> 30)) * mix_1
-    x = (x ^ (x >> 27)) * mix_2
+    x = word.to(tl.uint64, bitcast=True) * _MIX_1 + place.to(tl.uint64, bitcast=True) * _GAMMA
+    x = (x ^ (x >> 30)) * _MIX_1
+    x = (x ^ (x >> 27)) * _MIX_2
     x = x ^ (x >> 31)
     hashes = tl.where(inside, x.to(tl.int64, bitcast=True), 0)
     tl.atomic_add(total, tl.sum(hashes, axis=0))
@@ -41,6 +40,7 @@ def word_hash_sum(words: torch.Tensor, first: int, stride: int) -> torch.Tensor:
         words = words.contiguous()
     block = min(_MAX_BLOCK, triton.next_power_of_2(columns))
     num_blocks = triton.cdiv(columns, block)
+    bits = 8 * words.element_size()
     _word_hash_kernel[(rows * num_blocks,)](
         words,
         total,
@@ -49,7 +49,7 @@ def word_hash_sum(words: torch.Tensor, first: int, stride: int) -> torch.Tensor:
         words.stride(0),
         first,
         stride,
-        BITS=8 * words.element_size(),
-        BLOCK=block,
+        MASK=(1 << bits) - 1 if bits < 64 else -1,  # pyright: ignore[reportArgumentType]
+        BLOCK=block,  # pyright: ignore[reportArgumentType]
     )
     return total
