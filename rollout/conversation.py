@@ -146,7 +146,7 @@ class Conversation:
 
     def parse_reply(self, text: str, *, thinking: bool) -> Reply:
         """Reads a whole reply strictly. Raises MalformedReply, whose message says what is wrong with it."""
-        text = text.removesuffix(self.tokenizer.convert_ids_to_tokens(self.stop_token_ids[0]))
+        text = text.removesuffix(str(self.tokenizer.eos_token))
         if self._template:
             return self._template.parse_reply(text, thinking=thinking)
         return dsml.parse_reply(text, thinking=thinking)
