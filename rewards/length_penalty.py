@@ -22,5 +22,5 @@ class LengthPenalty:
             raise ValueError(f"target must be from 0 on and below limit, not {self.target} and {self.limit}")
 
     def __call__(self, sample: Sample) -> float:
-        excess = (sample.num_sampled - self.target) / (self.limit - self.target)
+        excess = (sample.num_generated - self.target) / (self.limit - self.target)
         return -min(max(excess, 0.0), 1.0)

@@ -83,7 +83,7 @@ class Rollouts:
         self._tally.scoring += Mean(time.perf_counter() - began, 1)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         self._tally.failures.update(f"{failure.reward} {failure.reason}" for failure in failures)
-        self._tally.failed_tokens += sum(failure.sample.num_sampled for failure in failures)
+        self._tally.failed_tokens += sum(failure.sample.num_generated for failure in failures)
         scored = tuple(outcome for outcome in outcomes if isinstance(outcome, Scored))
         return Group(prompt=prompt, scored=scored, failed=len(outcomes) - len(scored))
 

@@ -91,11 +91,42 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One call of a tool, as the policy wrote it."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What a tool answered; ``failed`` when it could not do what it was asked."""
+
+    text: str
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One reply of an episode and what came back before the next one."""
+
+    reply: str  # as sampled, like Sample.reply
+    calls: tuple[ToolCall, ...] = ()
+    results: tuple[ToolResult, ...] = ()  # one for each call, or one that says why the reply's calls cannot be read
+    malformed: str = ""  # why the reply breaks the format of its tool calls; "" when it does not
+    user: str = ""  # the environment's next user message, "" when there was none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One trajectory as a single flat token sequence: prompt, replies and tool output.
 
     All per-token arrays have the length T of ``token_ids``. ``sampled`` says which tokens the policy chose; only those
     are trained on.
+
+    An episode goes on in a sequence of its own where its context stops being append-only: after a user message, which
+    drops earlier reasoning, and where context management dropped something. This is then the last sequence, and
+    ``earlier`` holds those before it. They share the prompt, the reward and the advantage.
     """
 
     prompt: Prompt
@@ -108,7 +139,11 @@ class Sample:
     routed: NDArray | None = None  # bool [T], which rows of routes were recorded; None means all of them
     kept: Kept | None = None  # None when sampling did not truncate
     status: Status = Status.FINISHED
-    reply: str = ""  # the sampled text, decoded once by the engine's tokenizer for rewards and reports
+    reply: str = ""  # the (last) reply, decoded once by the engine's tokenizer for rewards and reports
+    turns: tuple[Turn, ...] = ()  # of an episode with an environment, over all of its sequences; () without one
+    final_state: Any = None  # what the environment says of its state at the end; plain values, for rewards
+    earlier: tuple[Sample, ...] = ()  # oldest first
+    part: int | None = None  # place among the earlier sequences of its episode; None for the last one
 
     def __post_init__(self) -> None:
         for name in ("sampled", "rollout_logprobs", "versions", "routes", "routed", "kept"):
@@ -127,24 +162,38 @@ class Sample:
             outside = np.flatnonzero(self.sampled & ~self.kept.contains(self.token_ids))
             if len(outside):
                 raise ValueError(f"sample {self.id}: token {outside[0]} lies outside its own kept set")
+        if [sequence.part for sequence in self.earlier] != list(range(len(self.earlier))):
+            raise ValueError(f"sample {self.id}: its earlier sequences are not numbered from 0")
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def id(self) -> str:
-        """The name used in errors, reports and metrics, for example ``math/17#3``."""
-        return f"{self.prompt.id}#{self.index}"
+        """The name used in errors, reports and metrics: ``math/17#3``, or ``math/17#3.0`` for an earlier sequence."""
+        name = f"{self.prompt.id}#{self.index}"
+        return name if self.part is None else f"{name}.{self.part}"
+
+    @property
+    def sequences(self) -> tuple[Sample, ...]:
+        """Everything that is trained of this episode, oldest first; ends with the sample itself."""
+        return (*self.earlier, self)
 
     @property
     def num_sampled(self) -> int:
-        """|o_i|, the number of tokens the policy chose."""
+        """The number of tokens the policy chose in this sequence."""
         return int(np.count_nonzero(self.sampled))
 
     @property
+    def num_generated(self) -> int:
+        """|o_i|, the number of tokens the policy chose in the whole episode."""
+        return sum(sequence.num_sampled for sequence in self.sequences)
+
+    @property
     def oldest_version(self) -> int:
-        """Oldest weight version that sampled any of its tokens; -1 when none was sampled."""
-        return int(self.versions[self.sampled].min()) if self.num_sampled else -1
+        """Oldest weight version that sampled any of the episode's tokens; -1 when none was sampled."""
+        sampled = [sequence.versions[sequence.sampled] for sequence in self.sequences if sequence.num_sampled]
+        return int(min(versions.min() for versions in sampled)) if sampled else -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

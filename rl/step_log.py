@@ -106,8 +106,8 @@ class StepLog:
         groups = [*groups, *tally.replaced]
         scored = [one for group in groups for one in group.scored]
         metrics = {
-            "tokens/generated": float(tally.failed_tokens + sum(one.sample.num_sampled for one in scored)),
-            "length/mean": _mean(one.sample.num_sampled for one in scored),
+            "tokens/generated": float(tally.failed_tokens + sum(one.sample.num_generated for one in scored)),
+            "length/mean": _mean(one.sample.num_generated for one in scored),
             "length/truncated": _mean(one.sample.status == Status.TRUNCATED for one in scored),
             "groups/zero_variance": _mean(group.zero_variance for group in groups),
             "groups/failed": float(tally.failed_groups),

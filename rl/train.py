@@ -65,6 +65,7 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                 minibatches=recipe.learner.minibatches,
                 micro_tokens=recipe.learner.micro_tokens,
                 rng=shuffle,
+                aggregation=recipe.objective.aggregation,
             )
             result = await system.learner.step(minibatches)
             clock.lap("learn")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ class Trajectory:
             "messages": [dict(message) for message in sample.prompt.messages],
             "answer": sample.prompt.answer,
             "reply": sample.reply,
+            "turns": [asdict(turn) for turn in sample.turns],
+            "final_state": sample.final_state,
             "status": str(sample.status),
             "reward": self.scored.reward,
             "parts": dict(self.scored.parts),

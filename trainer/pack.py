@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rl.config import Aggregation
 from rl.sample import Group, Kept, NDArray, Sample
 
 
@@ -70,7 +71,7 @@ class Microbatch:
 class Minibatch:
     """One optimizer step. Every rank holds equally many micro-batches, as the ranks' collectives must match."""
 
-    num_samples: int  # over all ranks
+    num_samples: int  # episodes over all ranks
     num_tokens: int  # sampled tokens over all ranks
     num_positions: int  # tokens of all samples over all ranks, prompts included
     ranks: tuple[tuple[Microbatch, ...], ...]
@@ -87,11 +88,12 @@ class Minibatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedSample:
-    """A sample with what the objective attaches to all of its tokens."""
+    """A sequence with what the objective attaches to all of its tokens."""
 
     sample: Sample
     advantage: float = 0.0
     kl_beta: float = 0.0
+    share: float = 1.0  # of its episode's sampled tokens; the shares of an episode add up to 1
 
 
 def pack(
@@ -103,12 +105,16 @@ def pack(
     minibatches: int,
     micro_tokens: int,
     rng: np.random.Generator,
+    aggregation: Aggregation = Aggregation.sequence_mean,
 ) -> list[Minibatch]:
     """Cuts a rollout batch into optimizer steps and packs each of them.
 
     ``advantages[g]`` is [G] for the samples of ``groups[g]``; ``kl_betas`` is per domain. Whole groups are shuffled
     into the steps, so the advantages of a step sum to zero like those of its groups. Samples without a sampled token
     have nothing to train and are left out. Fewer groups than ``minibatches`` give fewer steps.
+
+    The sequences of one episode are packed each for itself. With ``sequence_mean`` their advantages and ``kl_beta`` are
+    scaled by their shares, so that 1/|o_i| runs over the whole episode: the surrogate is homogeneous in the advantage.
 
     Raises:
         ValueError: a group whose advantages do not match its samples, or whose domain has no ``kl_beta``.
@@ -117,13 +123,15 @@ def pack(
         raise ValueError(f"pack: {len(advantages)} advantage arrays for {len(groups)} groups")
     steps = []
     for part in np.array_split(rng.permutation(len(groups)), max(1, min(minibatches, len(groups)))):
-        samples = [s for g in part for s in _weighted(groups[g], advantages[g], kl_betas)]
+        samples = [s for g in part for s in _weighted(groups[g], advantages[g], kl_betas, aggregation)]
         if samples:
             steps.append(pack_step(samples, ranks=ranks, micro_tokens=micro_tokens))
     return steps
 
 
-def _weighted(group: Group, advantages: NDArray, kl_betas: Mapping[str, float]) -> list[WeightedSample]:
+def _weighted(
+    group: Group, advantages: NDArray, kl_betas: Mapping[str, float], aggregation: Aggregation
+) -> list[WeightedSample]:
     if len(advantages) != len(group.scored):
         raise ValueError(
             f"pack: prompt {group.prompt.id} has {len(advantages)} advantages for {len(group.scored)} samples"
@@ -131,11 +139,18 @@ def _weighted(group: Group, advantages: NDArray, kl_betas: Mapping[str, float]) 
     if group.prompt.domain not in kl_betas:
         raise ValueError(f"pack: no kl_beta is given for domain {group.prompt.domain} of prompt {group.prompt.id}")
     kl_beta = kl_betas[group.prompt.domain]
-    return [
-        WeightedSample(sample=scored.sample, advantage=float(advantage), kl_beta=kl_beta)
-        for scored, advantage in zip(group.scored, advantages, strict=True)
-        if scored.sample.num_sampled
-    ]
+    weighted = []
+    for scored, advantage in zip(group.scored, advantages, strict=True):
+        for sequence in scored.sample.sequences:
+            if sequence.num_sampled:
+                share = sequence.num_sampled / scored.sample.num_generated
+                scale = share if aggregation == Aggregation.sequence_mean else 1.0
+                weighted.append(
+                    WeightedSample(
+                        sample=sequence, advantage=float(advantage) * scale, kl_beta=kl_beta * scale, share=share
+                    )
+                )
+    return weighted
 
 
 def pack_step(samples: Sequence[WeightedSample], *, ranks: int, micro_tokens: int) -> Minibatch:
@@ -143,7 +158,7 @@ def pack_step(samples: Sequence[WeightedSample], *, ranks: int, micro_tokens: in
     shares = [_fill(share, micro_tokens) for share in _balance(samples, ranks)]
     rounds = max(len(share) for share in shares)
     return Minibatch(
-        num_samples=len(samples),
+        num_samples=round(sum(weighted.share for weighted in samples)),
         num_tokens=sum(weighted.sample.num_sampled for weighted in samples),
         num_positions=sum(len(weighted.sample) for weighted in samples),
         ranks=tuple(tuple(_concatenate(row) for row in share) + (idle(),) * (rounds - len(share)) for share in shares),

@@ -41,6 +41,15 @@ def test_a_sample_knows_its_name_and_counts():
         sample.index = 4  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_an_episode_counts_over_all_of_its_sequences():
+    first = make(part=0, versions=np.array([-1, -1, 1, 4, -1, 2], np.int32))
+    episode = make(earlier=(first, make(part=1)))
+    assert [sequence.id for sequence in episode.sequences] == ["math/17#3.0", "math/17#3.1", "math/17#3"]
+    assert (episode.num_sampled, episode.num_generated, episode.oldest_version) == (3, 9, 1)
+    with pytest.raises(ValueError, match="math/17#3: its earlier sequences are not numbered from 0"):
+        make(earlier=(first, first))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

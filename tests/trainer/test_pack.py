@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl.config import Aggregation
+from rl.loss import grpo_loss
 from rl.sample import Group, Kept, Prompt, Sample, Scored
 from trainer.pack import Microbatch, Minibatch, pack
 
@@ -183,6 +188,55 @@ def test_context_is_what_a_later_sampled_token_looks_back_on():
     (step,) = pack([group], [np.zeros(1)], kl_betas={"a": 0}, ranks=2, minibatches=1, micro_tokens=64, rng=rng)
     contexts = {rank[0].sample_ids[0]: rank[0].context.tolist() for rank in step.ranks}
     assert contexts == {"p#0": [True, True, True, False, False, False], "idle": [False, False]}
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+def test_an_episode_in_several_sequences_counts_once(aggregation):
+    """The packed loss against the objective written out over episodes, for episodes of one to three sequences."""
+    rng = np.random.default_rng(3)
+    prompt = Prompt(id="p", domain="a", token_ids=np.zeros(1, np.int32))
+    episodes = []
+    for index, count in enumerate((1, 2, 3)):
+        parts = [random_sample(rng, prompt, index, int(rng.integers(5, 30))) for _ in range(count)]
+        earlier = tuple(dataclasses.replace(part, part=place) for place, part in enumerate(parts[:-1]))
+        episodes.append(dataclasses.replace(parts[-1], earlier=earlier))
+    advantages = np.array([1.0, -0.5, 0.7])
+    group = Group(prompt=prompt, scored=tuple(Scored(sample=sample, reward=0.0) for sample in episodes))
+    (step,) = pack(
+        [group], [advantages], kl_betas={"a": 0.3}, ranks=2, minibatches=1, micro_tokens=25, rng=rng,
+        aggregation=aggregation,
+    )  # fmt: skip
+    names = {part.id for sample in episodes for part in sample.sequences}
+    assert len(names) == 6 and set(step.sample_ids) == names and step.num_samples == 3
+
+    learner = {part.id: rng.normal(-1, 0.3, len(part)) for sample in episodes for part in sample.sequences}
+    total = 0.0
+    for micro in microbatches([step]):
+        if not micro.sampled.any():
+            continue
+        loss, _ = grpo_loss(
+            torch.tensor(np.concatenate([learner[name] for name in micro.sample_ids])),
+            torch.tensor(micro.rollout_logprobs),
+            torch.tensor(micro.advantages),
+            torch.tensor(micro.sampled),
+            torch.tensor(micro.cu_seqlens),
+            ref_logprobs=torch.tensor(np.concatenate([learner[name] + 0.1 for name in micro.sample_ids])),
+            kl_beta=torch.tensor(micro.kl_beta),
+            num_samples=step.num_samples,
+            num_tokens=step.num_tokens,
+            aggregation=str(aggregation),
+        )
+        total += float(loss)
+
+    expected = 0.0
+    for sample, advantage in zip(episodes, advantages, strict=True):
+        terms = []
+        for part in sample.sequences:
+            ratio = np.exp(learner[part.id] - part.rollout_logprobs)[part.sampled]
+            surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+            terms += (0.3 * ratio * (np.exp(0.1) - 0.1 - 1) - surrogate).tolist()
+        expected += sum(terms) / (3 * len(terms) if aggregation == Aggregation.sequence_mean else step.num_tokens)
+    assert total == pytest.approx(expected, rel=1e-5)
 
 
 def test_mismatches_are_named():
