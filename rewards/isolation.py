@@ -145,7 +145,7 @@ class Launch:
     def _config(self, pipes: Pipes) -> dict[str, Any]:
         isolation, folder = self.isolation, self.folder
         work, tmp = (str(folder.work), str(folder.tmp)) if isolation.shares_host else (BOX, "/tmp")
-        places = {"HOME": work, "TMPDIR": tmp, "LANG": "C.UTF-8", "PATH": _search_path(), "OMP_NUM_THREADS": "1"}
+        places = {"HOME": work, "TMPDIR": tmp, "LANG": "C.UTF-8", "PATH": search_path(), "OMP_NUM_THREADS": "1"}
         control, status = pipes.inner
         return {
             "argv": list(self.argv),
@@ -288,7 +288,8 @@ def _interpreter() -> str:
     return os.path.realpath(sys.executable)
 
 
-def _search_path() -> str:
+def search_path() -> str:
+    """Where programs are looked up."""
     return f"{os.path.dirname(sys.executable)}:{os.path.dirname(_interpreter())}:/usr/local/bin:/usr/bin:/bin"
 
 

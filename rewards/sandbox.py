@@ -90,6 +90,15 @@ class Sandbox:
         user_of(self.wanted)
         return self.wanted
 
+    def at_least(self, weakest: Isolation) -> Sandbox:
+        """Itself. Raises SandboxError when its isolation is weaker than that."""
+        if list(Isolation).index(self.isolation) > list(Isolation).index(Isolation(weakest)):
+            raise SandboxError(
+                f"programs could run under the isolation '{self.isolation}' only, and '{weakest}' is asked for; "
+                "install bubblewrap, or ask for less"
+            )
+        return self
+
     def folder(self) -> Folder:
         """A folder that several programs work in, one after another or together. Close it."""
         return Folder(uid=own_uid(self.isolation))
