@@ -69,6 +69,13 @@ class EngineActor:
     async def stats(self) -> EngineStats:
         return self._live.stats()
 
+    async def shutdown(self) -> None:
+        """Aborts what is in flight and returns when nothing runs any more."""
+        if self._engine is not None:
+            await self.abort()
+        while self._stepping is not None or len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0.01)
+
     @property
     def _live(self) -> TorchEngine:
         if self._engine is None:

@@ -25,7 +25,7 @@ from rollout.samples import to_sample
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
 
 _MAX_CONCURRENT_CALLS = 100_000  # a call waits for its whole generation, and weight updates must not queue behind
-_SHUTDOWN_S = 20.0
+_SHUTDOWN_S = {EngineKind.torch: 5.0, EngineKind.vllm: 20.0}
 
 
 class EnginePool:
@@ -37,7 +37,7 @@ class EnginePool:
     def __init__(
         self, engines: Sequence[Any], *, conversation: Conversation, max_context: int, shutdown_s: float = 0.0
     ) -> None:
-        """``shutdown_s``: seconds that :meth:`close` gives engines to end the processes they started, if they do."""
+        """``shutdown_s``: seconds that :meth:`close` gives engines to come to rest and end what they started."""
         self.max_context = max_context
         self._shutdown_s = shutdown_s
         self._conversation = conversation
@@ -61,7 +61,7 @@ class EnginePool:
             [engine for engine, _ in engines],
             conversation=conversation,
             max_context=recipe.model.max_context,
-            shutdown_s=_SHUTDOWN_S if vllm else 0.0,
+            shutdown_s=_SHUTDOWN_S[recipe.rollout.engine],
         )
         directory = str(Path(model_path).absolute())
         try:
@@ -122,7 +122,10 @@ class EnginePool:
         return await self._call_all("stats")
 
     def close(self) -> None:
-        """Ends the engines' processes."""
+        """Ends the engines' processes.
+
+        They come to rest first: killed between two calls, Ray's async actors may crash and print a page about it.
+        """
         if self._shutdown_s:
             ending = [engine.shutdown.remote() for engine in self._engines]
             ray.wait(ending, num_returns=len(ending), timeout=self._shutdown_s)
