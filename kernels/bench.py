@@ -132,7 +132,7 @@ def _median_ms(call: Call) -> float:
     if torch.cuda.is_available():
         from triton.testing import do_bench
 
-        return do_bench(call, warmup=20, rep=100, return_mode="median")
+        return float(do_bench(call, warmup=20, rep=100, return_mode="median"))  # type: ignore[arg-type]
     times = []
     for _ in range(5):
         start = time.perf_counter()

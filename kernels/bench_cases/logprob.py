@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import reference
-from kernels.bench import Case, Setup
+from kernels.bench import Call, Case, Setup
 
 VOCAB = 129_280
 LogProbs = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,7 +37,7 @@ def _setup(num_tokens: int, dim: int, kept_size: int, *, backward: bool) -> Setu
     kept = _kept(targets, kept_size) if kept_size else (None, None)
     upstream = torch.randn(num_tokens, device="cuda")
 
-    def call(logprobs: LogProbs, dtype: torch.dtype = torch.bfloat16) -> Callable[[], list[torch.Tensor]]:
+    def call(logprobs: LogProbs, dtype: torch.dtype = torch.bfloat16) -> Call:
         inputs = [tensor.to(dtype).detach().requires_grad_(backward) for tensor in (hidden, weight)]
 
         def run() -> list[torch.Tensor]:
@@ -48,7 +48,7 @@ def _setup(num_tokens: int, dim: int, kept_size: int, *, backward: bool) -> Setu
 
     ours = call(lambda h, w: kernels.kept_logprobs(h, w, targets, *kept)[0])
     plain: LogProbs = lambda h, w: reference.kept_logprobs(h, w, targets, *kept)[0]  # noqa: E731
-    peers = {"reference": call(plain)}
+    peers: dict[str, Call] = {"reference": call(plain)}
     if not kept_size:
         peers["cross_entropy in chunks"] = call(lambda h, w: _in_chunks(h, w, targets))
     columns = kept_size or VOCAB
