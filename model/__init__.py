@@ -7,6 +7,7 @@ from model.deepseek_v32 import BackboneOutput, DeepseekV32
 from model.hf import load_config, load_model, save_model, write_checkpoint
 from model.layout import checkpoint_tensors, join_experts, split_experts
 from model.moe import Routing
+from model.outline import ModelOutline, TensorSpec, outline
 
 __all__ = [
     "BackboneOutput",
@@ -14,13 +15,16 @@ __all__ = [
     "DeepseekV32",
     "LatentCache",
     "ModelConfig",
+    "ModelOutline",
     "Routing",
+    "TensorSpec",
     "YarnScaling",
     "checkpoint_tensors",
     "checksums",
     "join_experts",
     "load_config",
     "load_model",
+    "outline",
     "save_model",
     "split_experts",
     "write_checkpoint",

@@ -29,7 +29,16 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """The ModelConfig of a checkpoint directory. Raises ValueError in one sentence when there is none to read."""
-    return ModelConfig.from_dict(_read_json(Path(path) / "config.json"))
+    return ModelConfig.from_dict(read_json(Path(path) / "config.json"))
+
+
+def model_type_of(path: str | os.PathLike[str]) -> str:
+    """config.json's `model_type`. Raises ValueError when there is no config.json or it names no type."""
+    file = Path(path) / "config.json"
+    model_type = read_json(file).get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(f"{file} names no model_type")
+    return model_type
 
 
 def load_model(
@@ -153,7 +162,7 @@ class _Checkpoint:
         self._files: dict[str, Any] = {}
         self._open = contextlib.ExitStack()
         self._read: set[str] = set()
-        quantization = _read_json(directory / "config.json").get("quantization_config") or {}
+        quantization = read_json(directory / "config.json").get("quantization_config") or {}
         if quantization and quantization.get("quant_method") != "fp8":
             raise ValueError(
                 f"{directory}: quant_method {quantization.get('quant_method')!r} is not supported, only fp8"
@@ -164,7 +173,7 @@ class _Checkpoint:
     def __enter__(self) -> _Checkpoint:
         index = self._directory / _INDEX
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise ValueError(f"{index}: has no weight_map")
             opened = {file: self._open_file(file) for file in sorted(set(weight_map.values()))}
@@ -231,7 +240,8 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object. Raises ValueError in one sentence."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
