@@ -1,7 +1,7 @@
 """The dispatch point of Keel's kernels: each function here picks an implementation by the device of its first tensor.
 
-`kernels.reference` holds the plain-torch meaning of every function and serves every device that has no entry in
-`_IMPLEMENTATIONS`. A module registered there replaces the functions that it defines, under the same signatures.
+`kernels.reference` holds the plain-torch meaning of every function and serves every device and function that has no
+entry in `_IMPLEMENTATIONS`. What is entered there has the same signature, and its module is imported on first use.
 
 `__version__` matters: transformers probes for a package of this name and asks for its version.
 """
@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -22,7 +22,8 @@ __version__ = "0.1.0"
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {}
+# Device type to function name to the module that defines it.
+_IMPLEMENTATIONS: dict[str, dict[str, str]] = {"cuda": {}}
 
 
 def _by_device(meaning: Callable[P, R]) -> Callable[P, R]:
@@ -32,8 +33,9 @@ def _by_device(meaning: Callable[P, R]) -> Callable[P, R]:
     def dispatch(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, torch.Tensor), f"{name}: the first argument must be a tensor"
-        module = _IMPLEMENTATIONS.get(first.device.type)
-        return getattr(module, name, meaning)(*args, **kwargs)
+        module = _IMPLEMENTATIONS.get(first.device.type, {}).get(name)
+        function = meaning if module is None else getattr(importlib.import_module(module), name)
+        return function(*args, **kwargs)
 
     return dispatch
 

@@ -1,4 +1,4 @@
-"""Everything here needs an NVIDIA GPU and the gpu extra; without them it is skipped."""
+"""Everything here needs an NVIDIA GPU, and all but the tests of kernels the gpu extra; without them it is skipped."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    missing = "an NVIDIA GPU" if not torch.cuda.is_available() else "vllm" if find_spec("vllm") is None else None
+    gpu, vllm = torch.cuda.is_available(), find_spec("vllm") is not None
+    missing = "an NVIDIA GPU" if not gpu else "" if vllm else "vllm"
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if item.config.pluginmanager.hasplugin("timeout"):
                 item.add_marker(pytest.mark.timeout(900))
-            if missing:
+            if missing and not (gpu and item.path.stem.endswith("_kernels")):
                 item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))

@@ -14,7 +14,6 @@ from kernels import (
     latent_attention,
     masked_mha,
     mean_attention,
-    reference,
     sparse_attention,
 )
 
@@ -94,7 +93,7 @@ def test_masked_mha_and_its_mean() -> None:
 @pytest.mark.parametrize("gather_limit", [1 << 25, 40])
 def test_sparse_attention(gather_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second limit makes it work in blocks of a single query."""
-    monkeypatch.setattr(reference, "_GATHER_LIMIT", gather_limit)
+    monkeypatch.setattr("kernels.reference.attention._GATHER_LIMIT", gather_limit)
     inputs = make(SEQUENCES, 4, HEADS, DIM), make(SEQUENCES, LENGTH, DIM, seed=1)
     queries, keys = inputs
     indices = torch.tensor(
