@@ -7,6 +7,7 @@ Shape letters: B sequences, Q queries, T keys, H heads, J indexer heads, k selec
 from __future__ import annotations
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 NEG_INF = float("-inf")
 
@@ -14,7 +15,7 @@ NEG_INF = float("-inf")
 _GATHER_LIMIT = 1 << 25
 
 
-def masked_mha(
+def masked_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Softmax attention of every head over the keys that `mask` allows: DSA's MHA mode.
@@ -27,9 +28,9 @@ def masked_mha(
 
 
 def mean_attention(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """The indexer's target p[t, :] (TR Eq. 3): `masked_mha`'s probabilities summed over heads and L1-normalised.
+    """The indexer's target p[t, :] (TR Eq. 3): `masked_attention`'s probabilities summed over heads and L1-normalised.
 
-    Arguments as in `masked_mha`. Every head's row sums to 1, so the normalised sum is the mean. No gradient.
+    Arguments as in `masked_attention`. Every head's row sums to 1, so the normalised sum is the mean. No gradient.
     Returns fp32 [B, T, T], 0 outside the mask.
     """
     with torch.no_grad():
@@ -83,3 +84,51 @@ def _sparse_attention_block(
     scores = torch.matmul(queries * scale, selected.transpose(-1, -2)).float().masked_fill(absent, NEG_INF)
     probs = scores.softmax(dim=-1).masked_fill(absent, 0.0)
     return torch.matmul(probs.to(keys.dtype), selected[..., :value_dim])
+
+
+def packed_sparse_attention(
+    queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sparse_attention` over packed rows, with the log-sum-exp of every head's scores.
+
+    queries [N, H, D], keys [M, D] laid out [latent | rope key], indices int [N, K] into the keys, -1 for "none" at any
+    place (ascending and -1 last is fastest); the values are the first `value_dim` columns of the keys. Returns (out
+    [N, H, value_dim] in the dtype of the queries, lse fp32 [N, H] to base e, without gradient). A query without any
+    index gets zeros and -inf. Blocks of queries are computed again in the backward pass, so memory does not grow with
+    N * K.
+    """
+    block = max(1, _GATHER_LIMIT // max(1, indices.shape[1] * keys.shape[1]))
+    parts = list(zip(queries.split(block), indices.split(block), strict=True))
+    if len(parts) == 1:
+        return _packed_sparse_block(queries, keys, indices, scale, value_dim)
+    outs = [checkpoint(_packed_sparse_block, q, keys, i, scale, value_dim, use_reentrant=False) for q, i in parts]
+    return torch.cat([out for out, _ in outs]), torch.cat([lse for _, lse in outs])
+
+
+def decode_sparse_attention(
+    queries: torch.Tensor,
+    cache: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    value_dim: int,
+    *,
+    split: int = 512,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`packed_sparse_attention` without gradient, for few queries: `split` selected keys are one unit of parallel work.
+
+    cache [M, D] may be a paged one: row page * page_size + offset, which is what the indices then hold. Arguments and
+    results otherwise as in `packed_sparse_attention`.
+    """
+    assert split > 0
+    with torch.no_grad():
+        return packed_sparse_attention(queries, cache, indices, scale, value_dim)
+
+
+def _packed_sparse_block(
+    queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    absent = (indices < 0).unsqueeze(1)
+    selected = keys.index_select(0, indices.clamp(min=0).flatten()).view(*indices.shape, keys.shape[1])
+    scores = torch.matmul(queries * scale, selected.transpose(1, 2)).float().masked_fill(absent, NEG_INF)
+    probs = scores.softmax(dim=-1).masked_fill(absent, 0.0)
+    return torch.matmul(probs.to(keys.dtype), selected[..., :value_dim]), scores.detach().logsumexp(dim=-1)
