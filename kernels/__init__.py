@@ -26,6 +26,8 @@ R = TypeVar("R")
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cuda": {
         "latent_attention": "kernels.sparse_mla",
+        "packed_attention": "kernels.masked_mha",
+        "selection_bitmask": "kernels.masked_mha",
         "sparse_attention": "kernels.sparse_mla",
         "packed_sparse_attention": "kernels.sparse_mla",
         "decode_sparse_attention": "kernels.sparse_mla",
@@ -52,6 +54,8 @@ topk_mask = _by_device(reference.topk_mask)
 topk_indices = _by_device(reference.topk_indices)
 masked_attention = _by_device(reference.masked_attention)
 latent_attention = _by_device(reference.latent_attention)
+packed_attention = _by_device(reference.packed_attention)
+selection_bitmask = _by_device(reference.selection_bitmask)
 sparse_attention = _by_device(reference.sparse_attention)
 packed_sparse_attention = _by_device(reference.packed_sparse_attention)
 decode_sparse_attention = _by_device(reference.decode_sparse_attention)
@@ -69,7 +73,9 @@ __all__ = [
     "latent_attention",
     "masked_attention",
     "mean_attention",
+    "packed_attention",
     "packed_sparse_attention",
+    "selection_bitmask",
     "sparse_attention",
     "topk_indices",
     "topk_mask",

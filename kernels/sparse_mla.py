@@ -6,6 +6,8 @@ keys tile by tile. The latent part of a tile is read once and serves as key and 
 Shape letters: N queries, H heads, M keys, K selected keys a query, D = L + R columns (latent and rope).
 """
 
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from kernels.delta import row_delta
 
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -156,17 +160,6 @@ def _combine_kernel(
     row = token * num_heads + head
     tl.store(out + row * LATENT + columns, mixed.to(out.dtype.element_ty), mask=columns < LATENT)
     tl.store(lse + row, tl.where(total > 0, highest + tl.log2(total), float("-inf")))
-
-
-@triton.jit
-def _delta_kernel(out, grad_out, delta, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (rows). The sum of out * grad_out over a row, in fp32."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    there = columns < WIDTH
-    a = tl.load(out + row * WIDTH + columns, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(grad_out + row * WIDTH + columns, mask=there, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(a * b, axis=0))
 
 
 @triton.jit
@@ -369,6 +362,10 @@ def _flat_keys(keys: torch.Tensor) -> tuple[torch.Tensor, int]:
     return keys.reshape(-1, dim), num_keys
 
 
+def _ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
 def _rows(keys: torch.Tensor) -> torch.Tensor:
     return keys if keys.stride(-1) == 1 else keys.contiguous()
 
@@ -379,13 +376,13 @@ def _forward(
     """out [N, splits, H, value_dim], fp32 where there are several splits; lse fp32 [N, splits, H], base 2."""
     num_queries, num_heads, dim = queries.shape
     num_selected = indices.shape[1]
-    num_splits = max(1, triton.cdiv(num_selected, split))
+    num_splits = max(1, _ceil_div(num_selected, split))
     shape = (num_queries, num_splits, num_heads)
     out = torch.empty(*shape, value_dim, dtype=queries.dtype if num_splits == 1 else torch.float32, device=keys.device)
     lse = torch.empty(shape, dtype=torch.float32, device=keys.device)
     tiles = _forward_tiles(num_heads, keys.element_size())
     if out.numel():
-        grid = (num_queries * triton.cdiv(num_heads, tiles.heads), num_splits)
+        grid = (num_queries * _ceil_div(num_heads, tiles.heads), num_splits)
         _forward_kernel[grid](
             queries, keys, indices, out, lse, scale * LOG2_E, num_heads, num_selected, split,
             queries.stride(0), queries.stride(1), keys.stride(0),
@@ -444,18 +441,17 @@ def _backward_block(queries, keys, indices, out, lse, grad_out, scale, grad_quer
     tiles = _backward_tiles(num_heads, keys.element_size())
     blocks = _blocks(value_dim, dim, num_selected, tiles, keys)
     strides = queries.stride(0), queries.stride(1)
-    delta = torch.empty_like(lse)
-    _delta_kernel[(lse.numel(),)](out, grad_out, delta, WIDTH=value_dim, BLOCK=blocks["BLOCK_L"], num_warps=4)
+    delta = row_delta(out, grad_out)
     probs = torch.empty(num_queries, num_heads, num_selected, dtype=keys.dtype, device=keys.device)
     d_scores = torch.empty_like(probs)
-    _grad_queries_kernel[(num_queries * triton.cdiv(num_heads, tiles.heads),)](
+    _grad_queries_kernel[(num_queries * _ceil_div(num_heads, tiles.heads),)](
         queries, keys, indices, grad_out, lse, delta, grad_queries, probs, d_scores, scale, num_heads, num_selected,
         *strides, keys.stride(0), **blocks, num_warps=tiles.warps,
     )  # fmt: skip
     grad_pairs = torch.empty(num_queries, num_selected, dim, dtype=keys.dtype, device=keys.device)
     small = keys.element_size() > 2
     pairs = {"BLOCK_D": 32 if small else 64, "BLOCK_K": 32 if small else 128, "BLOCK_H": max(16, tiles.heads)}
-    _grad_pairs_kernel[(triton.cdiv(dim, pairs["BLOCK_D"]), triton.cdiv(num_selected, pairs["BLOCK_K"]), num_queries)](
+    _grad_pairs_kernel[(_ceil_div(dim, pairs["BLOCK_D"]), _ceil_div(num_selected, pairs["BLOCK_K"]), num_queries)](
         queries, indices, grad_out, probs, d_scores, grad_pairs, num_heads, num_selected, *strides,
         LATENT=value_dim, ROPE=dim - value_dim, BLOCK_ALL=blocks["BLOCK_ALL"], STAGES=1 if small else 2,
         PRECISION=blocks["PRECISION"], **pairs, num_warps=4 if small else 8,

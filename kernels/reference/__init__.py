@@ -5,7 +5,9 @@ from kernels.reference.attention import (
     latent_attention,
     masked_attention,
     mean_attention,
+    packed_attention,
     packed_sparse_attention,
+    selection_bitmask,
     sparse_attention,
 )
 from kernels.reference.grouped import grouped_linear
@@ -21,7 +23,9 @@ __all__ = [
     "latent_attention",
     "masked_attention",
     "mean_attention",
+    "packed_attention",
     "packed_sparse_attention",
+    "selection_bitmask",
     "sparse_attention",
     "topk_indices",
     "topk_mask",

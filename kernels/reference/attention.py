@@ -6,6 +6,8 @@ Shape letters: B sequences, Q queries, T keys, H heads, J indexer heads, k selec
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +15,9 @@ NEG_INF = float("-inf")
 
 # Gathered keys that one block of queries may hold in `sparse_attention`, in elements.
 _GATHER_LIMIT = 1 << 25
+
+# Scores that one block of queries may hold in `packed_attention`, over all heads.
+_SCORES_LIMIT = 1 << 25
 
 
 def masked_attention(
@@ -132,3 +137,69 @@ def _packed_sparse_block(
     scores = torch.matmul(queries * scale, selected.transpose(1, 2)).float().masked_fill(absent, NEG_INF)
     probs = scores.softmax(dim=-1).masked_fill(absent, 0.0)
     return torch.matmul(probs.to(keys.dtype), selected[..., :value_dim]), scores.detach().logsumexp(dim=-1)
+
+
+def selection_bitmask(indices: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Selected keys as one bit each: int32 [N, ceil(num_keys / 32)], key s in bit s % 32 of word s // 32.
+
+    indices int [N, K] below num_keys, none twice in a row, -1 for "none".
+    """
+    num_words = (num_keys + 31) // 32
+    # Every key has a bit of its own, so adding is setting (bit 31 wraps around to the sign). -1 goes to a spare word.
+    words = torch.zeros(indices.shape[0], num_words + 1, dtype=torch.int32, device=indices.device)
+    word = torch.where(indices >= 0, indices // 32, num_words).long()
+    bits = torch.bitwise_left_shift(torch.ones_like(indices, dtype=torch.int32), (indices % 32).int())
+    return words.scatter_add_(1, word, bits)[:, :num_words].contiguous()
+
+
+def packed_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    bitmask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal softmax attention of every head within each packed sequence, to the keys that `bitmask` allows.
+
+    queries and keys [N, H, d], values [N, H, v], cu_seqlens int [S + 1] rising from 0 to N. bitmask int32 [N, W] as
+    `selection_bitmask` makes it, over places in a row's own sequence (missing words are 0); None allows every earlier
+    key and the row's own. Returns (out [N, H, v], lse fp32 [N, H] to base e, without gradient); a row that may see
+    nothing gets zeros and -inf. Blocks of queries are computed again in the backward pass, so memory does not grow
+    with the square of the length.
+    """
+    outs, lses = [], []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        block = max(1, _SCORES_LIMIT // max(1, queries.shape[1] * (end - start)))
+        for first in range(start, end, block):
+            last = min(first + block, end)
+            allowed = torch.ones(last - first, last - start, dtype=torch.bool, device=keys.device).tril_(first - start)
+            if bitmask is not None:
+                allowed &= _unpacked(bitmask[first:last], last - start)
+            part = queries[first:last], keys[start:last], values[start:last], allowed, scale
+            if last - first == end - start:
+                out, lse = _attention_block(*part)
+            else:
+                out, lse = checkpoint(_attention_block, *part, use_reentrant=False)
+            outs.append(out)
+            lses.append(lse)
+    if not outs:
+        return values.new_zeros(*queries.shape[:2], values.shape[2]), queries.new_zeros(queries.shape[:2]).float()
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _unpacked(bitmask: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """bool [N, num_keys]."""
+    places = torch.arange(num_keys, device=bitmask.device)
+    words = torch.nn.functional.pad(bitmask, (0, max(0, (num_keys + 31) // 32 - bitmask.shape[1])))
+    return (words[:, places // 32] >> (places % 32).int()) & 1 != 0
+
+
+def _attention_block(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.matmul(queries.transpose(0, 1) * scale, keys.permute(1, 2, 0)).float()
+    scores = scores.masked_fill(~allowed, NEG_INF)
+    probs = scores.softmax(dim=-1).masked_fill(~allowed, 0.0)
+    out = torch.matmul(probs.to(values.dtype), values.transpose(0, 1)).transpose(0, 1)
+    return out, scores.detach().logsumexp(dim=-1).transpose(0, 1)
