@@ -6,7 +6,7 @@ sum has one order. A program serves one block of rows of one sequence and one he
 Shape letters: N rows, H heads, d columns of queries and keys, v of values, S sequences, W mask words a row.
 """
 
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

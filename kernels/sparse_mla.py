@@ -6,7 +6,7 @@ keys tile by tile. The latent part of a tile is read once and serves as key and 
 Shape letters: N queries, H heads, M keys, K selected keys a query, D = L + R columns (latent and rope).
 """
 
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
