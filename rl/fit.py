@@ -106,6 +106,9 @@ def _remedy(plan: Plan) -> str:
         if not changes or any(violations(candidate)):
             continue
         hardware = _with_room(plan, gpus_needed(candidate, on_gpus=plan.num_gpus > 0))
+        # Where GPUs are what is missing, the sentence has already said how many would do.
+        if plan.num_gpus > plan.hardware.num_gpus < hardware.num_gpus:
+            continue
         if not any(problems(make_plan(candidate, plan.costs, hardware))):
             words = " ".join(f"{name}={_spelt(value)}" for name, value in changes.items())
             more = f" on {hardware.num_gpus} GPUs" if hardware.num_gpus > plan.hardware.num_gpus else ""
@@ -136,16 +139,18 @@ def _for_engines(plan: Plan) -> Iterator[Changes]:
     yield {}
     if worker is None:
         return
+    least = worker.fixed_bytes + 2 * worker.max_context * worker.cache_bytes_per_token
+    least_share = math.ceil(100 * least / capacity) / 100
     if plan.shared:
         beside = plan.rank.resident_bytes - plan.rank.slept if engines_sleep(recipe) else plan.rank.peak_bytes
         if capacity > beside:
             yield {"rollout.gpu_memory": math.floor(100 * (capacity - beside) / capacity) / 100}
+        yield {"rollout.gpu_memory": least_share}
     else:
         yield {"rollout.gpu_memory": 0.9}
         if plan.num_gpus > plan.hardware.num_gpus:
-            least = worker.fixed_bytes + 2 * worker.max_context * worker.cache_bytes_per_token
             yield {"placement": Placement.shared}
-            yield {"placement": Placement.shared, "rollout.gpu_memory": math.ceil(100 * least / capacity) / 100}
+            yield {"placement": Placement.shared, "rollout.gpu_memory": least_share}
     parallel = 2 * recipe.rollout.tensor_parallel
     while parallel <= plan.hardware.gpus_per_node:
         yield {"rollout.tensor_parallel": parallel}

@@ -89,8 +89,8 @@ class Plan:
 
 
 def engines_sleep(recipe: Recipe) -> bool:
-    """Whether engines give their GPUs to the learner while it steps."""
-    return recipe.placement == Placement.shared and recipe.rollout.sleep
+    """Whether engines give their GPUs to the learner while it steps; those of vLLM keep them so far."""
+    return False
 
 
 def gpus_needed(recipe: Recipe, *, on_gpus: bool = True) -> int:
