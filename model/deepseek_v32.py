@@ -20,6 +20,7 @@ from model.moe import MLP, Experts, MoE, Router, Routing
 from model.norm import RMSNorm
 from model.outline import ModelOutline, tensor_specs
 from model.packing import Batch
+from model.recompute import LayerOutput, recomputed
 from model.rope import Rope
 
 
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Layer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute_layers = False
 
     def forward(
         self, input_ids: torch.Tensor, how: WholeSequences | CachedTokens, routes: Routing | None, record_routes: bool
@@ -67,16 +69,21 @@ class Backbone(nn.Module):
         recorded = None if routes is None or bool(routes.recorded.all()) else routes.recorded
         replays = iter(()) if routes is None else iter(routes.experts.long().unbind(2))
         chosen, losses = [], []
+        run = recomputed if self.recompute_layers and torch.is_grad_enabled() else _kept
         for layer in self.layers:
             assert isinstance(layer, Layer)
             replay = next(replays, None) if isinstance(layer.mlp, MoE) else None
-            hidden, experts, loss = layer(hidden, how, replay, recorded)
+            hidden, experts, loss = run(layer, hidden, how, replay, recorded)
             if experts is not None:
                 chosen.append(experts)
             if loss is not None:
                 losses.append(loss)
         indexer_loss = torch.stack(losses).sum() if losses else None
         return self.norm(hidden), torch.stack(chosen, dim=2) if record_routes and chosen else None, indexer_loss
+
+
+def _kept(layer: Layer, *args: Any) -> LayerOutput:
+    return layer(*args)
 
 
 class DeepseekV32(LanguageModel):
@@ -128,6 +135,9 @@ class DeepseekV32(LanguageModel):
 
     def checkpoint_names(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         return split_experts(name, tensor)
+
+    def recompute_activations(self) -> None:
+        self.model.recompute_layers = True
 
     def tie_weights(self) -> None:
         """Makes the head share the embedding's parameter where the config says so; needed again after `to_empty`."""

@@ -72,7 +72,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self, num_slots: int, max_len: int) -> SlotCache:
-        """A cache of `num_slots` sequences of at most `max_len` tokens each, in the dtype and on the device of the head."""
+        """`num_slots` sequences of at most `max_len` tokens each, in the dtype and on the device of the head."""
 
     @abstractmethod
     def config_json(self) -> dict[str, Any]:
@@ -82,12 +82,12 @@ class LanguageModel(nn.Module, ABC):
     def checkpoint_names(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """A tensor in memory as the (name, tensor) pairs of a checkpoint, where experts are tensors of their own."""
 
+    @abstractmethod
     def recompute_activations(self) -> None:
-        """Keeps only the input of each layer for the backward pass, which computes the layer again."""
-        raise ValueError(f"{self.outline.architecture} cannot recompute its activations")
+        """Keeps only the input of each layer for the backward pass, which computes the layer again (same bits)."""
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All parameters and persistent buffers in `state_dict` order; tied ones once, as `outline.tensors` has them."""
+        """All parameters and persistent buffers, tied ones once, in the order of `outline.tensors`."""
         live = self.state_dict(keep_vars=True)
         return ((name, live[name]) for name in self.outline.tensors)
 

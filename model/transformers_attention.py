@@ -33,7 +33,13 @@ class PackedRows:
     """Whole sequences; the same for every layer of a forward."""
 
     batch: Batch
-    cu_seqlens: torch.Tensor | None  # int32 [S + 1] on a GPU with half-precision weights: one kernel for all of them
+    cu_seqlens: torch.Tensor | None  # int32 [S + 1] where one kernel serves sequences of different lengths
+
+    @classmethod
+    def of(cls, batch: Batch, cu_seqlens: torch.Tensor | None, dtype: torch.dtype) -> PackedRows:
+        """Of activations in `dtype`. The kernel exists for GPUs and half precision."""
+        flash = cu_seqlens is not None and cu_seqlens.device.type == "cuda" and dtype != torch.float32
+        return cls(batch=batch, cu_seqlens=cu_seqlens.to(torch.int32) if cu_seqlens is not None and flash else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +112,8 @@ def attend(
     if rows.cu_seqlens is not None:
         return _flash(rows, queries, keys, values, scale, sliding_window), None
     heads = [
-        _padded(group, *map(group.take, (queries, keys, values)), scale, sliding_window) for group in rows.batch.groups
+        _padded(group, group.take(queries), group.take(keys), group.take(values), scale, sliding_window)
+        for group in rows.batch.groups
     ]
     return rows.batch.join(heads), None
 
@@ -128,13 +135,15 @@ def _padded(
     window: int | None,
 ) -> torch.Tensor:
     """[S, T, H, v] of sequences of similar length; torch picks the kernel."""
-    narrow = window is not None and window < group.num_tokens
+    mask = None
+    if window is not None and window < group.num_tokens:
+        mask = group.causal & ~group.causal.tril(-window)
     heads = F.scaled_dot_product_attention(
         queries.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=group.causal & ~group.causal.tril(-window) if narrow else None,
-        is_causal=not narrow,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=queries.shape[2] != keys.shape[2],
     )
@@ -189,11 +198,6 @@ def _cached(
     probs = scores.masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min).softmax(dim=-1)
     heads = torch.matmul(probs.to(values.dtype).flatten(2, 3), values.transpose(1, 2))
     return heads.unflatten(2, (-1, num_queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def flash_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel for sequences of different lengths runs there."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def transformers_packing(batch: Batch, cu_seqlens: torch.Tensor | None) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class TransformersModel(LanguageModel):
         self._module[0].gradient_checkpointing_enable()
         for part in self.modules():
             if hasattr(part, "_gradient_checkpointing_func"):
-                part._gradient_checkpointing_func = _recomputed_layer  # pyright: ignore[reportAttributeAccessIssue]
+                vars(part)["_gradient_checkpointing_func"] = _recomputed_layer
 
     def _whole_sequences(
         self, input_ids: torch.Tensor, positions: torch.Tensor | None, cu_seqlens: torch.Tensor | None
@@ -130,8 +130,7 @@ class TransformersModel(LanguageModel):
         if not self._own_attention:
             how = attention.transformers_packing(batch, cu_seqlens)
             return self._decode(input_ids, batch.positions, **how)
-        flash = cu_seqlens is not None and attention.flash_serves(input_ids.device, self.lm_head.weight.dtype)
-        rows = attention.PackedRows(batch=batch, cu_seqlens=cu_seqlens.to(torch.int32) if flash else None)
+        rows = attention.PackedRows.of(batch, cu_seqlens, self.lm_head.weight.dtype)
         return self._decode(input_ids, batch.positions if positions is None else positions, **{attention.KEYWORD: rows})
 
     def _against_cache(self, input_ids: torch.Tensor, positions: torch.Tensor, view: CacheView) -> torch.Tensor:
@@ -190,7 +189,7 @@ def load_transformers(
     anatomy = examine(_empty_module(config))
     try:
         with _quiet():
-            module, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
                 local_files_only=True,
@@ -201,6 +200,7 @@ def load_transformers(
             )
     except (ValueError, OSError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
+    module, info = loaded
     for problem, names in (
         ("missing from the checkpoint", "missing_keys"),
         ("not part of the model", "unexpected_keys"),

@@ -8,7 +8,7 @@ normalisation, scaling) is the router's own code on live scores, with their grad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,6 @@ def highest(scores: torch.Tensor, k: int) -> torch.Tensor:
     return kernels.topk_indices(scores.detach().float().nan_to_num(nan=0.0), k)
 
 
-def taps_of(module: nn.Module, specs: list[RouterSpec]) -> Iterator[Tap]:
+def taps_of(module: nn.Module, specs: Sequence[RouterSpec]) -> Iterator[Tap]:
     """Puts a tap on every router that a trial has found."""
     return (Tap(module.get_submodule(spec.name), spec) for spec in specs)

@@ -278,3 +278,6 @@ class TorchEngine:
         self._cache.copy(source, slots, num_tokens)
         if self._table.routes is not None:
             self._table.routes[slots, :num_tokens] = self._table.routes[source, :num_tokens]
+
+    def _tensor(self, array: NDArray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, torch.long)
