@@ -3,6 +3,7 @@
 Module-level assertions, functions whose names begin with test, and classes of unittest all count.
 """
 
+import importlib
 import os
 import sys
 import unittest
@@ -12,8 +13,7 @@ def main() -> None:
     word = sys.stdin.readline()
     output = os.dup(1)
     os.dup2(2, 1)
-    import solution
-
+    solution = importlib.import_module("solution")
     names = {name: value for name, value in vars(solution).items() if not name.startswith("__")}
     scope = {**names, "__name__": "tests", "solution": solution}
     with open("tests.py") as file:
