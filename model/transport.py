@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -130,10 +131,12 @@ class BroadcastGroup:
         self._keys: list[str] = []  # in the store since the last round
 
     @classmethod
-    def join(cls, host: str, port: int, own_host: str, **settings: Any) -> BroadcastGroup:
+    def join(cls, host: str, port: int, **settings: Any) -> BroadcastGroup:
         """As a process that does not hold the store; ``settings`` as above."""
         timeout = timedelta(seconds=settings["timeout_s"])
         store = TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+        with socket.create_connection((host, port)) as route:
+            own_host = route.getsockname()[0]
         return cls(own_host, store, **settings)
 
     def send(self, buckets: Iterable[Mapping[str, torch.Tensor]]) -> int:
@@ -202,16 +205,14 @@ def _backend(host: str, store: Store, rank: int, size: int, device: torch.device
     # The backend's own watchdog would end the process; it comes after ours, which says what happened.
     timeout = timedelta(seconds=2 * timeout_s)
     if device.type == "cuda":
-        from torch.distributed import ProcessGroupNCCL  # pyright: ignore[reportAttributeAccessIssue]
-
-        options = ProcessGroupNCCL.Options()
+        nccl: Any = torch.distributed.ProcessGroupNCCL  # pyright: ignore[reportAttributeAccessIssue]
+        options = nccl.Options()
         options._timeout = timeout
-        backend = ProcessGroupNCCL(store, rank, size, options)
+        backend = nccl(store, rank, size, options)
         backend.eager_connect_single_device(device)
         return backend
-    from torch.distributed import ProcessGroupGloo  # pyright: ignore[reportAttributeAccessIssue]
-
-    options = ProcessGroupGloo._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
     options._timeout = timeout
-    return ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)

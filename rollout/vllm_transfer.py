@@ -28,7 +28,6 @@ class JoinInfo(WeightTransferInitInfo):
 
     host: str
     port: int
-    own_host: str
     first_rank: int
     size: int
     timeout_s: float
@@ -60,7 +59,6 @@ class KeelTransfer(WeightTransferEngine):
             self.receiver.join(
                 host=init_info.host,
                 port=init_info.port,
-                own_host=init_info.own_host,
                 rank=init_info.first_rank + self.parallel_config.rank,
                 size=init_info.size,
                 timeout_s=init_info.timeout_s,

@@ -29,11 +29,9 @@ class WeightReceiver:
         self._group: BroadcastGroup | None = None
         self._opened: dict[str, torch.Tensor] = {}  # buffers of other processes, by their handles
 
-    def join(self, *, host: str, port: int, own_host: str, rank: int, size: int, timeout_s: float) -> None:
+    def join(self, *, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
         """Enters the group of `model.transport` that rank 0 opened at ``host``."""
-        self._group = BroadcastGroup.join(
-            host, port, own_host, rank=rank, size=size, device=self.device, timeout_s=timeout_s
-        )
+        self._group = BroadcastGroup.join(host, port, rank=rank, size=size, device=self.device, timeout_s=timeout_s)
 
     def begin(self) -> None:
         self.tensors = {}
