@@ -1,9 +1,10 @@
 """Which GPUs a recipe asks for, and the sentence when they are not there."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -96,7 +97,7 @@ def cluster_with_gpus() -> Iterator[None]:
     ray.shutdown()
 
 
-def gpus_given(options: list[dict], num_gpus: int) -> list[list[str]]:
+def gpus_given(options: Sequence[Mapping[str, Any]], num_gpus: int) -> list[list[str]]:
     """The GPUs of actors that ask for so many, seated where ``options`` say."""
 
     class Seated:  # here, so that it travels by value
@@ -112,9 +113,9 @@ def test_ray_gives_what_was_reserved(cluster_with_gpus: None):
     async def test() -> None:
         asked = recipe(ranks=4, engines=2, tensor_parallel=2, placement=Placement.shared)
         reservation = await reserve(asked)
-        first, second, third, fourth = gpus_given(list(reservation.ranks), 1)
+        first, second, third, fourth = gpus_given(reservation.ranks, 1)
         assert len({*first, *second, *third, *fourth}) == 4
-        assert gpus_given(list(reservation.engines), 0) == [[], []]
+        assert gpus_given(reservation.engines, 0) == [[], []]
         with pytest.raises(RecipeError, match="need 8 GPUs, but the Ray cluster has 6"):
             await reserve(recipe(ranks=4, engines=2, tensor_parallel=2))
         reservation.release()
@@ -132,7 +133,7 @@ def test_gpus_that_others_hold_are_waited_for_and_then_refused(
             await reserve(recipe(ranks=1, engines=1))
         holding.release()
         free = await reserve(recipe(ranks=1, engines=1))
-        assert gpus_given(list(free.engines), 1) != gpus_given(list(free.ranks), 1)
+        assert gpus_given(free.engines, 1) != gpus_given(free.ranks, 1)
         free.release()
 
     asyncio.run(test())
