@@ -23,7 +23,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Device type to function name to the module that defines it.
-_IMPLEMENTATIONS: dict[str, dict[str, str]] = {"cuda": {}}
+_IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "cuda": {
+        "grouped_linear": "kernels.grouped",
+        "indexer_loss": "kernels.indexer_loss",
+        "indexer_scores": "kernels.indexer",
+        "packed_index_scores": "kernels.indexer",
+        "paged_index_scores": "kernels.indexer",
+        "quantise_index_heads": "kernels.indexer",
+        "select_keys": "kernels.indexer",
+        "topk_indices": "kernels.topk",
+        "topk_mask": "kernels.topk",
+    }
+}
 
 
 def _by_device(meaning: Callable[P, R]) -> Callable[P, R]:
@@ -48,17 +60,27 @@ latent_attention = _by_device(reference.latent_attention)
 sparse_attention = _by_device(reference.sparse_attention)
 mean_attention = _by_device(reference.mean_attention)
 indexer_kl = _by_device(reference.indexer_kl)
+indexer_loss = _by_device(reference.indexer_loss)
+packed_index_scores = _by_device(reference.packed_index_scores)
+paged_index_scores = _by_device(reference.paged_index_scores)
+quantise_index_heads = _by_device(reference.quantise_index_heads)
+select_keys = _by_device(reference.select_keys)
 grouped_linear = _by_device(reference.grouped_linear)
 kept_logprobs = _by_device(reference.kept_logprobs)
 
 __all__ = [
     "grouped_linear",
     "indexer_kl",
+    "indexer_loss",
     "indexer_scores",
     "kept_logprobs",
     "latent_attention",
     "masked_mha",
     "mean_attention",
+    "packed_index_scores",
+    "paged_index_scores",
+    "quantise_index_heads",
+    "select_keys",
     "sparse_attention",
     "topk_indices",
     "topk_mask",

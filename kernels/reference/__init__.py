@@ -2,17 +2,32 @@
 
 from kernels.reference.attention import latent_attention, masked_mha, mean_attention, sparse_attention
 from kernels.reference.grouped import grouped_linear
-from kernels.reference.indexer import indexer_kl, indexer_scores, topk_indices, topk_mask
+from kernels.reference.indexer import (
+    indexer_kl,
+    indexer_loss,
+    indexer_scores,
+    packed_index_scores,
+    paged_index_scores,
+    quantise_index_heads,
+    select_keys,
+    topk_indices,
+    topk_mask,
+)
 from kernels.reference.logprob import kept_logprobs
 
 __all__ = [
     "grouped_linear",
     "indexer_kl",
+    "indexer_loss",
     "indexer_scores",
     "kept_logprobs",
     "latent_attention",
     "masked_mha",
     "mean_attention",
+    "packed_index_scores",
+    "paged_index_scores",
+    "quantise_index_heads",
+    "select_keys",
     "sparse_attention",
     "topk_indices",
     "topk_mask",
