@@ -1,48 +1,110 @@
-"""64-bit checksums of tensors, for telling whether two processes hold the same weights."""
+"""64-bit checksums of tensors, for telling whether two processes hold the same weights, whole or cut into shards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-# Elements hashed at a time, which bounds the temporaries.
-_BLOCK = 1 << 22
+from kernels.checksum import word_hash_sum
 
-# Odd multipliers of splitmix64 (Steele, Lea and Flood, 2014), as signed 64-bit integers.
-_GAMMA = -7046029254386353131
-_MIX_1 = -4658895280553007687
-_MIX_2 = -7723592293110705685
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksums(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
     """A 64-bit checksum of each tensor, by name: equal bits in equal order on any device give equal numbers.
 
-    Each 8-byte word is hashed together with its index, and the hashes are added modulo 2**64. A change in one word
-    always shows, because the hash is a bijection of the word; so does an exchange of two, up to a chance of 2**-64.
-    The sum is of integers, hence the same in any order of evaluation. Shape and dtype count too.
+    Each word is hashed together with its index, and the hashes are added modulo 2**64 (`kernels.checksum`). A change
+    in one word always shows, because the hash is a bijection of the word; so does an exchange of two, up to a chance
+    of 2**-64. Shape and dtype count too.
+
+    As the sum is additive, the sums of shards add up to the checksum of the whole: see :class:`Piece`.
     """
-    return {name: _checksum(tensor) for name, tensor in named_tensors}
+    sums = Checksums()
+    for name, tensor in named_tensors:
+        sums.add(name, tensor)
+    return sums.result()
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    octets = tensor.detach().contiguous().flatten().view(torch.uint8)
-    # Copied even when nothing is missing: only a fresh storage is sure to be aligned for 8-byte words.
-    octets = torch.cat([octets, octets.new_zeros(-octets.numel() % 8)])
-    total = _hash_description(tensor)
-    for index, words in enumerate(octets.view(torch.int64).split(_BLOCK)):
-        places = torch.arange(index * _BLOCK + 1, index * _BLOCK + 1 + words.numel(), device=words.device)
-        total += int(_mix(words ^ _mix(places * _GAMMA)).sum())
-    return total % (1 << 64)
+class Checksums:
+    """:func:`checksums` of tensors that come one after another; nothing waits for the device before the end."""
+
+    def __init__(self) -> None:
+        self._descriptions: dict[str, int] = {}
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self._descriptions[name] = hash_description(tensor.shape, tensor.dtype)
+        self._sums.append(word_sum(tensor))
+
+    def result(self) -> dict[str, int]:
+        totals = to_integers(self._sums)
+        return {
+            name: (description + total) % (1 << 64)
+            for (name, description), total in zip(self._descriptions.items(), totals, strict=True)
+        }
 
 
-def _mix(words: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser, a bijection of int64. Shifts are logical: the sign's copies are masked away."""
-    words = (words ^ ((words >> 30) & ((1 << 34) - 1))) * _MIX_1
-    words = (words ^ ((words >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return words ^ ((words >> 31) & ((1 << 33) - 1))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Where a shard lies in its tensor: ``length`` of ``shape[axis]``, from ``start`` on. A scalar has shape (1,)."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    axis: int = 0
+    start: int = 0
+    length: int
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Piece:
+        shape = tuple(shape) or (1,)
+        return cls(shape=shape, length=shape[0])
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        return (*self.shape[: self.axis], self.length, *self.shape[self.axis + 1 :])
 
 
-def _hash_description(tensor: torch.Tensor) -> int:
-    description = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return int.from_bytes(description, "little") % ((1 << 64) - 59)
+def word_sum(tensor: torch.Tensor, piece: Piece | None = None) -> torch.Tensor:
+    """int64 scalar on the tensor's device: the hashes of its words, at the places that they have in the whole tensor.
+
+    A word is as many bytes, 8 at most, as divide a row of the whole. Raises ValueError for a shard whose columns are
+    cut inside one.
+    """
+    piece = piece or Piece.whole(tensor.shape)
+    tensor = tensor.detach().reshape(piece.shard_shape)
+    size = tensor.element_size()
+    width = math.gcd(piece.shape[-1] * size, 8)
+    if piece.axis == len(piece.shape) - 1 and (piece.start * size % width or piece.length * size % width):
+        raise ValueError(f"columns {piece.start} to {piece.start + piece.length} are not whole words of {width} bytes")
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    words = _as_words(tensor, width)
+    rows = math.prod(piece.shape[: piece.axis])
+    inner = math.prod(piece.shape[piece.axis + 1 :])  # elements of the whole to one step along the axis
+    return word_hash_sum(
+        words.reshape(rows, piece.length * inner * size // width),
+        piece.start * inner * size // width,
+        piece.shape[piece.axis] * inner * size // width,
+    )
+
+
+def hash_description(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """What a tensor's shape and dtype contribute to its checksum."""
+    return int.from_bytes(f"{dtype}{tuple(shape)}".encode(), "little") % ((1 << 64) - 59)
+
+
+def to_integers(sums: Sequence[torch.Tensor]) -> list[int]:
+    """Scalars of one device as Python integers, fetched at once."""
+    return torch.stack(list(sums)).tolist() if sums else []
+
+
+def _as_words(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """The tensor's bits as integers of ``width`` bytes; a copy where its layout or alignment does not allow a view."""
+    # Rows of a row-major tensor stay in place; only then can the kernel read them without a copy.
+    if not tensor.is_contiguous() and (tensor.dim() < 2 or tensor.stride(-1) != 1):
+        tensor = tensor.contiguous()
+    if tensor.data_ptr() % width or any(stride * tensor.element_size() % width for stride in tensor.stride()[:-1]):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(_WORDS[width])

@@ -6,6 +6,7 @@ Parameters and buffers bear the names that transformers' DeepseekV32ForCausalLM 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from model.config import ModelConfig
 from model.moe import MLP, Experts, MoE, Router, Routing
 from model.norm import RMSNorm
 from model.packing import Batch
+from model.recompute import LayerOutput, recomputed
 from model.rope import Rope
 
 
@@ -64,6 +66,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Layer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute_layers = False
 
     def forward(
         self, input_ids: torch.Tensor, how: WholeSequences | CachedTokens, routes: Routing | None, record_routes: bool
@@ -72,16 +75,21 @@ class Backbone(nn.Module):
         recorded = None if routes is None or bool(routes.recorded.all()) else routes.recorded
         replays = iter(()) if routes is None else iter(routes.experts.long().unbind(2))
         chosen, losses = [], []
+        run = recomputed if self.recompute_layers and torch.is_grad_enabled() else _kept
         for layer in self.layers:
             assert isinstance(layer, Layer)
             replay = next(replays, None) if isinstance(layer.mlp, MoE) else None
-            hidden, experts, loss = layer(hidden, how, replay, recorded)
+            hidden, experts, loss = run(layer, hidden, how, replay, recorded)
             if experts is not None:
                 chosen.append(experts)
             if loss is not None:
                 losses.append(loss)
         indexer_loss = torch.stack(losses).sum() if losses else None
         return self.norm(hidden), torch.stack(chosen, dim=2) if record_routes and chosen else None, indexer_loss
+
+
+def _kept(layer: Layer, *args: Any) -> LayerOutput:
+    return layer(*args)
 
 
 class DeepseekV32(nn.Module):
@@ -149,6 +157,10 @@ class DeepseekV32(nn.Module):
         how = self._whole_sequences(input_ids, positions, cu_seqlens, indexer_loss)
         hidden, chosen, loss = self.model(input_ids, how, routes, record_routes)
         return BackboneOutput(hidden=hidden, routes=chosen, indexer_loss=loss)
+
+    def recompute_activations(self) -> None:
+        """Keeps only the input of each layer for the backward pass, which computes the layer again (same bits)."""
+        self.model.recompute_layers = True
 
     def tie_weights(self) -> None:
         """Makes the head share the embedding's parameter where the config says so; needed again after `to_empty`."""
