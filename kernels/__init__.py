@@ -26,7 +26,7 @@ R = TypeVar("R")
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cuda": {
         "grouped_linear": "kernels.grouped",
-        "indexer_loss": "kernels.indexer_loss",
+        "packed_indexer_loss": "kernels.indexer_loss",
         "indexer_scores": "kernels.indexer",
         "packed_index_scores": "kernels.indexer",
         "paged_index_scores": "kernels.indexer",
@@ -60,7 +60,7 @@ latent_attention = _by_device(reference.latent_attention)
 sparse_attention = _by_device(reference.sparse_attention)
 mean_attention = _by_device(reference.mean_attention)
 indexer_kl = _by_device(reference.indexer_kl)
-indexer_loss = _by_device(reference.indexer_loss)
+packed_indexer_loss = _by_device(reference.packed_indexer_loss)
 packed_index_scores = _by_device(reference.packed_index_scores)
 paged_index_scores = _by_device(reference.paged_index_scores)
 quantise_index_heads = _by_device(reference.quantise_index_heads)
@@ -71,13 +71,13 @@ kept_logprobs = _by_device(reference.kept_logprobs)
 __all__ = [
     "grouped_linear",
     "indexer_kl",
-    "indexer_loss",
     "indexer_scores",
     "kept_logprobs",
     "latent_attention",
     "masked_mha",
     "mean_attention",
     "packed_index_scores",
+    "packed_indexer_loss",
     "paged_index_scores",
     "quantise_index_heads",
     "select_keys",

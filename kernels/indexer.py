@@ -101,7 +101,7 @@ def _quantise_kernel(
         parity ^= parity >> 4
         parity ^= parity >> 2
         parity ^= parity >> 1
-        matrix = (1 - 2 * (parity & 1)).to(x.dtype)
+        matrix = (1 - 2 * (parity & 1)).to(tl.float32).to(x.dtype)
         spread = product(x, matrix) * (DIM**-0.5)
         x = tl.where((column < DIM)[None, :], spread, 0.0).to(x.dtype)
     y = x.to(tl.float32)

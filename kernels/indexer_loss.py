@@ -17,7 +17,7 @@ import triton.language as tl
 from kernels.indexer import scores_into
 from kernels.products import product
 
-__all__ = ["indexer_loss"]
+__all__ = ["packed_indexer_loss"]
 
 # Scores of one chunk, in elements: 256 MiB, and as much again for the target.
 CHUNK_LIMIT = 1 << 26
@@ -482,7 +482,7 @@ class _IndexerLoss(torch.autograd.Function):
         return *(grad * factor.to(grad.dtype) for grad in ctx.saved_tensors), *[None] * 4
 
 
-def indexer_loss(
+def packed_indexer_loss(
     index_queries: torch.Tensor,
     index_keys: torch.Tensor,
     index_weights: torch.Tensor,
@@ -493,6 +493,6 @@ def indexer_loss(
     scale: float,
     indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `kernels.reference.indexer_loss`."""
+    """As `kernels.reference.packed_indexer_loss`."""
     attention = (queries.detach(), keys.detach())
     return _IndexerLoss.apply(index_queries, index_keys, index_weights, attention, (starts, ends), indices, scale)

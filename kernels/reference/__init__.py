@@ -4,9 +4,9 @@ from kernels.reference.attention import latent_attention, masked_mha, mean_atten
 from kernels.reference.grouped import grouped_linear
 from kernels.reference.indexer import (
     indexer_kl,
-    indexer_loss,
     indexer_scores,
     packed_index_scores,
+    packed_indexer_loss,
     paged_index_scores,
     quantise_index_heads,
     select_keys,
@@ -18,13 +18,13 @@ from kernels.reference.logprob import kept_logprobs
 __all__ = [
     "grouped_linear",
     "indexer_kl",
-    "indexer_loss",
     "indexer_scores",
     "kept_logprobs",
     "latent_attention",
     "masked_mha",
     "mean_attention",
     "packed_index_scores",
+    "packed_indexer_loss",
     "paged_index_scores",
     "quantise_index_heads",
     "select_keys",

@@ -18,7 +18,7 @@ _E4M3_MAX = 448.0
 # Scores that `select_keys` holds at a time, in elements.
 SCORES_LIMIT = 1 << 27
 
-# Attention probabilities of all heads that `indexer_loss` holds at a time, in elements.
+# Attention probabilities of all heads that `packed_indexer_loss` holds at a time, in elements.
 _LOSS_LIMIT = 1 << 26
 
 
@@ -184,7 +184,7 @@ def topk_indices(scores: torch.Tensor, k: int) -> torch.Tensor:
     return indices.scatter_(-1, column, positions)[..., :k]
 
 
-def indexer_loss(
+def packed_indexer_loss(
     index_queries: torch.Tensor,
     index_keys: torch.Tensor,
     index_weights: torch.Tensor,
