@@ -4,6 +4,8 @@ Where a group's rows lie is read on the device, so nothing waits for the host. A
 rows around it, and a weight's gradient is one program's sum over its group's rows in order.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any

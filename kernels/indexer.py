@@ -6,6 +6,8 @@ along a thread's own columns. A score depends on its query and its key alone: no
 its neighbours or on how the keys are split over programs.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

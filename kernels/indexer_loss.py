@@ -6,6 +6,8 @@ soon as its value is, and the backward pass only multiplies. No atomics: a query
 key's are summed over fixed parts of a chunk, and chunk after chunk.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from typing import Any

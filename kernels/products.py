@@ -1,5 +1,7 @@
 """Matrix products inside kernels."""
 
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import triton

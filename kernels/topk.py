@@ -11,6 +11,8 @@ Keys are scores as integers of the same order. Below every score stands _NONE (n
 row's bounds), above every score _NAN, which travels to the last round and leaves its row empty.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch
@@ -216,20 +218,20 @@ def bounded_topk(
     """
     rows, width = scores.shape
     bounded = starts is not None
-    longest = max(1, min(width, width if longest is None else longest))
+    length = max(1, min(width, width if longest is None else longest))
     out = torch.empty(rows, k, dtype=torch.int32, device=scores.device)
     if not out.numel():
         return out
     fill = min(1024, triton.next_power_of_2(k))
-    if k > MAX_TILE // 2 and longest > MAX_TILE:
+    if k > MAX_TILE // 2 and length > MAX_TILE:
         _walk_kernel[(rows,)](
             scores, starts, ends, out, scores.stride(0), width, k, TILE=4096, BOUNDED=bounded, FILL=fill, num_warps=8
         )
         return out
-    tile = min(MAX_TILE, max(128, triton.next_power_of_2(longest)))
+    tile = min(MAX_TILE, max(128, triton.next_power_of_2(length)))
     values, origin, stride, round_ = scores, out, scores.stride(0), 0
     while True:
-        tiles = triton.cdiv(longest, tile)
+        tiles = -(-length // tile)
         last = tiles == 1
         keys = out if last else torch.empty(rows, tiles * k, dtype=torch.int32, device=scores.device)
         index = out if last else torch.empty_like(keys)
@@ -252,7 +254,7 @@ def bounded_topk(
         )
         if last:
             return out
-        values, origin, longest, stride, round_ = keys, index, tiles * k, tiles * k, round_ + 1
+        values, origin, length, stride, round_ = keys, index, tiles * k, tiles * k, round_ + 1
 
 
 def topk_indices(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The indexer's loss against TR Eq. 3 and 4 in fp64, query by query, and its gradients against autograd's."""
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import pytest
