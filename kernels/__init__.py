@@ -25,6 +25,7 @@ R = TypeVar("R")
 # Device type to function name to the module that defines it.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cuda": {
+        "kept_logprobs": "kernels.logprob",
         "latent_attention": "kernels.sparse_mla",
         "packed_attention": "kernels.masked_mha",
         "selection_bitmask": "kernels.masked_mha",
