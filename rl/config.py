@@ -38,6 +38,11 @@ class IndexerTraining(StrEnum):
     kl = "kl"
 
 
+class Offload(StrEnum):
+    none = "none"
+    cpu = "cpu"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardUse:
     """One reward of a domain: ``{use: math_answer, weight: 1.0, args: {...}}``."""
@@ -140,6 +145,17 @@ class Learner:
 
     ranks: int = 1
     zero_stage: int = 2
+    expert_parallel: int = 1
+    """Ranks that share a layer's routed experts: each keeps its part whole, and tokens travel to their experts."""
+    activation_checkpointing: bool = False
+    """Keeps only the input of every layer for the backward pass and computes the rest again, which takes about a third
+    more arithmetic and far less memory."""
+    offload_optimizer: Offload = Offload.none
+    """``cpu`` keeps fp32 weights and optimizer state in host memory and updates them there."""
+    offload_parameters: Offload = Offload.none
+    """``cpu`` keeps the parameters in host memory too, and brings those of one layer at a time (ZeRO stage 3)."""
+    sleep: bool = False
+    """Moves fp32 weights and optimizer state to host memory while the engines generate."""
     micro_tokens: int = 16384
     """Upper bound on the tokens of one packed micro-batch (a longer sample gets one of its own)."""
     minibatches: int = 1

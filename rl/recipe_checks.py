@@ -15,6 +15,7 @@ from rl.config import (
     Learner,
     Model,
     Objective,
+    Offload,
     Placement,
     Recipe,
     RewardUse,
@@ -71,6 +72,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
     Learner: {
         "ranks": _AT_LEAST_1,
         "zero_stage": _Range("0, 1, 2 or 3", lambda stage: stage in range(4)),
+        "expert_parallel": _AT_LEAST_1,
         "micro_tokens": _AT_LEAST_1,
         "minibatches": _AT_LEAST_1,
         "lr": _POSITIVE,
@@ -159,6 +161,7 @@ def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         rollout.engine != EngineKind.torch or rollout.tensor_parallel == 1,
         f"rollout.tensor_parallel is {rollout.tensor_parallel}, but the torch engine runs in one process; use vllm",
     )
+    yield from _sharding_rules(recipe)
     yield from _vllm_rules(recipe)
     yield (
         "supervised.demonstrations",
@@ -169,6 +172,44 @@ def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         "supervised.dense_warmup_steps",
         supervised.dense_warmup_steps <= supervised.steps,
         f"supervised.dense_warmup_steps is {supervised.dense_warmup_steps}, but supervised.steps is {supervised.steps}",
+    )
+
+
+def _sharding_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
+    learner, bf16 = recipe.learner, recipe.model.dtype == "bfloat16"
+    stage, ranks, experts = learner.zero_stage, learner.ranks, learner.expert_parallel
+    yield (
+        "learner.offload_optimizer",
+        learner.offload_optimizer == Offload.none or stage > 0,
+        "learner.offload_optimizer cpu needs learner.zero_stage 1, 2 or 3",
+    )
+    yield (
+        "learner.offload_parameters",
+        learner.offload_parameters == Offload.none or (stage == 3 and learner.offload_optimizer == Offload.cpu),
+        "learner.offload_parameters cpu needs learner.zero_stage 3 and learner.offload_optimizer cpu",
+    )
+    yield (
+        "learner.sleep",
+        not learner.sleep or learner.offload_optimizer == Offload.none,
+        "learner.sleep has nothing to move with learner.offload_optimizer cpu; set it to false",
+    )
+    # DeepSpeed runs bfloat16 at stage 1 by an optimizer of its own, which can do neither.
+    least = 2 if bf16 else 1
+    yield (
+        "learner.sleep",
+        not learner.sleep or stage >= least,
+        f"learner.sleep with model.dtype {recipe.model.dtype} needs learner.zero_stage {least} or more, not {stage}",
+    )
+    yield (
+        "learner.expert_parallel",
+        ranks % experts == 0,
+        f"learner.expert_parallel is {experts}; it must divide learner.ranks, which is {ranks}",
+    )
+    yield (
+        "learner.expert_parallel",
+        experts == 1 or stage >= least,
+        f"learner.expert_parallel {experts} with model.dtype {recipe.model.dtype} needs learner.zero_stage {least} "
+        f"or more, not {stage}",
     )
 
 

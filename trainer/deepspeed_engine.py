@@ -10,7 +10,7 @@ import gc
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from rl.errors import RecipeError
+from trainer.parking import Parking
 
 CHECKPOINT_TAG = "state"
 
@@ -57,6 +58,10 @@ class Sharding:
     bucket_elements: int = 50_000_000
     persistence_elements: int = 100_000
     """Parameters smaller than this stay whole on every rank at stage 3."""
+    offload_optimizer: bool = False
+    """fp32 weights and optimizer state live in host memory, and the optimizer runs there."""
+    offload_parameters: bool = False
+    """Parameters live in host memory outside their own layer's computation (stage 3)."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -67,8 +72,8 @@ class Sharding:
             # DeepSpeed has no fp32 gradient accumulation there, and bf16 accumulation loses small gradients.
             raise RecipeError("learner.zero_stage 0 trains float32 only; use stage 1, 2 or 3 with model.dtype bfloat16")
 
-    def config(self, *, grad_clip: float) -> dict[str, Any]:
-        """The DeepSpeed config."""
+    def config(self, *, grad_clip: float = 0.0, optimizes: bool = True) -> dict[str, Any]:
+        """The DeepSpeed config, of a module that is trained or (``optimizes`` False) only run."""
         config: dict[str, Any] = {
             # Micro-batches are ours, so DeepSpeed's own counts are placeholders; step() is the only boundary.
             "train_micro_batch_size_per_gpu": 1,
@@ -86,6 +91,13 @@ class Sharding:
             },
             "log_level": "error",
         }
+        host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if self.offload_optimizer and optimizes:
+            config["zero_optimization"]["offload_optimizer"] = host
+            # Torch's fused AdamW runs on a CPU as it comes; DeepSpeed's own would be compiled at first use.
+            config["zero_force_ds_cpu_optimizer"] = False
+        if self.offload_parameters:
+            config["zero_optimization"]["offload_param"] = host
         if self.dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -144,7 +156,7 @@ class DeepSpeedEngine:
             _decay_groups(module, optimization.weight_decay),
             lr=optimization.lr,
             betas=optimization.betas,
-            fused=torch.cuda.is_available(),
+            fused=torch.cuda.is_available() or sharding.offload_optimizer,
         )
         # DeepSpeed clips at stage 0 without telling the norm, so there the optimizer's own hook does both.
         if sharding.zero_stage == 0:
@@ -155,6 +167,7 @@ class DeepSpeedEngine:
             config=sharding.config(grad_clip=optimization.grad_clip if sharding.zero_stage else 0.0),
         )
         self._engine: Any = engine
+        self._parking = Parking()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -206,6 +219,30 @@ class DeepSpeedEngine:
         _, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
         self.applied_steps = state["applied_steps"]
 
+    def sleep(self) -> None:
+        """Moves fp32 weights, optimizer state and gradient buffers to host memory; the module stays where it is.
+
+        Comes between two steps. Needs ZeRO, with the optimizer on the device.
+        """
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+        pinned = torch.cuda.is_available()
+        if self.sharding.zero_stage == 3:
+            # There DeepSpeed moves the state of its own, compiled optimizer only.
+            buffers = [State.lp_grads, State.contiguous_grad_buffer]
+            self._engine.offload_states(include=buffers, pin_memory=pinned)
+            self._parking.park(_optimizer_tensors(self._engine.optimizer.optimizer))
+        else:
+            states = [State.optim_states, State.hp_params, State.lp_grads]
+            self._engine.offload_states(include=states, pin_memory=pinned)
+        if pinned:
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Undoes :meth:`sleep`."""
+        self._parking.unpark()
+        self._engine.reload_states()
+
     def close(self) -> None:
         """Releases the optimizer state and DeepSpeed's hooks; the module is not usable afterwards."""
         self._engine.destroy()
@@ -220,7 +257,7 @@ def shard_frozen(module: nn.Module, sharding: Sharding) -> Callable[..., Any]:
         return module.to(sharding.dtype)
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=module, config=sharding.config(grad_clip=0.0))
+    engine, *_ = deepspeed.initialize(model=module, config=sharding.config(optimizes=False))
     return engine
 
 
@@ -232,6 +269,13 @@ def gathered(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(partitioned)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """fp32 weights and their moments, in a fixed order."""
+    for weight, state in optimizer.state.items():
+        yield weight
+        yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
 
 
 def full_shape(tensor: Tensor) -> torch.Size:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from model import load_model
-from rl.config import Recipe
+from rl.config import Offload, Recipe
 from rl.errors import DataError, RecipeError
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
 from trainer.pack import Minibatch
@@ -89,6 +89,8 @@ class LearnerRank:
             raise DataError(f"the model in {model_dir} cannot be loaded: {error}") from error
         # Ranks may disagree on whether a micro-batch outgrows index_topk, but must gather the same parameters.
         model.always_index = self.sharding.zero_stage == 3
+        if self.recipe.learner.activation_checkpointing:
+            model.recompute_activations()
         return Policy(model, temperature=temperature)
 
     @property
@@ -105,7 +107,7 @@ class LearnerRank:
     def step(self, minibatches: list[Minibatch]) -> list[RankStep]:
         """One GRPO optimizer step for each of this rank's shares, in order."""
         learner = self.recipe.learner
-        indexer_weight = learner.indexer_weight if trains_indexer(self.recipe, Phase.REINFORCEMENT) else None
+        indexer_weight = learner.indexer_weight if self._with_indexer else None
         return [
             grpo_step(
                 self.engine,
@@ -120,8 +122,24 @@ class LearnerRank:
 
     def supervised_step(self, minibatch: Minibatch) -> RankStep:
         """One step of the cold start."""
-        with_indexer = trains_indexer(self.recipe, self.phase)
-        return supervised_step(self.engine, minibatch, self.phase, device=self.device, with_indexer=with_indexer)
+        return supervised_step(self.engine, minibatch, self.phase, device=self.device, with_indexer=self._with_indexer)
+
+    @property
+    def _with_indexer(self) -> bool:
+        return self.policy.model.has_indexer and trains_indexer(self.recipe, self.phase)
+
+    def sleep(self) -> None:
+        """Moves to host memory what only an optimizer step needs, where ``learner.sleep`` asks for it.
+
+        Weights stay on the device, so that they can be sent and saved.
+        """
+        if self.recipe.learner.sleep:
+            self.engine.sleep()
+
+    def wake(self) -> None:
+        """Undoes :meth:`sleep`; comes before the next step, checkpoint or phase."""
+        if self.recipe.learner.sleep:
+            self.engine.wake()
 
     def weight_buckets(self, max_bytes: int) -> tuple[list[Any], int]:
         """On rank 0: Ray references to dicts of CPU tensors, and their size in bytes. Nothing on the other ranks."""
@@ -177,11 +195,17 @@ class LearnerRank:
 
 
 def sharding_of(recipe: Recipe) -> Sharding:
-    """The recipe's ZeRO stage and dtype."""
+    """How the recipe spreads the training state."""
     dtype = getattr(torch, recipe.model.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise RecipeError(f"model.dtype is {recipe.model.dtype!r}; the learner trains in float32 or bfloat16")
-    return Sharding(zero_stage=recipe.learner.zero_stage, dtype=dtype)
+    learner = recipe.learner
+    return Sharding(
+        zero_stage=learner.zero_stage,
+        dtype=dtype,
+        offload_optimizer=learner.offload_optimizer == Offload.cpu,
+        offload_parameters=learner.offload_parameters == Offload.cpu,
+    )
 
 
 def threads_of(recipe: Recipe, phase: Phase) -> int:
