@@ -77,7 +77,7 @@ def _train(n: int, m: int, heads: int, selected: int) -> Setup:
         """Forward again and backward, in blocks, for want of memory."""
         q_grads, key_grad = [], torch.zeros(keys.shape, device="cuda")
         for q, index, up in zip(queries.split(256), indices.split(256), upstream.split(256), strict=True):
-            inputs = [q.detach().to(dtype).requires_grad_(), keys.detach().to(dtype).requires_grad_()]
+            inputs = q.detach().to(dtype).requires_grad_(), keys.detach().to(dtype).requires_grad_()
             part = torch.autograd.grad(_gathered_sdpa(*inputs, index), inputs, up.to(dtype))
             q_grads.append(part[0])
             key_grad += part[1]
