@@ -18,12 +18,16 @@ import ray
 from ray._private.ray_logging import stdout_deduplicator
 
 from model import load_config
+from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
+from rl.cluster import cluster_hardware
 from rl.config import Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
+from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
+from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
 from rollout.conversation import Conversation
 from rollout.engine import check_window
@@ -44,6 +48,7 @@ class System:
     rewards: RewardPool
     conversation: Conversation
     sampling: Sampling
+    plan: Plan
 
     async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
         """One sample per seed, with the recipe's sampling."""
@@ -102,6 +107,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     first_phase = None if recipe.supervised.steps else Phase.REINFORCEMENT
     join_cluster(recipe)
     cancel_on_sigterm()
+    plan = check_plan(recipe, model_costs(model_dir), await cluster_hardware(), slack=ESTIMATE_SLACK)
     learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase))
     starting = (
         asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
@@ -110,7 +116,14 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     )
     try:
         rewards, learner, pool = await asyncio.gather(*starting)
-        yield System(learner=learner, pool=pool, rewards=rewards, conversation=conversation, sampling=recipe.sampling)
+        yield System(
+            learner=learner,
+            pool=pool,
+            rewards=rewards,
+            conversation=conversation,
+            sampling=recipe.sampling,
+            plan=plan,
+        )
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
