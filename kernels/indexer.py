@@ -11,6 +11,7 @@ its neighbours or on how the keys are split over programs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -286,7 +287,7 @@ def quantise_index_heads(
     return codes.view(torch.float8_e4m3fn), scales
 
 
-def _shape(num_heads: int, dim: int, tiling: Tiling) -> dict[str, int | None]:
+def _shape(num_heads: int, dim: int, tiling: Tiling) -> dict[str, Any]:
     heads = max(16, triton.next_power_of_2(num_heads))
     return {
         "DIM": dim,

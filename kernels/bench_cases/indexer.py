@@ -88,7 +88,7 @@ _TILINGS = [
 def _with_tiling(call: Call, tiling: tuple) -> Call:
     keys, columns, warps, stages, registers = tiling
 
-    def run() -> torch.Tensor:
+    def run():
         usual = indexer.TILINGS[1]
         indexer.TILINGS[1] = indexer.Tiling(
             keys=keys, columns=columns, num_warps=warps, num_stages=stages, registers=registers
