@@ -235,10 +235,13 @@ def load_transformers(
                 attn_implementation=attn_implementation or attention.NAME,
                 experts_implementation=stacks.NAME,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (ValueError, OSError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: {_sentence(error)}") from error
     module, info = loaded
+    for tensor, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{path}: tensor {tensor} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}")
     for problem, names in (
         ("missing from the checkpoint", "missing_keys"),
         ("not part of the model", "unexpected_keys"),
@@ -271,6 +274,10 @@ def examine(module: PreTrainedModel) -> Anatomy:
         raise ValueError(f"{name} cannot be run: {_sentence(error)}") from error
     if trial.layers != list(range(config.num_hidden_layers)) or len(trial.shapes) != 1:
         raise ValueError(f"{name} cannot be run: not all of its layers attend to the keys and values of all tokens")
+    for kind, window in zip(getattr(config, "layer_types", None) or [], trial.windows, strict=False):
+        # What other kinds hide would be in a mask, which transformers does not make for a function of ours.
+        if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and window is None):
+            raise ValueError(f"{name} cannot be run: {kind} is not supported")
     if tail.foreign:
         raise ValueError(f"{name} cannot be run: it does more than its head on the way to logits ({tail.foreign[0]})")
     experts = [(part_name, part) for part_name, part in module.named_modules() if stacks.is_stack(part)]
