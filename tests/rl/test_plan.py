@@ -191,9 +191,11 @@ def test_an_engine_without_room_for_a_sequence(tmp_path: Path):
 
 
 def test_sharing_counts_both_sides(tmp_path: Path):
-    recipe = vllm_recipe(tmp_path, "placement=shared", "rollout.gpu_memory=0.95")
+    recipe = vllm_recipe(tmp_path, "placement=shared", "rollout.gpu_memory=0.95", "rollout.sleep=false")
     plan = make_plan(recipe, recipe_costs(recipe), node(1, 40))
     assert plan.worker is not None
+    asleep = make_plan(with_keys(recipe, {"rollout.sleep": True}), plan.costs, node(1, 40))
+    assert asleep.learning_bytes < plan.learning_bytes - 30 * GIB
     assert plan.learning_bytes == plan.rank.peak_bytes + 0.95 * 40 * GIB
     sentence, changes, _ = advised(recipe, plan.costs, node(1, 40))
     assert "beside" in sentence
