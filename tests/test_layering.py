@@ -29,6 +29,7 @@ MAY_IMPORT = {
 ONLY_IN = {"vllm": {"rollout"}, "deepspeed": {"trainer"}}
 ACTOR_MODULES = {
     "rewards/pool.py",
+    "rl/cluster.py",
     "rl/system.py",
     "rollout/actor.py",
     "rollout/pool.py",
