@@ -31,6 +31,7 @@ PEERS = "kernels/bench_cases/"
 """Benchmarks may import what they measure against."""
 ACTOR_MODULES = {
     "rewards/pool.py",
+    "rl/cluster.py",
     "rl/system.py",
     "rollout/actor.py",
     "rollout/pool.py",
