@@ -34,7 +34,7 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Launches:
+class Launches:
     """The tiles of the three passes."""
 
     forward: Tiles
@@ -45,17 +45,17 @@ class _Launches:
 _CHECK = Tiles(own=32, other=32, warps=4, stages=1)
 
 
-def _launches(dim: int, value_dim: int, element_size: int) -> _Launches:
+def _launches(dim: int, value_dim: int, element_size: int) -> Launches:
     """H100/H200: what fits in 255 registers a thread and 227 KB of shared memory. fp32 is for checks."""
     if element_size > 2:
-        return _Launches(forward=_CHECK, grad_queries=_CHECK, grad_keys=_CHECK)
+        return Launches(forward=_CHECK, grad_queries=_CHECK, grad_keys=_CHECK)
     if dim + value_dim <= 320:
-        return _Launches(
+        return Launches(
             forward=Tiles(own=128, other=128, warps=8, stages=2),
             grad_queries=Tiles(own=128, other=64, warps=8, stages=2),
             grad_keys=Tiles(own=128, other=32, warps=8, stages=2),
         )
-    return _Launches(
+    return Launches(
         forward=Tiles(own=128, other=64, warps=8, stages=2),
         grad_queries=Tiles(own=64, other=32, warps=8, stages=2),
         grad_keys=Tiles(own=64, other=32, warps=8, stages=2),
