@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 from rl.errors import RecipeError
+from trainer.expert_parallel import announce, exchange_of
 from trainer.parking import Parking
 
 CHECKPOINT_TAG = "state"
@@ -62,6 +63,8 @@ class Sharding:
     """fp32 weights and optimizer state live in host memory, and the optimizer runs there."""
     offload_parameters: bool = False
     """Parameters live in host memory outside their own layer's computation (stage 3)."""
+    expert_parallel: int = 1
+    """Consecutive ranks that share the routed experts of a layer."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -153,11 +156,13 @@ class DeepSpeedEngine:
         self.applied_steps = 0
         self._stage0_norm = math.nan
         optimizer = torch.optim.AdamW(
-            _decay_groups(module, optimization.weight_decay),
+            _parameter_groups(module, optimization.weight_decay),
             lr=optimization.lr,
             betas=optimization.betas,
             fused=torch.cuda.is_available() or sharding.offload_optimizer,
         )
+        if sharding.expert_parallel > 1 and sharding.zero_stage < 3:
+            announce(module)
         # DeepSpeed clips at stage 0 without telling the norm, so there the optimizer's own hook does both.
         if sharding.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_at_stage0)
@@ -166,6 +171,8 @@ class DeepSpeedEngine:
             optimizer=optimizer,
             config=sharding.config(grad_clip=optimization.grad_clip if sharding.zero_stage else 0.0),
         )
+        # From here on our experts are saved like all other parameters, each rank's shard of the optimizer its own.
+        engine.has_moe_layers = False
         self._engine: Any = engine
         self._parking = Parking()
 
@@ -218,6 +225,9 @@ class DeepSpeedEngine:
         """Restores what :meth:`save` wrote. All ranks call it, on an engine that has not stepped yet."""
         _, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
         self.applied_steps = state["applied_steps"]
+        if self.sharding.expert_parallel > 1 and self.sharding.zero_stage < 3:
+            # Rank 0's experts were loaded everywhere; the fp32 weights are each rank's own.
+            self._engine.optimizer.update_lp_params()
 
     def sleep(self) -> None:
         """Moves fp32 weights, optimizer state and gradient buffers to host memory; the module stays where it is.
@@ -283,11 +293,16 @@ def full_shape(tensor: Tensor) -> torch.Size:
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay shrinks matrices; norms and biases keep their scale."""
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay shrinks matrices; norms and biases keep their scale. Shared-out experts are apart, as ZeRO asks."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    everywhere = [parameter for parameter in trained if exchange_of(parameter) is None]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in everywhere if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in everywhere if p.dim() < 2], "weight_decay": 0.0},
     ]
+    shared = [parameter for parameter in trained if exchange_of(parameter) is not None]
+    if shared:
+        name = getattr(shared[0], "group_name")  # noqa: B009
+        groups.append({"params": shared, "weight_decay": weight_decay, "moe": True, "name": name})
     return [group for group in groups if group["params"]]
