@@ -30,7 +30,7 @@ class ExpertExchange:
         ends: torch.Tensor,
         experts: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """`experts(rows, ends)` over all of them: rows [M, D] sorted by expert, those of e ending at ends[e] (int32 [E]).
+        """`experts(rows, ends)` over all: rows [M, D] sorted by expert, those of e ending at ends[e] (int32 [E]).
 
         Here `experts` only ever sees the rows, from all ranks, of the experts that this rank holds. Each expert's rows
         come in the order of the ranks, so the result does not depend on the network.
