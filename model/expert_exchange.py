@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 class ExpertExchange:
@@ -49,11 +50,42 @@ class ExpertExchange:
         assert isinstance(returned, torch.Tensor)
         return returned
 
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Where this rank's experts are in a stack of all of them, [E, ...]; a view."""
+        return whole[self.first : self.first + self.num_local]
+
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """All experts [E, ...] from every rank's own [num_local, ...], contiguous."""
         whole = part.new_empty(self.num_experts, *part.shape[1:])
         dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
         return whole
+
+
+def share_experts(module: nn.Module, group: dist.ProcessGroup) -> list[nn.Parameter]:
+    """Leaves this rank its experts: puts new, empty parameters in the place of all stacks, and returns them.
+
+    Raises ValueError when the ranks of the group cannot share the experts equally.
+    """
+    shared = []
+    for part in module.modules():
+        for name in ("gate_up_proj", "down_proj"):
+            stack = getattr(part, name, None)
+            if not isinstance(stack, nn.Parameter) or stack.dim() != 3:
+                continue
+            exchange = ExpertExchange(group, stack.shape[0])
+            own = nn.Parameter(torch.empty_like(exchange.part_of(stack)), requires_grad=stack.requires_grad)
+            setattr(own, _MARK, exchange)
+            setattr(part, name, own)
+            shared.append(own)
+    return shared
+
+
+def exchange_of(parameter: object) -> ExpertExchange | None:
+    """Through which the ranks hold a stack of experts together; None for a parameter that is not shared out."""
+    return getattr(parameter, _MARK, None)
+
+
+_MARK = "expert_exchange"
 
 
 class _Travel(torch.autograd.Function):

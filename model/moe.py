@@ -11,7 +11,7 @@ from torch import nn
 
 import kernels
 from model.config import ModelConfig
-from model.expert_exchange import ExpertExchange
+from model.expert_exchange import exchange_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,58 +95,66 @@ class Experts(nn.Module):
     """All routed experts of a layer: gate_up_proj [E, 2 * inner, D] (gate rows first) and down_proj [E, D, inner].
 
     Stacked because ZeRO averages different experts together, or hangs, when each is a parameter of its own.
-
-    After :meth:`share` the stacks hold this rank's experts only, E / ranks in number, and tokens of all ranks pass by.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         shape = (config.n_routed_experts, config.moe_intermediate_size, config.hidden_size)
         num_experts, inner, hidden = shape
-        self.num_experts = num_experts
-        self.exchange: ExpertExchange | None = None
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
 
     def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of each token's experts: x [N, hidden], experts int64 [N, k], weights fp32 [N, k]."""
-        num_tokens, top_k = experts.shape
-        place, ends = self._places(experts.flatten())
-        copies = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
-        routed = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, place, copies)
-        if self.exchange is None:
-            outputs = self._apply_experts(routed, ends)
-        else:
-            outputs = self.exchange(routed, ends, self._apply_experts)
-        outputs = outputs.index_select(0, place).view(num_tokens, top_k, -1)
-        return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        return run_experts(x, experts, weights, self.gate_up_proj, self.down_proj, _swiglu)
 
-    def share(self, exchange: ExpertExchange) -> None:
-        """Leaves this rank its part of the experts; comes before weights are loaded, as the parameters are replaced."""
-        self.exchange = exchange
-        for name, whole in list(self.named_parameters()):
-            part = whole.new_empty(exchange.num_local, *whole.shape[1:])
-            setattr(self, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
-    def _apply_experts(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """rows [R, hidden] sorted by the experts held here, expert e's ending at ends[e] (int32)."""
-        gate, up = kernels.grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
-        return kernels.grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
-    def _places(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows sorted by expert: the row of each entry of `chosen` (int64 [M]), and where each expert's rows end.
 
-        Without gradients an expert's rows are filled up to a multiple of ROW_MULTIPLE: on the libraries we measured a
-        row of a matrix product then has the same bits whatever shares the batch, which generation relies on.
-        """
-        counts = torch.bincount(chosen, minlength=self.num_experts)
-        multiple = 1 if torch.is_grad_enabled() else ROW_MULTIPLE
-        room = (counts + multiple - 1) // multiple * multiple
-        ends = room.cumsum(0)
-        order = chosen.argsort(stable=True)
-        rank = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
-        shift = (ends - room) - (counts.cumsum(0) - counts)
-        return rank + shift[chosen], ends.to(torch.int32)
+def run_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Weighted sum of each token's experts: x [N, hidden], experts int64 [N, k], weights [N, k].
+
+    up_proj [E, 2 * inner, hidden], whose outputs `activation` takes to [.., inner], and down_proj [E, hidden, inner].
+    Where `share_experts` has dealt them out, they are this rank's, and tokens travel.
+    """
+    exchange = exchange_of(up_proj)
+    num_tokens, top_k = experts.shape
+    place, ends = _places(experts.flatten(), exchange.num_experts if exchange else up_proj.shape[0])
+    copies = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
+    routed = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, place, copies)
+
+    def apply(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return kernels.grouped_linear(activation(kernels.grouped_linear(rows, up_proj, ends)), down_proj, ends)
+
+    outputs = apply(routed, ends) if exchange is None else exchange(routed, ends, apply)
+    outputs = outputs.index_select(0, place).view(num_tokens, top_k, -1)
+    return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+def _places(chosen: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows sorted by expert: the row of each entry of `chosen` (int64 [M]), and where each expert's rows end.
+
+    Without gradients an expert's rows are filled up to a multiple of ROW_MULTIPLE: on the libraries we measured a row
+    of a matrix product then has the same bits whatever shares the batch, which generation relies on.
+    """
+    counts = torch.bincount(chosen, minlength=num_experts)
+    multiple = 1 if torch.is_grad_enabled() else ROW_MULTIPLE
+    room = (counts + multiple - 1) // multiple * multiple
+    ends = room.cumsum(0)
+    order = chosen.argsort(stable=True)
+    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
+    shift = (ends - room) - (counts.cumsum(0) - counts)
+    return rank + shift[chosen], ends.to(torch.int32)
 
 
 class MoE(nn.Module):

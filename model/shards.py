@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a module of which this process holds only a part.
+"""Loading a checkpoint into a model of which this process holds only a part.
 
 A part is a stretch of each flattened tensor (:class:`Stretch`): ZeRO-3 cuts every parameter so, and the experts that
 expert parallelism leaves to one rank lie one after another in their stack. No more than one tensor of the checkpoint
@@ -7,6 +7,7 @@ is in memory at a time, and tensors without a part here are not read at all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from model.hf import CheckpointReader
-from model.layout import split_experts
+from model.language_model import LanguageModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,21 +29,23 @@ class Stretch:
 
 
 @torch.no_grad()
-def load_stretches(directory: Path, stretches: Iterable[Stretch], *, num_layers: int, tied: Iterable[str] = ()) -> None:
-    """Fills every target from the checkpoint; together the stretches must name each tensor of the model.
+def load_stretches(model: LanguageModel, path: str | os.PathLike[str], stretches: Iterable[Stretch]) -> None:
+    """Fills every target from the checkpoint; together the stretches must name each of `model.outline.tensors`.
 
-    `num_layers`: layers from there on (multi-token prediction) are skipped. `tied` names tensors that are another's
-    copy. Raises ValueError as `load_model` does.
+    Raises ValueError as `load_model` does.
     """
+    directory = Path(path)
     with CheckpointReader(directory) as checkpoint:
-        for name in tied:
-            checkpoint.ignore(name)
+        for name in model.state_dict(keep_vars=True).keys() - model.outline.tensors.keys():
+            checkpoint.ignore(name)  # tied to another one
         for stretch in stretches:
             whole = torch.empty(stretch.shape, device="meta")
-            sources = [(stretch.name, whole)] if stretch.name in checkpoint else split_experts(stretch.name, whole)
-            for source, view in sources:
+            as_is = stretch.name in checkpoint
+            for source, view in [(stretch.name, whole)] if as_is else model.checkpoint_names(stretch.name, whole):
+                if view.untyped_storage()._cdata != whole.untyped_storage()._cdata or not view.is_contiguous():
+                    raise ValueError(f"{directory}: tensor {source} is not a plain part of {stretch.name}")
                 _copy_overlap(checkpoint, source, view, stretch)
-        checkpoint.refuse_leftovers(num_layers)
+        checkpoint.refuse_leftovers(model.outline.num_layers)
 
 
 def _copy_overlap(checkpoint: CheckpointReader, source: str, view: torch.Tensor, stretch: Stretch) -> None:

@@ -49,11 +49,10 @@ def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversat
     encoded = []
     for demonstration in data.demonstrations:
         name = f"demonstration for {demonstration.prompt.id}"
-        if demonstration.prompt.tools:
-            raise DataError(f"{name}: tools are not supported in conversations yet; remove the field")
         try:
+            prompt = demonstration.prompt
             token_ids, trained = conversation.encode_demonstration(
-                demonstration.messages, thinking=demonstration.prompt.thinking
+                demonstration.messages, thinking=prompt.thinking, tools=prompt.tools
             )
         except DataError as error:
             raise DataError(f"{name}: {error}") from error

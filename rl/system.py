@@ -52,12 +52,10 @@ class System:
 
 def encode(conversation: Conversation, prompt: Prompt) -> NDArray:
     """int32 [P]; a prompt that came encoded is taken as it is. Errors name the prompt."""
-    if prompt.tools:
-        raise DataError(f"prompt {prompt.id}: tools are not supported in conversations yet; remove the field")
     if prompt.token_ids is not None:
         return prompt.token_ids
     try:
-        return conversation.encode(prompt.messages, thinking=prompt.thinking)
+        return conversation.encode(prompt.messages, thinking=prompt.thinking, tools=prompt.tools)
     except DataError as error:
         raise DataError(f"prompt {prompt.id}: {error}") from error
 

@@ -1,54 +1,51 @@
 """Conversations as token ids, in DeepSeek-V3.2's encoding or, for other models, in their own chat template.
 
-V3.2 ships no template. Its rules for plain conversations: a system message stands as it is; a user message is
-``<｜User｜>{content}<｜Assistant｜>``, then ``<think>`` when it is the last one and the reply shall think, else
-``</think>``; an assistant message is ``{content}<｜end▁of▁sentence｜>``, preceded by ``{reasoning}</think>`` only when
-it answers the last user message in thinking mode. So earlier reasoning is dropped as soon as a new user message comes,
-and the tokens of one turn are not a prefix of the next turn's prompt.
+V3.2 ships no template. Its rules: a system message stands as it is, followed by its tools and its response format; a
+user message is ``<｜User｜>{content}<｜Assistant｜>``, then ``<think>`` when it is the last one and the reply shall
+think, else ``</think>``; a developer message is a user message that begins with tools and format; an assistant message
+is ``{content}{calls}<｜end▁of▁sentence｜>``, preceded by ``{reasoning}</think>`` only behind the last user message in
+thinking mode. Results of tools follow a reply directly (`rollout.dsml`). So reasoning stays while only results of tools
+are appended, one turn of a user with any number of calls is one append-only sequence of tokens, and earlier reasoning
+is dropped as soon as a new user message comes: those tokens are not a prefix of the next turn's prompt.
 
-What people write is always encoded as plain text: the string ``<｜Assistant｜>`` in a message never becomes the token.
+What people write, and what tools return, is always encoded as plain text: the string ``<｜Assistant｜>`` in a message
+never becomes the token.
+
+Four quirks of the official encoder are refused here, with a sentence, instead of being reproduced: in thinking mode it
+drops a developer message before the last user message and then fails; it leaves the block of results open when a call
+has none; it writes names that its parser cannot read; it encodes special strings in messages as the tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from model.tokenizer import ASSISTANT, BEGIN_OF_SENTENCE, END_OF_SENTENCE, END_THINK, THINK, USER
+from model.tokenizer import ASSISTANT, BEGIN_OF_SENTENCE, DSML, END_OF_SENTENCE, END_THINK, THINK, USER
 from rl.errors import DataError
-from rl.sample import NDArray
+from rl.sample import NDArray, ToolCall
+from rollout import dsml
+from rollout.chat_template import ChatTemplate
+from rollout.dsml import MalformedReply, Part, Reply
+
+__all__ = ["Conversation", "MalformedReply", "Message", "Reply", "split_reply"]
 
 Message = Mapping[str, Any]
-"""``{"role": "system" | "user" | "assistant", "content": str}``; an assistant may add ``reasoning_content``."""
+"""``{"role": "system" | "developer" | "user" | "assistant" | "tool", "content": str}``. A system or developer message
+may add ``tools`` and ``response_format``, an assistant's ``reasoning_content`` and ``tool_calls`` (OpenAI's form)."""
 
-# Characters of a private-use area that stand for a special string while a chat template runs over a message.
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """A reply taken apart at ``</think>``. `reasoning` is None where there is none."""
-
-    reasoning: str | None
-    answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    text: str
-    special: bool = False  # one special token, rather than text in which none is recognised
-    sampled: bool = False  # what the model itself says
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ASKING = ("user", "developer")
 
 
 def split_reply(reply: str, *, thinking: bool) -> Reply:
-    """Takes a sampled reply apart at the first ``</think>``.
+    """Takes a sampled reply apart at the first ``</think>``, whatever else is wrong with it.
 
     In thinking mode the prompt has opened ``<think>``, so a reply that never closes it is all reasoning and has an
     empty answer. Without thinking everything is the answer, unless the reply closes a thought nevertheless.
@@ -62,7 +59,7 @@ def split_reply(reply: str, *, thinking: bool) -> Reply:
 
 
 class Conversation:
-    """Encodes conversations for one tokenizer.
+    """Encodes conversations for one tokenizer, and reads its replies.
 
     Example: ``Conversation(tokenizer).encode([{"role": "user", "content": "2+2?"}], thinking=True)``.
     Raises DataError when the tokenizer has neither V3.2's tokens nor a chat template.
@@ -75,61 +72,84 @@ class Conversation:
             raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json")
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         needed = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, THINK, END_THINK)
-        self._is_v32 = all(token in known for token in needed)
-        # Text holding the veil's own character must be veiled first, or it would read as a veil.
-        self._veiled = [_OPEN, *sorted((token for token in known if not token.isspace()), key=len, reverse=True)]
-        if not self._is_v32 and not tokenizer.chat_template:
-            absent = next(token for token in needed if token not in known)
+        absent = next((token for token in needed if token not in known), None)
+        name = tokenizer.name_or_path or "this model"
+        if absent and not tokenizer.chat_template:
             raise DataError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template and lacks "
-                f"DeepSeek-V3.2's token {absent}, so conversations cannot be encoded for it"
+                f"the tokenizer of {name} has no chat template and lacks DeepSeek-V3.2's token {absent}, so "
+                "conversations cannot be encoded for it"
             )
         if not isinstance(tokenizer.eos_token_id, int):
-            raise DataError(f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no end-of-sentence token")
+            raise DataError(f"the tokenizer of {name} has no end-of-sentence token")
+        self._template = ChatTemplate(tokenizer, [t for t in known if not t.isspace()]) if absent else None
+        self._tokens = {token for token in (*needed, DSML) if token in known}
         self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
         """Tokens that end a reply."""
         self._plain = _without_special_tokens(backend)
 
-    def encode(self, messages: Sequence[Message], *, thinking: bool) -> NDArray:
+    def encode(
+        self, messages: Sequence[Message], *, thinking: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> NDArray:
         """int32 [P]: the prompt that the next assistant message continues.
 
-        Raises DataError for a conversation that does not end with a user message, or whose messages this encoding
-        does not cover (tools, other roles).
+        `tools` (JSON functions) join those of the first system message, or of the first developer message where there
+        is no system message, or get a system message of their own. Raises DataError for a conversation that no reply
+        can follow, or that is not one.
         """
         _check(messages)
-        if messages[-1]["role"] != "user":
-            raise DataError(f"a prompt must end with a user message, not with role {messages[-1]['role']!r}")
-        if not self._is_v32:
-            return self._encode_rendered(self._render_template(messages, thinking=thinking, open_reply=True))
-        return self._encode_parts(_v32_parts(messages, thinking=thinking))[0]
+        last = messages[-1]["role"]
+        if last not in (*_ASKING, "tool"):
+            raise DataError(f"a prompt must end with a user message or the result of a tool, not with role {last!r}")
+        if self._template:
+            given, messages = _tools_of(messages, tools)
+            return self._encoded(self._template.prompt(messages, thinking=thinking, tools=given))[0]
+        return self._encoded(_v32_parts(_with_tools(messages, tools), thinking=thinking))[0]
 
-    def encode_demonstration(self, messages: Sequence[Message], *, thinking: bool) -> tuple[NDArray, NDArray]:
+    def encode_demonstration(
+        self, messages: Sequence[Message], *, thinking: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[NDArray, NDArray]:
         """(token ids int32 [T], sampled bool [T]) of a conversation that ends with the assistant's reply.
 
-        `sampled` marks the last reply with its end-of-sentence token: what supervised training learns. The tokens
-        before it equal ``encode(messages[:-1])``. A reply may hold its reasoning in ``reasoning_content`` or in
-        front of a ``</think>`` in its content; in thinking mode it must have some.
+        `sampled` marks what the assistant said since the last user message, each reply with its end-of-sentence token:
+        what supervised training learns. The tokens before the first of them equal the prompt that :meth:`encode` gives.
+        A reply may hold its reasoning in ``reasoning_content`` or in front of a ``</think>`` in its content; in
+        thinking mode it must have some, unless it calls a tool.
         """
         _check(messages)
-        if messages[-1]["role"] != "assistant" or len(messages) < 2 or messages[-2]["role"] != "user":
+        if messages[-1]["role"] != "assistant" or not any(message["role"] in _ASKING for message in messages):
             raise DataError("a demonstration must end with a user message and the assistant's reply to it")
-        if self._is_v32:
-            return self._encode_parts(_v32_parts(messages, thinking=thinking))
-        prompt = self.encode(messages[:-1], thinking=thinking)
-        opening = self._render_template(messages[:-1], thinking=thinking, open_reply=True)
-        whole = self._render_template(messages, thinking=thinking, open_reply=False)
-        if not whole.startswith(opening):
-            raise DataError(
-                "the model's chat template renders a finished reply differently from the prompt it answers, so a "
-                "demonstration cannot be split into prompt and reply"
-            )
-        reply = self._encode_rendered(whole[len(opening) :])
-        ends = np.flatnonzero(np.isin(reply, self.stop_token_ids))
-        if len(ends) == 0:
-            raise DataError("the model's chat template does not end a reply with the end-of-sentence token")
-        reply = reply[: ends[-1] + 1]
-        sampled = np.arange(len(prompt) + len(reply)) >= len(prompt)
-        return np.concatenate([prompt, reply]), sampled
+        if self._template:
+            given, messages = _tools_of(messages, tools)
+            return self._encoded(self._template.demonstration(messages, thinking=thinking, tools=given))
+        return self._encoded(_v32_parts(_with_tools(messages, tools), thinking=thinking))
+
+    def encode_results(
+        self,
+        messages: Sequence[Message],
+        calls: Sequence[ToolCall],
+        results: Sequence[str],
+        *,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> NDArray:
+        """int32 [R]: what follows a reply that made `calls`, up to where the next reply begins.
+
+        `messages` are those that the reply answers. There is one result a call, or one for a reply whose calls could
+        not be read. Appended to the prompt and the reply's own tokens this is the next prompt, whatever the spelling
+        of the reply: nothing that was sampled is encoded again.
+        """
+        if self._template:
+            given, messages = _tools_of(messages, tools)
+            parts = self._template.results(messages, calls, results, thinking=thinking, tools=given)
+            return self._encoded(parts)[0]
+        return self._encoded(dsml.results_parts(results, thinking=thinking))[0]
+
+    def parse_reply(self, text: str, *, thinking: bool) -> Reply:
+        """Reads a whole reply strictly. Raises MalformedReply, whose message says what is wrong with it."""
+        text = text.removesuffix(str(self.tokenizer.eos_token))
+        if self._template:
+            return self._template.parse_reply(text, thinking=thinking)
+        return dsml.parse_reply(text, thinking=thinking)
 
     def decode(self, token_ids: NDArray) -> str:
         """The text of a reply: without its stop token, other special tokens spelled out."""
@@ -139,104 +159,174 @@ class Conversation:
         assert isinstance(text, str)
         return text
 
-    def _encode_parts(self, parts: Iterator[_Part]) -> tuple[NDArray, NDArray]:
+    def _encoded(self, parts: Iterable[Part]) -> tuple[NDArray, NDArray]:
+        """Token ids, and which of them belong to sampled parts. Text that stands together is encoded together."""
         ids: list[int] = []
         sampled: list[bool] = []
-        for part in parts:
-            encoded = [self._special_id(part.text)] if part.special else self._encode_text(part.text)
+        for part in _joined(self._resolved(parts)):
+            if part.special:
+                encoded = self.tokenizer.encode(part.text, add_special_tokens=False)
+            else:
+                encoded = self._plain.encode(part.text, add_special_tokens=False).ids
             ids += encoded
             sampled += [part.sampled] * len(encoded)
         return np.array(ids, np.int32), np.array(sampled, bool)
 
-    def _special_id(self, token: str) -> int:
-        index = self.tokenizer.convert_tokens_to_ids(token)
-        assert isinstance(index, int)
-        return index
-
-    def _encode_text(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
-
-    def _render_template(self, messages: Sequence[Message], *, thinking: bool, open_reply: bool) -> str:
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                [self._veil(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=open_reply,
-                thinking=thinking,
-                enable_thinking=thinking,
-            )
-        except TemplateError as error:
-            raise DataError(f"the model's chat template refuses the conversation: {error}") from error
-        assert isinstance(rendered, str)
-        return rendered
-
-    def _veil(self, message: Message) -> dict[str, Any]:
-        """Replaces special strings in what people wrote; a template also reads ``</think>`` in the model's replies."""
-        content = message["content"]
-        strings = self._veiled[:1] if message["role"] == "assistant" else self._veiled
-        for index, string in enumerate(strings):
-            content = content.replace(string, f"{_OPEN}{index}{_CLOSE}")
-        return {**message, "content": content}
-
-    def _encode_rendered(self, rendered: str) -> NDArray:
-        """Encodes a rendered template: special tokens are recognised, veiled strings become text again."""
-        ids: list[int] = []
-        head, *veiled = rendered.split(_OPEN)
-        ids += self.tokenizer.encode(head, add_special_tokens=False)
-        for piece in veiled:
-            index, _, tail = piece.partition(_CLOSE)
-            ids += self._encode_text(self._veiled[int(index)])
-            ids += self.tokenizer.encode(tail, add_special_tokens=False)
-        return np.array(ids, np.int32)
+    def _resolved(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """A structural token that this vocabulary lacks (only DSML may be missing) is text."""
+        for part in parts:
+            yield replace(part, special=False) if part.text == DSML and DSML not in self._tokens else part
 
 
-def _v32_parts(messages: Sequence[Message], *, thinking: bool) -> Iterator[_Part]:
-    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    yield _Part(BEGIN_OF_SENTENCE, special=True)
+def _joined(parts: Iterable[Part]) -> Iterator[Part]:
+    pending: Part | None = None
+    for part in parts:
+        if pending and not pending.special and not part.special and pending.sampled == part.sampled:
+            pending = replace(pending, text=pending.text + part.text)
+            continue
+        if pending:
+            yield pending
+        pending = part
+    if pending:
+        yield pending
+
+
+def _v32_parts(messages: Sequence[Message], *, thinking: bool) -> Iterator[Part]:
+    last_user = max((i for i, message in enumerate(messages) if message["role"] in _ASKING), default=-1)
+    yield Part(BEGIN_OF_SENTENCE, special=True)
     for index, message in enumerate(messages):
-        content = message["content"]
-        if message["role"] == "system":
-            yield _Part(content)
-        elif message["role"] == "user":
-            yield _Part(USER, special=True)
-            yield _Part(content)
-            yield _Part(ASSISTANT, special=True)
-            yield _Part(THINK if thinking and index == last_user else END_THINK, special=True)
-        else:
-            reply = _reply_of(message)
-            said = index == len(messages) - 1
-            if thinking and index > last_user:
-                if reply.reasoning is None:
+        opened = Part(THINK if thinking and index >= last_user else END_THINK, special=True)
+        match message["role"]:
+            case "system":
+                yield Part(message.get("content") or "")
+                yield from _offers(message)
+            case "developer":
+                if thinking and index < last_user:
                     raise DataError(
-                        f"message {index}: in thinking mode the assistant's last reply needs its reasoning, in "
-                        f"'reasoning_content' or in front of {END_THINK}"
+                        f"message {index}: in thinking mode a developer message must be the last one that asks; "
+                        "DeepSeek-V3.2's encoding drops it otherwise"
                     )
-                yield _Part(reply.reasoning, sampled=said)
-                yield _Part(END_THINK, special=True, sampled=said)
-            yield _Part(reply.answer, sampled=said)
-            yield _Part(END_OF_SENTENCE, special=True, sampled=said)
+                yield Part(USER, special=True)
+                yield from _offers(message)
+                yield Part(f"\n\n# The user's message is: {message['content']}")
+                yield from (Part(ASSISTANT, special=True), opened)
+            case "user":
+                yield from (Part(USER, special=True), Part(message["content"]), Part(ASSISTANT, special=True), opened)
+            case "tool":
+                results = _results_from(messages, index)
+                if results:
+                    yield from dsml.results_parts(results, thinking=thinking and index >= last_user)
+            case _:
+                said = index > last_user and messages[-1]["role"] == "assistant"
+                parts = _reply_parts(index, message, thinking=thinking and index > last_user)
+                yield from (replace(part, sampled=said) for part in parts)
 
 
-def _reply_of(message: Message) -> Reply:
+def _offers(message: Message) -> Iterator[Part]:
+    """Tools and response format of a system or developer message."""
+    if message.get("tools"):
+        yield Part("\n\n")
+        yield from dsml.tools_parts(message["tools"])
+    if message.get("response_format"):
+        yield Part("\n\n")
+        yield from dsml.response_format_parts(message["response_format"])
+
+
+def _reply_parts(index: int, message: Message, *, thinking: bool) -> Iterator[Part]:
+    reply = _reply_of(index, message)
+    if thinking:
+        if not reply.reasoning and not reply.calls:
+            raise DataError(
+                f"message {index}: in thinking mode the assistant's last reply needs its reasoning, in "
+                f"'reasoning_content' or in front of {END_THINK}"
+            )
+        yield Part(reply.reasoning or "")
+        yield Part(END_THINK, special=True)
+    yield Part(reply.answer)
+    if reply.calls:
+        yield from dsml.calls_parts(reply.calls)
+    yield Part(END_OF_SENTENCE, special=True)
+
+
+def _reply_of(index: int, message: Message) -> Reply:
+    try:
+        calls = tuple(dsml.read_call(call) for call in message.get("tool_calls") or ())
+    except DataError as error:
+        raise DataError(f"message {index}: {error}") from error
+    content = message.get("content") or ""
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     if reasoning is not None:
-        return Reply(reasoning=reasoning, answer=message["content"])
-    return split_reply(message["content"], thinking=False)
+        return Reply(reasoning=reasoning, answer=content, calls=calls)
+    return replace(split_reply(content, thinking=False), calls=calls)
+
+
+def _results_from(messages: Sequence[Message], index: int) -> list[str]:
+    """All results that begin with message `index`; [] for one that is not the first. Their calls must be as many."""
+    if messages[index - 1]["role"] == "tool":
+        return []
+    end = next((i for i in range(index, len(messages)) if messages[i]["role"] != "tool"), len(messages))
+    return [message["content"] for message in messages[index:end]]
+
+
+def _with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Sequence[Message]:
+    """The messages with `tools` on the first system message, else the first developer message, else on a new one."""
+    if not tools:
+        return messages
+    for role in ("system", "developer"):
+        for index, message in enumerate(messages):
+            if message["role"] == role:
+                carrying = {**message, "tools": [*(message.get("tools") or ()), *tools]}
+                return [*messages[:index], carrying, *messages[index + 1 :]]
+    return [{"role": "system", "content": "", "tools": tools}, *messages]
+
+
+def _tools_of(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], list[Message]]:
+    """All tools, which a chat template is given apart from the messages, and the messages without them."""
+    found, bare = list(tools), []
+    for index, message in enumerate(messages):
+        if message.get("response_format"):
+            raise DataError(f"message {index}: response_format is part of DeepSeek-V3.2's encoding only")
+        found = [*(message.get("tools") or ()), *found]
+        bare.append({key: value for key, value in message.items() if key != "tools"})
+    return found, bare
 
 
 def _check(messages: Sequence[Message]) -> None:
     if not messages:
         raise DataError("a conversation needs at least one message")
+    open_calls = 0  # of the reply before, which have no result yet
     for index, message in enumerate(messages):
         role = message.get("role")
-        if role not in ("system", "user", "assistant"):
-            raise DataError(f"message {index}: role {role!r} is not supported; use system, user or assistant")
-        if message.get("tools") or message.get("tool_calls"):
-            raise DataError(f"message {index}: tools are not supported in conversations")
-        for field in ("content", "reasoning_content", "reasoning"):
-            value = message.get(field, "")
-            if (field == "content" and field not in message) or not isinstance(value, str):
-                raise DataError(f"message {index}: {field} must be a string")
+        if role not in _ROLES:
+            raise DataError(f"message {index}: role {role!r} is not supported; use one of {', '.join(_ROLES)}")
+        if message.get("tools") and role not in ("system", "developer"):
+            raise DataError(f"message {index}: tools belong on a system or developer message, not on role {role!r}")
+        if message.get("tool_calls") and role != "assistant":
+            raise DataError(f"message {index}: only an assistant message has tool_calls")
+        _check_texts(index, message)
+        if role == "tool":
+            if not open_calls:
+                raise DataError(f"message {index}: the result of a tool, but no call is waiting for one")
+            open_calls -= 1
+        elif open_calls and messages[index - 1]["role"] == "tool":
+            raise DataError(f"message {index}: {open_calls} of the tool calls before it have no result")
+        else:
+            open_calls = len(message.get("tool_calls") or ())
+    if open_calls and messages[-1]["role"] == "tool":
+        raise DataError(f"{open_calls} of the last tool calls have no result")
+
+
+def _check_texts(index: int, message: Message) -> None:
+    role = message["role"]
+    for field in ("content", "reasoning_content", "reasoning"):
+        value = message.get(field)
+        optional = field != "content" or role == "system" or (role == "assistant" and message.get("tool_calls"))
+        if not isinstance(value, str) and not (optional and value is None):
+            raise DataError(f"message {index}: {field} must be a string")
+    if role == "developer" and not message["content"]:
+        raise DataError(f"message {index}: a developer message must say something")
 
 
 def _without_special_tokens(backend: Tokenizer) -> Tokenizer:

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from model.expert_exchange import exchange_of
 from rl.errors import RecipeError
-from trainer.expert_parallel import announce, exchange_of
+from trainer.expert_parallel import announce
 from trainer.parking import Parking
 
 CHECKPOINT_TAG = "state"

@@ -10,56 +10,36 @@ from __future__ import annotations
 
 from torch import nn
 
-from model import DeepseekV32
-from model.expert_exchange import ExpertExchange
-from model.moe import Experts
+from model.expert_exchange import share_experts
 from rl.errors import RecipeError
 
 
-def group_name(expert_parallel: int) -> str:
-    """DeepSpeed's name for the groups of so many ranks."""
-    return f"ep_size_{expert_parallel}"
-
-
-def share_experts(model: DeepseekV32, expert_parallel: int) -> None:
+def deal_experts(model: nn.Module, expert_parallel: int) -> None:
     """Leaves this rank its experts of every layer, before weights are loaded. All ranks call it.
 
     ``expert_parallel`` consecutive ranks share the experts. Raises RecipeError when they cannot share them equally.
     """
     from deepspeed.utils import groups
 
-    name = group_name(expert_parallel)
+    name = f"ep_size_{expert_parallel}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel)
-    group = groups._get_expert_parallel_group(name)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            try:
-                module.share(ExpertExchange(group, module.num_experts))
-            except ValueError as error:
-                raise RecipeError(f"learner.expert_parallel is {expert_parallel}, but {error}") from error
-            for parameter in module.parameters():
-                _mark(parameter, module.exchange, name)
-
-
-def _mark(parameter: nn.Parameter, exchange: ExpertExchange | None, name: str) -> None:
-    from deepspeed.utils import groups
-
+    try:
+        shared = share_experts(model, groups._get_expert_parallel_group(name))
+    except ValueError as error:
+        raise RecipeError(f"learner.expert_parallel is {expert_parallel}, but {error}") from error
+    if not shared:
+        raise RecipeError(f"learner.expert_parallel is {expert_parallel}, but the model has no routed experts")
     marks = {
-        "expert_exchange": exchange,
         "allreduce": False,
         "group_name": name,
         "ds_zero_placement_family": "autoep_expert",
         "ds_zero_partition_group_name": name,
         "ds_zero_partition_process_group": groups._get_expert_data_parallel_group(name),
     }
-    for key, value in marks.items():
-        setattr(parameter, key, value)
-
-
-def exchange_of(parameter: object) -> ExpertExchange | None:
-    """Through which the ranks hold a parameter together; None for one that is not shared out."""
-    return getattr(parameter, "expert_exchange", None)
+    for parameter in shared:
+        for key, value in marks.items():
+            setattr(parameter, key, value)
 
 
 def announce(module: nn.Module) -> None:

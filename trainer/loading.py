@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import DeepseekV32, load_config, load_model
+from model import LanguageModel, load_model
+from model.expert_exchange import exchange_of
+from model.hf import empty_model
 from model.shards import Stretch, load_stretches
-from trainer.deepspeed_engine import Sharding, full_shape
-from trainer.expert_parallel import exchange_of, share_experts
+from trainer.deepspeed_engine import Sharding
+from trainer.expert_parallel import deal_experts
 
 
-def load_sharded(directory: Path, sharding: Sharding, device: torch.device) -> DeepseekV32:
+def load_sharded(directory: Path, sharding: Sharding, device: torch.device) -> LanguageModel:
     """The model in ``directory`` as this rank starts with it; all ranks call it.
 
     At stage 3 a parameter is partitioned before it has a value; under expert parallelism a rank has its experts only.
@@ -23,18 +25,16 @@ def load_sharded(directory: Path, sharding: Sharding, device: torch.device) -> D
     """
     if sharding.zero_stage < 3 and sharding.expert_parallel == 1:
         return load_model(directory, dtype=sharding.dtype, device=device)
-    config = load_config(directory)
-    with torch.device("meta"):
-        module = DeepseekV32(config).to(sharding.dtype)
+    model = empty_model(directory).to(sharding.dtype)
     if sharding.expert_parallel > 1:
-        share_experts(module, sharding.expert_parallel)
-    _materialise(module, sharding, device)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    load_stretches(directory, _stretches(module, tied), num_layers=config.num_hidden_layers, tied=tied)
-    return module
+        deal_experts(model, sharding.expert_parallel)
+    _materialise(model, sharding, device)
+    model.fill_constants()
+    load_stretches(model, directory, _stretches(model))
+    return model
 
 
-def _materialise(module: nn.Module, sharding: Sharding, device: torch.device) -> None:
+def _materialise(model: nn.Module, sharding: Sharding, device: torch.device) -> None:
     """Gives parameters and buffers their memory on the device; at stage 3 only that of this rank's partition."""
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -42,7 +42,7 @@ def _materialise(module: nn.Module, sharding: Sharding, device: torch.device) ->
     if sharding.zero_stage == 3:
         partitioner = Init(config_dict_or_path=sharding.config(), dtype=sharding.dtype)
     made: dict[int, nn.Parameter] = {}  # tied ones once
-    for part in module.modules():
+    for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if id(parameter) in made:
                 setattr(part, name, made[id(parameter)])
@@ -60,16 +60,15 @@ def _materialise(module: nn.Module, sharding: Sharding, device: torch.device) ->
             setattr(part, name, torch.empty_like(buffer, device=device))
 
 
-def _stretches(module: nn.Module, tied: list[str]) -> Iterator[Stretch]:
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in tied:
-            continue
-        shape, target, start = full_shape(tensor), tensor.detach(), 0
+def _stretches(model: LanguageModel) -> Iterator[Stretch]:
+    for name, tensor in model.named_weights():
+        target, start = tensor.detach(), 0
+        num_elements = tensor.numel()
         if (partition := getattr(tensor, "ds_tensor", None)) is not None:
+            num_elements = tensor.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
             start = tensor.ds_zero_partition_rank * partition.numel()  # pyright: ignore[reportAttributeAccessIssue]
             # The last partition is padded, and where there are few elements some are nothing but padding.
-            target = partition[: max(0, min(partition.numel(), shape.numel() - start))]
+            target = partition[: max(0, min(partition.numel(), num_elements - start))]
         if exchange := exchange_of(tensor):
-            start += exchange.rank * shape.numel()
-            shape = torch.Size([exchange.num_experts, *shape[1:]])
-        yield Stretch(name=name, shape=tuple(shape), start=start, target=target.view(-1))
+            start += exchange.rank * num_elements
+        yield Stretch(name=name, shape=model.outline.tensors[name].shape, start=start, target=target.view(-1))

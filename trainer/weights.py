@@ -11,19 +11,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model import DeepseekV32, checksums, split_experts, write_checkpoint
+from model import LanguageModel, checksums, write_checkpoint
+from model.expert_exchange import exchange_of
 from trainer.deepspeed_engine import full_shape, gathered
-from trainer.expert_parallel import exchange_of
 
 
-def whole_weights(model: DeepseekV32, max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """All parameters and persistent buffers by their in-memory names, in ``state_dict`` order.
+def whole_weights(model: LanguageModel, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """All parameters and persistent buffers by their in-memory names, in ``state_dict`` order, tied ones once.
 
     Each item holds at most ``max_bytes`` (or a single larger tensor) and is valid until the next one is asked for.
     """
     bucket: dict[str, Tensor] = {}
     room = max_bytes
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in model.named_weights():
         num_bytes = full_shape(tensor).numel() * tensor.element_size()
         if exchange := exchange_of(tensor):
             num_bytes *= exchange.num_ranks
@@ -45,7 +45,7 @@ def _with_all_experts(tensor: Tensor) -> Tensor:
     return tensor.detach() if exchange is None else exchange.gather(tensor.detach())
 
 
-def weight_checksums(model: DeepseekV32, max_bytes: int) -> dict[str, int]:
+def weight_checksums(model: LanguageModel, max_bytes: int) -> dict[str, int]:
     """``model.checksums`` of every tensor of :func:`whole_weights`."""
     sums: dict[str, int] = {}
     for bucket in whole_weights(model, max_bytes):
@@ -53,20 +53,21 @@ def weight_checksums(model: DeepseekV32, max_bytes: int) -> dict[str, int]:
     return sums
 
 
-def save_whole_model(model: DeepseekV32, path: Path, *, writer: bool, max_bytes: int) -> None:
+def save_whole_model(model: LanguageModel, path: Path, *, writer: bool, max_bytes: int) -> None:
     """Streams the weights into a Hugging Face directory, written by the one rank that is the ``writer``."""
     buckets = whole_weights(model, max_bytes)
     try:
         if writer:
-            write_checkpoint(model.config, _checkpoint_tensors(model, buckets), path, dtype=model.lm_head.weight.dtype)
+            write_checkpoint(
+                model.config_json(), _checkpoint_tensors(model, buckets), path, dtype=model.lm_head.weight.dtype
+            )
     finally:
         # The other ranks go through all buckets; a writer that leaves early would let them wait for ever.
         for _ in buckets:
             pass
 
 
-def _checkpoint_tensors(model: DeepseekV32, buckets: Iterator[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _checkpoint_tensors(model: LanguageModel, buckets: Iterator[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for bucket in buckets:
         for name, tensor in bucket.items():
-            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-                yield from split_experts(name, tensor)
+            yield from model.checkpoint_names(name, tensor)

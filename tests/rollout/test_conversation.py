@@ -15,6 +15,19 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 FIRST = {"role": "user", "content": "Q1"}
 ANSWER = {"role": "assistant", "reasoning_content": "R1", "content": "A1"}
 SECOND = {"role": "user", "content": "Q2"}
+CALL = {
+    "role": "assistant",
+    "reasoning_content": "R1",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"s": "hi", "n": 3}'}}],
+}
+TWO_CALLS = {"role": "assistant", "reasoning_content": "R", "tool_calls": [{"name": "f"}, {"name": "g"}]}
+RESULT = {"role": "tool", "content": "out1"}
+LAST = {"role": "assistant", "reasoning_content": "R2", "content": "A1"}
+CALLED = (
+    '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="s" string="true">hi'
+    '</｜DSML｜parameter>\n<｜DSML｜parameter name="n" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+    f"</｜DSML｜function_calls>{EOS}\n\n<function_results>\n<result>out1</result>\n</function_results>\n\n"
+)
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -50,6 +63,13 @@ def text_of(conversation: Conversation, token_ids: np.ndarray) -> str:
     [
         ([FIRST], True, f"{BOS}<｜User｜>Q1<｜Assistant｜><think>"),
         ([FIRST], False, f"{BOS}<｜User｜>Q1<｜Assistant｜></think>"),
+        ([FIRST, CALL, RESULT], True, f"{BOS}<｜User｜>Q1<｜Assistant｜><think>R1</think>{CALLED}<think>"),
+        (
+            [FIRST, CALL, RESULT, LAST, SECOND],
+            True,
+            f"{BOS}<｜User｜>Q1<｜Assistant｜></think>{CALLED}</think>A1{EOS}<｜User｜>Q2<｜Assistant｜><think>",
+        ),
+        ([FIRST, CALL, RESULT], False, f"{BOS}<｜User｜>Q1<｜Assistant｜></think>{CALLED}</think>"),
         (
             [FIRST, ANSWER, SECOND],
             True,
@@ -71,7 +91,7 @@ def text_of(conversation: Conversation, token_ids: np.ndarray) -> str:
             "<｜User｜>1+1=?<｜Assistant｜><think>",
         ),
     ],
-    ids=["A", "A-chat", "D", "D-chat-system", "CARD"],
+    ids=["A", "A-chat", "B", "D", "B-chat", "one-turn", "D-chat-system", "CARD"],
 )
 def test_prompts_are_the_golden_strings(conversation, messages, thinking, golden):
     token_ids = conversation.encode(messages, thinking=thinking)
@@ -149,11 +169,19 @@ def test_a_tokenizer_with_neither_is_refused():
     ("messages", "complaint"),
     [
         ([], "at least one message"),
-        ([FIRST, ANSWER], "must end with a user message, not with role 'assistant'"),
-        ([FIRST, {"role": "tool", "content": "out"}], "message 1: role 'tool' is not supported"),
-        ([{"role": "developer", "content": "x"}], "message 0: role 'developer' is not supported"),
-        ([{"role": "user", "content": "x", "tools": [{}]}], "message 0: tools are not supported"),
-        ([FIRST, {**ANSWER, "tool_calls": [{}]}, SECOND], "message 1: tools are not supported"),
+        ([FIRST, ANSWER], "must end with a user message or the result of a tool, not with role 'assistant'"),
+        ([{"role": "critic", "content": "x"}], "message 0: role 'critic' is not supported"),
+        ([FIRST, {"role": "tool", "content": "out"}], "message 1: the result of a tool, but no call is waiting"),
+        ([FIRST, CALL, RESULT, RESULT], "message 3: the result of a tool, but no call is waiting"),
+        ([FIRST, TWO_CALLS, RESULT], "1 of the last tool calls have no result"),
+        ([FIRST, TWO_CALLS, RESULT, SECOND], "message 3: 1 of the tool calls before it have no result"),
+        ([{"role": "user", "content": "x", "tools": [{}]}], "message 0: tools belong on a system or developer"),
+        ([{**FIRST, "tool_calls": [{}]}], "message 0: only an assistant message has tool_calls"),
+        ([FIRST, {**CALL, "tool_calls": [{}]}, SECOND], "message 1: a tool call needs a name"),
+        ([FIRST, {**CALL, "tool_calls": [{"name": "f", "arguments": "{"}]}, SECOND], "message 1: .* are not JSON"),
+        ([FIRST, {**CALL, "tool_calls": [{"name": 'f"'}]}, SECOND], "cannot be the name of a tool"),
+        ([{"role": "developer", "content": ""}], "message 0: a developer message must say something"),
+        ([{"role": "developer", "content": "x"}, SECOND], "message 0: in thinking mode a developer message must be"),
         ([{"role": "user"}], "message 0: content must be a string"),
         ([{"role": "user", "content": ["x"]}], "message 0: content must be a string"),
         ([{**FIRST, "reasoning_content": 3}], "message 0: reasoning_content must be a string"),

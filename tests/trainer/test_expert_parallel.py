@@ -48,8 +48,8 @@ def with_experts(groups: list[Group], choose: Any) -> list[Group]:
 
 
 def steps_of(model_dir: Path, *, ranks: int, choose: Any = None, kl_beta: float = 0.0) -> list[Minibatch]:
-    """Three steps over rows of unequal number and length, so that ranks idle."""
-    groups = groups_of(load_model(model_dir), lengths=((40, 13, 5), (12, 4, 9)))
+    """Three steps over rows of unequal length and number, so that ranks idle."""
+    groups = groups_of(load_model(model_dir), lengths=((40, 29, 28), (27, 5)))
     if choose is not None:
         groups = with_experts(groups, choose)
     arguments: dict[str, Any] = {"kl_betas": {"math": kl_beta}, "minibatches": 1, "micro_tokens": 30}
@@ -92,6 +92,7 @@ def test_four_ranks_give_the_loss_the_norm_and_the_weights_of_one(
     shared: dict[str, Any] = {"kl_beta": 0.2, "grad_clip": 0.5, "lr": 3e-4} | settings
     recipe = tiny_recipe(zero_stage=stage, expert_parallel=experts, ranks=4, **shared)
     steps = steps_of(model_dir, ranks=4, choose=choose, kl_beta=0.2)
+    assert any(micro.sample_ids == ("idle",) for rank in steps[0].ranks for micro in rank)
     ran = four(train, recipe, model_dir, steps)
     alone = steps_of(model_dir, ranks=1, choose=choose, kl_beta=0.2)
     expected, weights = train(sole_rank, tiny_recipe(zero_stage=0, **shared), model_dir, alone)
