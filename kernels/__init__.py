@@ -25,6 +25,7 @@ R = TypeVar("R")
 # Device type to function name to the module that defines it.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cuda": {
+        "dense_attention": "kernels.varlen",
         "latent_attention": "kernels.sparse_mla",
         "packed_attention": "kernels.masked_mha",
         "selection_bitmask": "kernels.masked_mha",
@@ -58,6 +59,7 @@ packed_attention = _by_device(reference.packed_attention)
 selection_bitmask = _by_device(reference.selection_bitmask)
 sparse_attention = _by_device(reference.sparse_attention)
 packed_sparse_attention = _by_device(reference.packed_sparse_attention)
+dense_attention = _by_device(reference.dense_attention)
 decode_sparse_attention = _by_device(reference.decode_sparse_attention)
 mean_attention = _by_device(reference.mean_attention)
 indexer_kl = _by_device(reference.indexer_kl)
@@ -66,6 +68,7 @@ kept_logprobs = _by_device(reference.kept_logprobs)
 
 __all__ = [
     "decode_sparse_attention",
+    "dense_attention",
     "grouped_linear",
     "indexer_kl",
     "indexer_scores",

@@ -23,6 +23,9 @@ from model.rope import RotaryAngles, softmax_scale
 
 IndexerLoss = Literal["dense", "sparse"]
 
+# Attention scores of a group of sequences, over all heads, that a CPU holds at once; longer ones go by blocks.
+_SCORES_LIMIT = 1 << 25
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeSequences:
@@ -112,11 +115,17 @@ class Attention(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None):
                 index = self.indexer(streams.hidden.detach(), streams.query_latent.detach(), how.angles)
 
+        bounds = how.batch.cu_seqlens
+        if how.batch.longest <= self.index_topk and how.indexer_loss is None and bounds is not None and bounds.is_cuda:
+            return kernels.dense_attention(queries[0], keys[0], values[0], bounds, self.scale).unsqueeze(0), None
         heads, losses = [], []
         for group in how.batch.groups:
             q, k, v = group.take(queries), group.take(keys), group.take(values)
             mask, loss = self._select(index, q, k, group, how.indexer_loss)
-            heads.append(kernels.masked_attention(q, k, v, mask, self.scale))
+            if mask is None:
+                heads.append(_dense(q, k, v, group, self.scale))
+            else:
+                heads.append(kernels.masked_attention(q, k, v, mask, self.scale))
             losses.append(loss)
         return how.batch.join(heads), None if how.indexer_loss is None else how.batch.join(losses).sum()
 
@@ -127,20 +136,20 @@ class Attention(nn.Module):
         keys: torch.Tensor,
         group: SequenceGroup,
         indexer_loss: IndexerLoss | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which keys each query attends to, bool [S or 1, T, T], and the indexer's loss per query, [S, T]."""
-        mask = group.causal
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Which keys a query attends to, bool [S, T, T] or None for all earlier ones, and its indexer loss [S, T]."""
         outgrown = group.num_tokens > self.index_topk
         if index is None or not (outgrown or indexer_loss is not None):
-            return mask, None
+            return None, None
+        mask, selected = group.causal, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and indexer_loss is not None):
             scores = kernels.indexer_scores(*(group.take(stream) for stream in index), visible=mask)
         if outgrown and indexer_loss != "dense":
-            mask = kernels.topk_mask(scores.detach(), self.index_topk)
+            mask = selected = kernels.topk_mask(scores.detach(), self.index_topk)
         if indexer_loss is None:
-            return mask, None
+            return selected, None
         target = kernels.mean_attention(queries.detach(), keys.detach(), mask, self.scale)
-        return mask, kernels.indexer_kl(scores, target, mask)
+        return selected, kernels.indexer_kl(scores, target, mask)
 
     def _absorbed(self, streams: _Streams, how: CachedTokens) -> torch.Tensor:
         """MQA form against the cache: attention heads [B, Q, H, value_dim]."""
@@ -169,3 +178,15 @@ class Attention(nn.Module):
             return None
         scores = kernels.indexer_scores(index.queries, index_keys, index.weights, step.visible)
         return kernels.topk_indices(scores, self.index_topk)
+
+
+def _dense(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: SequenceGroup, scale: float
+) -> torch.Tensor:
+    """Attention to all earlier keys: queries and keys [S, T, H, d], values [S, T, H, v] to [S, T, H, v]."""
+    num_sequences, num_tokens, num_heads = queries.shape[:3]
+    if queries.device.type == "cpu" and num_sequences * num_heads * num_tokens**2 <= _SCORES_LIMIT:
+        return kernels.masked_attention(queries, keys, values, group.causal, scale)
+    bounds = torch.arange(num_sequences + 1, device=queries.device) * num_tokens
+    rows = (stream.flatten(0, 1) for stream in (queries, keys, values))
+    return kernels.dense_attention(*rows, bounds, scale).unflatten(0, (num_sequences, num_tokens))

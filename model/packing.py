@@ -52,12 +52,13 @@ class Batch:
     Raises ValueError for cu_seqlens that do not describe the row.
     """
 
-    __slots__ = ("_place", "groups", "positions")
+    __slots__ = ("_place", "cu_seqlens", "groups", "positions")
 
     def __init__(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
         num_rows, num_tokens = input_ids.shape
         device = input_ids.device
         order = torch.arange(num_tokens, device=device)
+        self.cu_seqlens = cu_seqlens
         if cu_seqlens is None:
             self.groups = [SequenceGroup(num_rows, num_tokens, device, None)]
             self.positions = order.unsqueeze(0)  # int64 [1, T], place within the sequence
