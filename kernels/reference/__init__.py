@@ -12,7 +12,17 @@ from kernels.reference.attention import (
     sparse_attention,
 )
 from kernels.reference.grouped import grouped_linear
-from kernels.reference.indexer import indexer_kl, indexer_scores, topk_indices, topk_mask
+from kernels.reference.indexer import (
+    indexer_kl,
+    indexer_scores,
+    packed_index_scores,
+    packed_indexer_loss,
+    paged_index_scores,
+    quantise_index_heads,
+    select_keys,
+    topk_indices,
+    topk_mask,
+)
 from kernels.reference.logprob import kept_logprobs
 
 __all__ = [
@@ -26,7 +36,12 @@ __all__ = [
     "masked_attention",
     "mean_attention",
     "packed_attention",
+    "packed_index_scores",
+    "packed_indexer_loss",
     "packed_sparse_attention",
+    "paged_index_scores",
+    "quantise_index_heads",
+    "select_keys",
     "selection_bitmask",
     "sparse_attention",
     "topk_indices",
