@@ -26,6 +26,7 @@ from model.expert_exchange import exchange_of
 from rl.errors import RecipeError
 from trainer.expert_parallel import announce
 from trainer.parking import Parking
+from trainer.stopwatch import Stopwatch
 
 CHECKPOINT_TAG = "state"
 
@@ -176,9 +177,11 @@ class DeepSpeedEngine:
         engine.has_moe_layers = False
         self._engine: Any = engine
         self._parking = Parking()
+        self._watch = Stopwatch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
+        with self._watch("forward"):
+            return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> bool:
         """Accumulates the gradient of this rank's part of a loss whose parts add up over ranks and micro-batches.
@@ -188,7 +191,8 @@ class DeepSpeedEngine:
         finite = bool(torch.isfinite(loss))
         # DeepSpeed averages gradients over the ranks; the loss is a sum.
         scale = dist.get_world_size() if finite else math.nan
-        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        with self._watch("backward"):
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
         return finite
 
     def step(self) -> StepOutcome:
@@ -199,12 +203,20 @@ class DeepSpeedEngine:
         if self.sharding.zero_stage == 0 and not self._finite_at_stage0():
             self._engine.zero_grad()
             return StepOutcome(applied=False, grad_norm=math.nan, lr=lr)
-        self._engine.step()
+        with self._watch("optimizer"):
+            self._engine.step()
         if not self._engine.was_step_applied():
             return StepOutcome(applied=False, grad_norm=math.nan, lr=lr)
         self.applied_steps += 1
         norm = self._stage0_norm if self.sharding.zero_stage == 0 else float(self._engine.get_global_grad_norm())
         return StepOutcome(applied=True, grad_norm=norm, lr=lr)
+
+    def seconds(self) -> dict[str, float]:
+        """What ``forward``, ``backward`` and ``optimizer`` took on this rank since the last call.
+
+        Waiting for other ranks is part of it; forward passes of the reference are not.
+        """
+        return self._watch.lap()
 
     def _finite_at_stage0(self) -> bool:
         """Stages 1 to 3 look for themselves; stage 0 would apply NaN."""
@@ -299,8 +311,8 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     everywhere = [parameter for parameter in trained if exchange_of(parameter) is None]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in everywhere if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in everywhere if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in everywhere if len(full_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in everywhere if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     shared = [parameter for parameter in trained if exchange_of(parameter) is not None]
     if shared:

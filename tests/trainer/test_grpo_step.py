@@ -52,6 +52,9 @@ class GradientOnly:
     def step(self) -> StepOutcome:
         return StepOutcome(applied=True, grad_norm=0.0, lr=0.0)
 
+    def seconds(self) -> dict[str, float]:
+        return {}
+
 
 @pytest.fixture
 def model(model_dir: Path) -> LanguageModel:
@@ -338,7 +341,7 @@ def test_one_rank_steps_like_plain_adamw(sole_rank: MakeRank, model_dir: Path, s
         optimizer.step()
         assert step.outcome.applied
         assert step.outcome.lr == lr
-        assert step.outcome.grad_norm == pytest.approx(float(norm), rel=1e-3)
+        assert step.outcome.grad_norm == pytest.approx(float(norm), rel=1e-4)
         assert step.outcome.grad_norm > clip
         assert step.loss == pytest.approx(expected.loss, rel=1e-4)
     live = live_weights(rank)
