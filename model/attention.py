@@ -188,5 +188,5 @@ def _dense(
     if queries.device.type == "cpu" and num_sequences * num_heads * num_tokens**2 <= _SCORES_LIMIT:
         return kernels.masked_attention(queries, keys, values, group.causal, scale)
     bounds = torch.arange(num_sequences + 1, device=queries.device) * num_tokens
-    rows = (stream.flatten(0, 1) for stream in (queries, keys, values))
-    return kernels.dense_attention(*rows, bounds, scale).unflatten(0, (num_sequences, num_tokens))
+    rows = kernels.dense_attention(queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), bounds, scale)
+    return rows.unflatten(0, (num_sequences, num_tokens))
