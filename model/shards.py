@@ -16,6 +16,7 @@ import torch
 
 from model.hf import CheckpointReader
 from model.language_model import LanguageModel
+from model.layout import split_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +40,25 @@ def load_stretches(model: LanguageModel, path: str | os.PathLike[str], stretches
         for name in model.state_dict(keep_vars=True).keys() - model.outline.tensors.keys():
             checkpoint.ignore(name)  # tied to another one
         for stretch in stretches:
-            whole = torch.empty(stretch.shape, device="meta")
-            as_is = stretch.name in checkpoint
-            for source, view in [(stretch.name, whole)] if as_is else model.checkpoint_names(stretch.name, whole):
-                if view.untyped_storage()._cdata != whole.untyped_storage()._cdata or not view.is_contiguous():
-                    raise ValueError(f"{directory}: tensor {source} is not a plain part of {stretch.name}")
+            for source, view in _sources(checkpoint, stretch.name, torch.empty(stretch.shape, device="meta")):
                 _copy_overlap(checkpoint, source, view, stretch)
         checkpoint.refuse_leftovers(model.outline.num_layers)
+
+
+def can_load_stretches(model: LanguageModel, path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint stores every tensor as it is in memory, or a stack of experts by DeepSeek's names."""
+    with CheckpointReader(Path(path)) as checkpoint:
+        return all(
+            any(
+                source in checkpoint for source, _ in _sources(checkpoint, name, torch.empty(spec.shape, device="meta"))
+            )
+            for name, spec in model.outline.tensors.items()
+        )
+
+
+def _sources(checkpoint: CheckpointReader, name: str, whole: torch.Tensor) -> Iterable[tuple[str, torch.Tensor]]:
+    """The tensors of the checkpoint that make up `whole`, each with the view of it that it fills."""
+    return [(name, whole)] if name in checkpoint else split_experts(name, whole)
 
 
 def _copy_overlap(checkpoint: CheckpointReader, source: str, view: torch.Tensor, stretch: Stretch) -> None:

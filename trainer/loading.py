@@ -11,7 +11,8 @@ from torch import nn
 from model import LanguageModel, load_model
 from model.expert_exchange import exchange_of
 from model.hf import empty_model
-from model.shards import Stretch, load_stretches
+from model.shards import Stretch, can_load_stretches, load_stretches
+from rl.errors import RecipeError
 from trainer.deepspeed_engine import Sharding
 from trainer.expert_parallel import deal_experts
 
@@ -20,12 +21,20 @@ def load_sharded(directory: Path, sharding: Sharding, device: torch.device) -> L
     """The model in ``directory`` as this rank starts with it; all ranks call it.
 
     At stage 3 a parameter is partitioned before it has a value; under expert parallelism a rank has its experts only.
+    A checkpoint with other names for its tensors than those of memory or DeepSeek's experts is loaded whole.
 
     Raises ValueError and OSError as ``model.load_model``, and RecipeError for experts that cannot be shared.
     """
     if sharding.zero_stage < 3 and sharding.expert_parallel == 1:
         return load_model(directory, dtype=sharding.dtype, device=device)
     model = empty_model(directory).to(sharding.dtype)
+    if not can_load_stretches(model, directory):
+        if sharding.expert_parallel > 1:
+            raise RecipeError(
+                f"learner.expert_parallel is {sharding.expert_parallel}, but {directory} stores its experts under "
+                "names that cannot be loaded in parts; set it to 1"
+            )
+        return load_model(directory, dtype=sharding.dtype, device=device)
     if sharding.expert_parallel > 1:
         deal_experts(model, sharding.expert_parallel)
     _materialise(model, sharding, device)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import attention
 from tests.model.shapes import gradients, make_config, make_model, make_twin, relative_error, tokens
 from tests.resident import ResidentBytes
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocks_of_queries_give_transformers_logits_and_gradients(packed: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention, "_SCORES_LIMIT", 0)
+    monkeypatch.setattr("model.packing._MAX_GROUPED", 0)
     monkeypatch.setattr("kernels.reference.attention._SCORES_LIMIT", 4 * 7 * 50)
     config = make_config(index_topk=512)
     module = make_model(config)
@@ -33,8 +32,8 @@ def test_blocks_of_queries_give_transformers_logits_and_gradients(packed: bool, 
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("model.packing._MAX_GROUPED", 0)
     monkeypatch.setattr("kernels.reference.attention._SCORES_LIMIT", 1 << 14)
-    monkeypatch.setattr(attention, "_SCORES_LIMIT", 0)
     module = make_model(make_config(index_topk=4096, num_hidden_layers=1, first_k_dense_replace=1))
     peaks = {}
     for length in (256, 1024):
