@@ -264,7 +264,7 @@ def number(value: Any) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu.measure", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.measure", description="Figures of a GPU machine.")
     parser.add_argument("command", choices=["throughput", "mismatch", "sync", "loop"])
     parser.add_argument("arguments", nargs="*", default=[], help="loop: RECIPE; all: key.path=value")
     parser.add_argument("--recipe", default=ONE_GPU)
