@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from model import DeepseekV32
+from model import LanguageModel
 from rl.sample import NDArray, Prompt
 from rollout.engine import Completion, Request
 from rollout.samples import to_sample
@@ -18,7 +18,7 @@ MICRO_TOKENS = 4096
 
 
 def log_ratios(
-    module: DeepseekV32,
+    module: LanguageModel,
     requests: Sequence[Request],
     completions: Sequence[Completion],
     *,
