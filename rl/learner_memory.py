@@ -100,9 +100,10 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
     slept = optimizer.num_bytes + gradients.num_bytes if learner.sleep and not optimizer_on_host else 0.0
     if slept:
         on_host.append(Item(name="asleep", num_bytes=slept, how="optimizer and gradients while engines generate"))
+    whole = _collectives(counts, stage, element, learner.activation_checkpointing)
     return RankMemory(
         resident=tuple(resident),
-        step=(*_collectives(counts, stage, element, learner.activation_checkpointing), _activations(recipe, costs, element), _logits(costs, element)),
+        step=(*whole, _activations(recipe, costs, element), _logits(costs, element)),
         host=tuple(on_host),
         slept=slept,
     )

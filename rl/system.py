@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,17 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from model import load_config
+from model import ModelConfig, empty_model
 from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rl.cluster import cluster_hardware
-from rl.config import EngineKind, Placement, Recipe, Sampling
+from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
 from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
+from rl.judge import start_judge
 from rl.placement import seats, shared_gpus
 from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
@@ -104,15 +105,27 @@ def prepare_model(recipe: Recipe, run_path: Path) -> Path:
 def check_model(recipe: Recipe) -> None:
     """Raises RecipeError when the starting model cannot be, without loading it."""
     if recipe.model.init is not None:
-        initial_config(recipe.model.init, recipe.model.max_context)
+        config = initial_config(recipe.model.init, recipe.model.max_context)
+        _check_indexer(recipe, has_indexer=isinstance(config, ModelConfig))
         return
     path = Path(recipe.model.path or "")
     if not (path / "config.json").is_file():
         raise RecipeError(f"model.path: {path} is not a model directory; it has no config.json")
     try:
-        load_config(path)
+        model = empty_model(path)
     except ValueError as error:
         raise RecipeError(f"model.path: {error}") from error
+    _check_indexer(recipe, has_indexer=model.has_indexer)
+
+
+def _check_indexer(recipe: Recipe, *, has_indexer: bool) -> None:
+    wants = {
+        "learner.indexer": recipe.learner.indexer == IndexerTraining.kl,
+        "supervised.dense_warmup_steps": recipe.supervised.dense_warmup_steps > 0,
+    }
+    for key, wanted in wants.items():
+        if wanted and not has_indexer:
+            raise RecipeError(f"{key} trains a lightning indexer, which this model does not have; leave it out")
 
 
 def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Conversation:
@@ -135,9 +148,10 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     cancel_on_sigterm()
     plan = check_plan(recipe, model_costs(model_dir), await cluster_hardware(), slack=ESTIMATE_SLACK)
     reservation = await reserve(recipe)
+    judge = AsyncExitStack()
     learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase, actor_options=reservation.ranks))
     starting = (
-        asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
+        asyncio.create_task(_start_rewards(recipe, judge)),
         learning,
         asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation)),
     )
@@ -155,7 +169,16 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
+        await judge.aclose()
         reservation.release()
+
+
+async def _start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
+    """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
+    address = await judge.enter_async_context(start_judge(recipe, host=ray.util.get_node_ip_address()))
+    return await RewardPool.start(
+        recipe.domains, num_workers=recipe.reward_workers, judge=address, env=recipe.reward_env
+    )
 
 
 async def _start_pool(
