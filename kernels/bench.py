@@ -115,7 +115,7 @@ def relative_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor])
 
 
 def _tensors(outputs: Outputs) -> list[torch.Tensor]:
-    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    return [tensor.detach() for tensor in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
 
 
 def _peak_mib(call: Call) -> float:
