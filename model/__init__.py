@@ -1,11 +1,20 @@
-"""The deepseek_v32 architecture in plain PyTorch, its cache, its checkpoints and its checksums."""
+"""The deepseek_v32 architecture in plain PyTorch, transformers' for all others, caches, checkpoints and checksums."""
 
-from model.cache import CacheView, LatentCache
+from model.cache import CacheView, LatentCache, SlotCache
 from model.checksum import checksums
 from model.config import ModelConfig, YarnScaling
-from model.deepseek_v32 import BackboneOutput, DeepseekV32
-from model.hf import load_config, load_model, save_model, write_checkpoint
-from model.layout import checkpoint_tensors, join_experts, split_experts
+from model.deepseek_v32 import DeepseekV32
+from model.hf import (
+    checkpoint_tensors,
+    empty_model,
+    load_config,
+    load_deepseek_v32,
+    load_model,
+    save_model,
+    write_checkpoint,
+)
+from model.language_model import BackboneOutput, LanguageModel
+from model.layout import join_experts, split_experts
 from model.moe import Routing
 from model.outline import ModelOutline, TensorSpec, outline
 
@@ -13,16 +22,20 @@ __all__ = [
     "BackboneOutput",
     "CacheView",
     "DeepseekV32",
+    "LanguageModel",
     "LatentCache",
     "ModelConfig",
     "ModelOutline",
     "Routing",
+    "SlotCache",
     "TensorSpec",
     "YarnScaling",
     "checkpoint_tensors",
     "checksums",
+    "empty_model",
     "join_experts",
     "load_config",
+    "load_deepseek_v32",
     "load_model",
     "outline",
     "save_model",

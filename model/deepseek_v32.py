@@ -5,29 +5,23 @@ Parameters and buffers bear the names that transformers' DeepseekV32ForCausalLM 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from model.attention import Attention, CachedTokens, IndexerLoss, WholeSequences
-from model.cache import CacheStep, CacheView
+from model.cache import CacheStep, CacheView, LatentCache
 from model.config import ModelConfig
+from model.language_model import BackboneOutput, LanguageModel
+from model.layout import split_experts
 from model.moe import MLP, Experts, MoE, Router, Routing
 from model.norm import RMSNorm
+from model.outline import ModelOutline, tensor_specs
 from model.packing import Batch
 from model.recompute import LayerOutput, recomputed
 from model.rope import Rope
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackboneOutput:
-    """What `DeepseekV32.backbone` returns."""
-
-    hidden: torch.Tensor  # [B, T, hidden_size] after the final norm
-    routes: torch.Tensor | None  # int64 [B, T, moe_layers, top_k], when record_routes was set
-    indexer_loss: torch.Tensor | None  # scalar, summed over query tokens and layers, when asked for
 
 
 class Layer(nn.Module):
@@ -92,34 +86,18 @@ def _kept(layer: Layer, *args: Any) -> LayerOutput:
     return layer(*args)
 
 
-class DeepseekV32(nn.Module):
-    """A causal language model; constructed with random weights of standard deviation `initializer_range`.
-
-    `always_index`: run the indexer's projections even in a forward that leaves no key out. ZeRO-3 needs it where ranks
-    may disagree on that, because they must all gather the same parameters in the same order.
-    """
+class DeepseekV32(LanguageModel):
+    """Constructed with random weights of standard deviation `initializer_range`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.always_index = False
         self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self._rope = Rope(config)
+        self.outline = self._outline()
         self.apply(self._initialise)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        positions: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        routes: Routing | None = None,
-    ) -> torch.Tensor:
-        """Next-token logits [B, T, vocab_size] of input_ids [B, T]; the arguments are those of `backbone`."""
-        output = self.backbone(input_ids, positions=positions, cu_seqlens=cu_seqlens, routes=routes)
-        return self.lm_head(output.hidden)
 
     def backbone(
         self,
@@ -132,21 +110,7 @@ class DeepseekV32(nn.Module):
         record_routes: bool = False,
         indexer_loss: IndexerLoss | None = None,
     ) -> BackboneOutput:
-        """Everything but the head, over input_ids int [B, T].
-
-        Whole sequences (no cache): a row is a sequence, or, with cu_seqlens (int [S + 1], and B = 1), several packed
-        ones that do not attend to each other. Attention is causal by order; `positions` (int [B, T]) only sets the
-        rotary angles and defaults to the place within the sequence.
-
-        With a cache: `positions` is required, -1 marks padding (not written, output meaningless); every query is first
-        written and then sees its slot's entries up to its own position. No gradient.
-
-        `indexer_loss` (whole sequences only) adds the indexer's KL to the attention's own distribution, which alone
-        trains the indexer and trains nothing else. "sparse" (TR Eq. 4): over the selected keys, attention as ever.
-        "dense" (Eq. 3), the warm-up stage: over all keys, and this forward's attention also uses all of them.
-
-        Raises ValueError for arguments that do not go together.
-        """
+        """As `LanguageModel.backbone`."""
         if cache is not None:
             if positions is None or cu_seqlens is not None or indexer_loss is not None:
                 raise ValueError("backbone with a cache takes positions, and neither cu_seqlens nor indexer_loss")
@@ -158,8 +122,21 @@ class DeepseekV32(nn.Module):
         hidden, chosen, loss = self.model(input_ids, how, routes, record_routes)
         return BackboneOutput(hidden=hidden, routes=chosen, indexer_loss=loss)
 
+    @property
+    def has_indexer(self) -> bool:
+        return True
+
+    def new_cache(self, num_slots: int, max_len: int) -> LatentCache:
+        weight = self.lm_head.weight
+        return LatentCache(self.config, num_slots, max_len, dtype=weight.dtype, device=weight.device)
+
+    def config_json(self) -> dict[str, Any]:
+        return self.config.to_dict()
+
+    def checkpoint_names(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        return split_experts(name, tensor)
+
     def recompute_activations(self) -> None:
-        """Keeps only the input of each layer for the backward pass, which computes the layer again (same bits)."""
         self.model.recompute_layers = True
 
     def tie_weights(self) -> None:
@@ -180,6 +157,21 @@ class DeepseekV32(nn.Module):
             batch=batch,
             indexer_loss=indexer_loss,
             always_index=self.always_index,
+        )
+
+    def _outline(self) -> ModelOutline:
+        config = self.config
+        moe_layers = tuple(config.moe_layers)
+        return ModelOutline(
+            architecture="DeepseekV32ForCausalLM",
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            moe_layers=moe_layers,
+            num_experts=config.n_routed_experts if moe_layers else 0,
+            experts_per_token=config.num_experts_per_tok if moe_layers else 0,
+            tensors=tensor_specs(self),
+            max_context=config.max_position_embeddings,
         )
 
     def _initialise(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face checkpoints of deepseek_v32."""
+"""Reading and writing Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,15 +20,17 @@ from safetensors.torch import save_file
 from model.config import ModelConfig
 from model.deepseek_v32 import DeepseekV32
 from model.fp8 import dequantise
-from model.layout import checkpoint_tensors, split_experts
+from model.language_model import LanguageModel
+from model.layout import split_experts
 
+DEEPSEEK_V32 = "deepseek_v32"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The ModelConfig of a checkpoint directory. Raises ValueError in one sentence when there is none to read."""
+    """The ModelConfig of a deepseek_v32 checkpoint. Raises ValueError in one sentence when there is none to read."""
     return ModelConfig.from_dict(read_json(Path(path) / "config.json"))
 
 
@@ -41,15 +43,54 @@ def model_type_of(path: str | os.PathLike[str]) -> str:
     return model_type
 
 
+def empty_model(path: str | os.PathLike[str]) -> LanguageModel:
+    """The model that config.json describes, on the meta device: all of its shape, none of its weights.
+
+    Raises ValueError, in one sentence, for a config.json that cannot be read and for a model that Keel cannot run.
+    """
+    directory = Path(path)
+    if model_type_of(directory) != DEEPSEEK_V32:
+        # transformers takes seconds to import, which models of our own architecture need not wait for.
+        from model.transformers_model import TransformersModel, read_config
+
+        return TransformersModel.empty(read_config(directory))
+    config = load_config(directory)
+    with torch.device("meta"):
+        return DeepseekV32(config)
+
+
 def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+) -> LanguageModel:
+    """The model of a checkpoint directory (config.json and safetensors, in one file or sharded), without network.
+
+    deepseek_v32 is ours; every other architecture is transformers' own module behind `LanguageModel`. Experts may be
+    stored one by one or stacked; block-scaled FP8 weights are dequantised (deepseek_v32 only); layers from
+    num_hidden_layers on (multi-token prediction) are skipped. Parameters get `dtype`; a router's correction bias stays
+    fp32.
+
+    `attn_implementation`: one of transformers' names, for its own attention over whole sequences; None is Keel's, which
+    also generates. Raises ValueError, naming the tensor, when one is missing, has the wrong shape, or is not the
+    model's, and for an architecture that Keel cannot run.
+    """
+    directory = Path(path)
+    if model_type_of(directory) != DEEPSEEK_V32:
+        from model.transformers_model import load_transformers
+
+        return load_transformers(directory, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    if attn_implementation is not None:
+        raise ValueError(f"{directory}: deepseek_v32 has attention of its own; leave attn_implementation out")
+    return load_deepseek_v32(directory, dtype=dtype, device=device)
+
+
+def load_deepseek_v32(
     path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> DeepseekV32:
-    """A DeepseekV32 with the weights of a checkpoint directory (config.json and safetensors, in one file or sharded).
-
-    Experts may be stored one by one or stacked; block-scaled FP8 weights are dequantised; layers from
-    num_hidden_layers on (multi-token prediction) are skipped. Parameters get `dtype`; the router's correction bias
-    stays fp32. Raises ValueError, naming the tensor, when one is missing, has the wrong shape, or is not the model's.
-    """
+    """As `load_model`, for our own architecture."""
     directory = Path(path)
     config = load_config(directory)
     with torch.device("meta"):
@@ -68,21 +109,34 @@ def load_model(
     return module
 
 
-def save_model(module: DeepseekV32, path: str | os.PathLike[str], *, max_shard_bytes: int = 5 << 30) -> None:
+def save_model(module: LanguageModel, path: str | os.PathLike[str], *, max_shard_bytes: int = 5 << 30) -> None:
     """Writes a checkpoint directory that transformers, vLLM and `load_model` read; see `write_checkpoint`."""
-    dtype = module.lm_head.weight.dtype
-    write_checkpoint(module.config, checkpoint_tensors(module), path, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    write_checkpoint(
+        module.config_json(),
+        checkpoint_tensors(module),
+        path,
+        dtype=module.lm_head.weight.dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def checkpoint_tensors(module: LanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights of a live model, detached, under checkpoint names; tied ones once."""
+    for name, tensor in module.named_weights():
+        yield from module.checkpoint_names(name, tensor.detach())
 
 
 def write_checkpoint(
-    config: ModelConfig,
+    config: Mapping[str, Any],
     named_tensors: Iterable[tuple[str, torch.Tensor]],
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Writes tensors under checkpoint names, as `checkpoint_tensors` yields them; `dtype` is what config.json will say.
+    """Writes tensors under checkpoint names, as `checkpoint_tensors` yields them, and `config` as the config.json.
+
+    `dtype` is what config.json will say of the weights.
 
     At most one shard is held in memory besides the tensors themselves. Everything is written beside `path` first and
     then put in its place, so that a reader never finds half a checkpoint. Files of an older `path` that are not
@@ -94,7 +148,7 @@ def write_checkpoint(
     try:
         staging.chmod(0o755)
         _write_shards(named_tensors, staging, max_shard_bytes)
-        values = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        values = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
         (staging / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         _put_in_place(staging, target)
     except BaseException:

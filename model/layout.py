@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
 
 _GATE_UP = ".mlp.experts.gate_up_proj"
 _DOWN = ".mlp.experts.down_proj"
@@ -67,13 +66,3 @@ def _stack(stack: str, pieces: dict[str, torch.Tensor], num_experts: int) -> tor
     for name in (name for names in wanted for name in names if name not in pieces):
         raise ValueError(f"tensor {name} is missing, so {stack} cannot be put together")
     return torch.stack([torch.cat([pieces[name] for name in names]) for names in wanted])
-
-
-def checkpoint_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights of a live module, detached, under checkpoint names; a head tied to the embedding is left out."""
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        yield from split_experts(name, tensor.detach())

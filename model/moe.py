@@ -105,29 +105,50 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of each token's experts: x [N, hidden], experts int64 [N, k], weights fp32 [N, k]."""
-        num_tokens, top_k = experts.shape
-        place, ends = self._places(experts.flatten())
-        copies = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
-        routed = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, place, copies)
-        gate, up = kernels.grouped_linear(routed, self.gate_up_proj, ends).chunk(2, dim=-1)
-        outputs = kernels.grouped_linear(F.silu(gate) * up, self.down_proj, ends)
-        outputs = outputs.index_select(0, place).view(num_tokens, top_k, -1)
-        return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        return run_experts(x, experts, weights, self.gate_up_proj, self.down_proj, _swiglu)
 
-    def _places(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows sorted by expert: the row of each entry of `chosen` (int64 [M]), and where each expert's rows end.
 
-        Without gradients an expert's rows are filled up to a multiple of ROW_MULTIPLE: on the libraries we measured a
-        row of a matrix product then has the same bits whatever shares the batch, which generation relies on.
-        """
-        counts = torch.bincount(chosen, minlength=self.gate_up_proj.shape[0])
-        multiple = 1 if torch.is_grad_enabled() else ROW_MULTIPLE
-        room = (counts + multiple - 1) // multiple * multiple
-        ends = room.cumsum(0)
-        order = chosen.argsort(stable=True)
-        rank = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
-        shift = (ends - room) - (counts.cumsum(0) - counts)
-        return rank + shift[chosen], ends.to(torch.int32)
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def run_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Weighted sum of each token's experts: x [N, hidden], experts int64 [N, k], weights [N, k].
+
+    up_proj [E, 2 * inner, hidden], whose outputs `activation` takes to [.., inner], and down_proj [E, hidden, inner].
+    """
+    num_tokens, top_k = experts.shape
+    place, ends = _places(experts.flatten(), up_proj.shape[0])
+    copies = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
+    routed = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, place, copies)
+    inner = activation(kernels.grouped_linear(routed, up_proj, ends))
+    outputs = kernels.grouped_linear(inner, down_proj, ends)
+    outputs = outputs.index_select(0, place).view(num_tokens, top_k, -1)
+    return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+
+def _places(chosen: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows sorted by expert: the row of each entry of `chosen` (int64 [M]), and where each expert's rows end.
+
+    Without gradients an expert's rows are filled up to a multiple of ROW_MULTIPLE: on the libraries we measured a row
+    of a matrix product then has the same bits whatever shares the batch, which generation relies on.
+    """
+    counts = torch.bincount(chosen, minlength=num_experts)
+    multiple = 1 if torch.is_grad_enabled() else ROW_MULTIPLE
+    room = (counts + multiple - 1) // multiple * multiple
+    ends = room.cumsum(0)
+    order = chosen.argsort(stable=True)
+    rank = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
+    shift = (ends - room) - (counts.cumsum(0) - counts)
+    return rank + shift[chosen], ends.to(torch.int32)
 
 
 class MoE(nn.Module):

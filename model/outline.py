@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-
-from model.config import ModelConfig
-from model.deepseek_v32 import DeepseekV32
-from model.hf import model_type_of, read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,31 +43,9 @@ def outline(path: str | os.PathLike[str]) -> ModelOutline:
     Raises ValueError, in one sentence, when there is no config.json, when a key is missing or wrong, or when the
     architecture is not one that Keel can run.
     """
-    directory = Path(path)
-    if model_type_of(directory) == "deepseek_v32":
-        return outline_deepseek_v32(ModelConfig.from_dict(read_json(directory / "config.json")))
-    # transformers takes seconds to import, which models of our own architecture need not wait for.
-    from model.transformers_model import outline_transformers
+    from model.hf import empty_model  # which stands on this module
 
-    return outline_transformers(directory)
-
-
-def outline_deepseek_v32(config: ModelConfig) -> ModelOutline:
-    """The outline of our own architecture."""
-    with torch.device("meta"):
-        module = DeepseekV32(config)
-    moe_layers = tuple(config.moe_layers)
-    return ModelOutline(
-        architecture="DeepseekV32ForCausalLM",
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        moe_layers=moe_layers,
-        num_experts=config.n_routed_experts if moe_layers else 0,
-        experts_per_token=config.num_experts_per_tok if moe_layers else 0,
-        tensors=tensor_specs(module),
-        max_context=config.max_position_embeddings,
-    )
+    return empty_model(path).outline
 
 
 def tensor_specs(module: nn.Module) -> dict[str, TensorSpec]:

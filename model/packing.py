@@ -22,13 +22,22 @@ class SequenceGroup:
     repeats a sequence's last token: causality hides it from all real queries, and its own output is dropped.
     """
 
-    __slots__ = ("causal", "num_sequences", "num_tokens", "rows")
+    __slots__ = ("_causal", "_device", "num_sequences", "num_tokens", "rows")
 
     def __init__(self, num_sequences: int, num_tokens: int, device: torch.device, rows: torch.Tensor | None) -> None:
         self.num_sequences = num_sequences
         self.num_tokens = num_tokens
         self.rows = rows
-        self.causal = torch.ones(1, num_tokens, num_tokens, dtype=torch.bool, device=device).tril_()
+        self._device = device
+        self._causal: torch.Tensor | None = None
+
+    @property
+    def causal(self) -> torch.Tensor:
+        """bool [1, T, T]: which keys each query may see."""
+        if self._causal is None:
+            shape = (1, self.num_tokens, self.num_tokens)
+            self._causal = torch.ones(shape, dtype=torch.bool, device=self._device).tril_()
+        return self._causal
 
     def take(self, stream: torch.Tensor) -> torch.Tensor:
         """A per-token stream [B, T, ...] or [1, N, ...] as [S, T, ...]."""

@@ -27,6 +27,7 @@ from rl.config import Recipe
 from rl.data import RunData, load_data
 from rl.errors import RunStopped, UserError
 from rl.evaluate import evaluate
+from rl.plan_text import add_plan_arguments, show_plan
 from rl.progress import Progress, Stage
 from rl.recipe import load_recipe, to_yaml
 from rl.report import build_report
@@ -138,12 +139,15 @@ def main(argv: list[str] | None = None) -> int:
         "overrides", nargs="*", default=[], metavar="key.path=value", help="settings that replace the recipe's"
     )
     parser.add_argument("--show", action="store_true", help="print the whole resolved recipe and stop")
+    add_plan_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.show:
             print(to_yaml(recipe), end="")
             return 0
+        if arguments.plan:
+            return show_plan(recipe, arguments)
         check_model(recipe)
         data = load_data(recipe)
         return launch(recipe, data)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from model import CacheView, DeepseekV32, LatentCache
+from model import CacheView, LanguageModel
 from model.checksum import checksums
 from rl.errors import DataError
 from rl.sample import NDArray
@@ -44,34 +44,33 @@ class TorchEngine:
 
     def __init__(
         self,
-        module: DeepseekV32,
+        module: LanguageModel,
         *,
         max_num_seqs: int,
         max_context: int,
         version: int = 0,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
-        config = module.config
+        outline = module.outline
         self.module = module.eval().requires_grad_(False)
         self.max_num_seqs = max_num_seqs
         self.max_context = max_context
         self.version = version
-        weight = module.lm_head.weight
         num_slots = -(-max_num_seqs // ROW_MULTIPLE) * ROW_MULTIPLE
-        self._device = weight.device
-        self._cache = LatentCache(config, num_slots, max_context, dtype=weight.dtype, device=weight.device)
+        self._device = module.lm_head.weight.device
+        self._cache = module.new_cache(num_slots, max_context)
         self._table = SlotTable(
             num_slots,
             max_context,
-            route_shape=(len(config.moe_layers), config.num_experts_per_tok) if config.moe_layers else None,
-            num_experts=config.n_routed_experts,
+            route_shape=(len(outline.moe_layers), outline.experts_per_token) if outline.moe_layers else None,
+            num_experts=outline.num_experts,
         )
         self._prefill_tokens = prefill_tokens
         self._free = deque(range(max_num_seqs))  # the slot idle for longest comes first
         self._waiting: deque[Request] = deque()
         self._ids: set[str] = set()
         self._prefixes = PrefixIndex(num_slots)
-        self._tensors = dict(module.state_dict(keep_vars=True))
+        self._tensors = dict(module.named_weights())
         self._staged: dict[str, torch.Tensor] = {}
         self._num_generated = self._num_prompt = self._num_prefilled = self._num_steps = 0
         self._busy_s = 0.0
@@ -164,7 +163,7 @@ class TorchEngine:
 
     def _check(self, request: Request) -> None:
         check_window(f"request {request.id}: the prompt", len(request.token_ids), self.max_context)
-        vocab_size = self.module.config.vocab_size
+        vocab_size = self.module.outline.vocab_size
         foreign = (request.token_ids < 0) | (request.token_ids >= vocab_size)
         if foreign.any():
             raise DataError(
@@ -232,8 +231,10 @@ class TorchEngine:
 
     def _forward(self, slots: NDArray, positions: NDArray) -> torch.Tensor:
         """Feeds the tokens at `positions` (int64 [B, Q], -1 for padding) of `slots`; hidden states [B, Q, D]."""
-        # Reading past a sequence's end is harmless (masked), and sums over fewer than 16 keys round in another order.
-        lengths = np.maximum(positions.max(axis=1) + 1, min(2 * ROW_MULTIPLE, self.max_context))
+        # Reading past a sequence's end is harmless (masked), and sums over few keys, or over a number of them that is
+        # not a multiple of 16, round in another order.
+        lengths = -(-np.maximum(positions.max(axis=1) + 1, 2 * ROW_MULTIPLE) // ROW_MULTIPLE) * ROW_MULTIPLE
+        lengths = np.minimum(lengths, self.max_context)
         view = CacheView(cache=self._cache, slots=self._tensor(slots), lengths=self._tensor(lengths))
         output = self.module.backbone(
             self._tensor(self._table.tokens[slots[:, None], positions]),
@@ -274,11 +275,7 @@ class TorchEngine:
         if not targets:
             return
         slots = list(targets)
-        stores = (
-            [self._cache.latents] if self._cache.index_keys is None else [self._cache.latents, self._cache.index_keys]
-        )
-        for store in stores:
-            store[:, slots, :num_tokens] = store[:, source, :num_tokens].unsqueeze(1)
+        self._cache.copy(source, slots, num_tokens)
         if self._table.routes is not None:
             self._table.routes[slots, :num_tokens] = self._table.routes[source, :num_tokens]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from model import DeepseekV32
+from model import LanguageModel
 from rl.config import IndexerTraining, Recipe
 from trainer.deepspeed_engine import Optimization
 
@@ -47,7 +47,7 @@ def optimization(recipe: Recipe, phase: Phase) -> Optimization:
     )
 
 
-def freeze(model: DeepseekV32, recipe: Recipe, phase: Phase) -> None:
+def freeze(model: LanguageModel, recipe: Recipe, phase: Phase) -> None:
     """Leaves exactly the parameters of the phase trainable.
 
     The policy's loss does not reach the indexer: its top-k is a hard choice. So without its own loss the indexer is

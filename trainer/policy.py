@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from model import DeepseekV32, Routing
+from model import LanguageModel, Routing
 from trainer.pack import Microbatch
 
 
@@ -71,7 +71,7 @@ class PolicyOutput(NamedTuple):
 class Policy(nn.Module):
     """The model with its log-probabilities in one ``forward``, so that every parameter is used under ZeRO's hooks."""
 
-    def __init__(self, model: DeepseekV32, *, temperature: float = 1.0) -> None:
+    def __init__(self, model: LanguageModel, *, temperature: float = 1.0) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature

@@ -107,7 +107,7 @@ class LearnerRank:
     def step(self, minibatches: list[Minibatch]) -> list[RankStep]:
         """One GRPO optimizer step for each of this rank's shares, in order."""
         learner = self.recipe.learner
-        indexer_weight = learner.indexer_weight if trains_indexer(self.recipe, Phase.REINFORCEMENT) else None
+        indexer_weight = learner.indexer_weight if self._with_indexer else None
         return [
             grpo_step(
                 self.engine,
@@ -122,8 +122,11 @@ class LearnerRank:
 
     def supervised_step(self, minibatch: Minibatch) -> RankStep:
         """One step of the cold start."""
-        with_indexer = trains_indexer(self.recipe, self.phase)
-        return supervised_step(self.engine, minibatch, self.phase, device=self.device, with_indexer=with_indexer)
+        return supervised_step(self.engine, minibatch, self.phase, device=self.device, with_indexer=self._with_indexer)
+
+    @property
+    def _with_indexer(self) -> bool:
+        return self.policy.model.has_indexer and trains_indexer(self.recipe, self.phase)
 
     def sleep(self) -> None:
         """Moves to host memory what only an optimizer step needs, where ``learner.sleep`` asks for it.

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model import DeepseekV32, checksums, split_experts, write_checkpoint
+from model import LanguageModel, checksums, write_checkpoint
 from trainer.deepspeed_engine import full_shape, gathered
 
 
-def whole_weights(model: DeepseekV32, max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """All parameters and persistent buffers by their in-memory names, in ``state_dict`` order.
+def whole_weights(model: LanguageModel, max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """All parameters and persistent buffers by their in-memory names, in ``state_dict`` order, tied ones once.
 
     Each item holds at most ``max_bytes`` (or a single larger tensor) and is valid until the next one is asked for.
     """
     bucket: dict[str, Tensor] = {}
     room = max_bytes
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in model.named_weights():
         num_bytes = full_shape(tensor).numel() * tensor.element_size()
         if bucket and num_bytes > room:
             yield from _whole(bucket)
@@ -36,7 +36,7 @@ def _whole(bucket: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield {name: tensor.detach() for name, tensor in bucket.items()}
 
 
-def weight_checksums(model: DeepseekV32, max_bytes: int) -> dict[str, int]:
+def weight_checksums(model: LanguageModel, max_bytes: int) -> dict[str, int]:
     """``model.checksums`` of every tensor of :func:`whole_weights`."""
     sums: dict[str, int] = {}
     for bucket in whole_weights(model, max_bytes):
@@ -44,20 +44,21 @@ def weight_checksums(model: DeepseekV32, max_bytes: int) -> dict[str, int]:
     return sums
 
 
-def save_whole_model(model: DeepseekV32, path: Path, *, writer: bool, max_bytes: int) -> None:
+def save_whole_model(model: LanguageModel, path: Path, *, writer: bool, max_bytes: int) -> None:
     """Streams the weights into a Hugging Face directory, written by the one rank that is the ``writer``."""
     buckets = whole_weights(model, max_bytes)
     try:
         if writer:
-            write_checkpoint(model.config, _checkpoint_tensors(model, buckets), path, dtype=model.lm_head.weight.dtype)
+            write_checkpoint(
+                model.config_json(), _checkpoint_tensors(model, buckets), path, dtype=model.lm_head.weight.dtype
+            )
     finally:
         # The other ranks go through all buckets; a writer that leaves early would let them wait for ever.
         for _ in buckets:
             pass
 
 
-def _checkpoint_tensors(model: DeepseekV32, buckets: Iterator[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _checkpoint_tensors(model: LanguageModel, buckets: Iterator[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for bucket in buckets:
         for name, tensor in bucket.items():
-            if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-                yield from split_experts(name, tensor)
+            yield from model.checkpoint_names(name, tensor)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import DeepseekV32, ModelConfig, checksums, load_model, save_model
+from model import DeepseekV32, ModelConfig, checksums, load_deepseek_v32, save_model
 from rl.config import Sampling
 from rollout.engine import Completion, EngineStats, Finish, Request
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
@@ -224,7 +224,7 @@ def seen(model_path: Path):
 
 @pytest.fixture(scope="module")
 def learner(model_path: Path) -> DeepseekV32:
-    return load_model(model_path, dtype=torch.bfloat16, device="cuda").eval()
+    return load_deepseek_v32(model_path, dtype=torch.bfloat16, device="cuda").eval()
 
 
 def test_every_stream_is_there_and_aligned(seen: Observed):

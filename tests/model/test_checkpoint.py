@@ -11,14 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import DeepseekV32, checkpoint_tensors, join_experts, load_model, save_model, split_experts, write_checkpoint
+from model import (
+    DeepseekV32,
+    LanguageModel,
+    checkpoint_tensors,
+    join_experts,
+    load_model,
+    save_model,
+    split_experts,
+    write_checkpoint,
+)
 from tests.model.shapes import SHAPES, make_config, make_model, make_twin, tokens
 
 KINDS = ["base", "yarn and groups", "odd sizes", "interleaved layers", "biases and another epsilon", "tied head"]
 Tensors = dict[str, torch.Tensor]
 
 
-def assert_same_weights(found: DeepseekV32, wanted: DeepseekV32) -> None:
+def assert_same_weights(found: LanguageModel, wanted: DeepseekV32) -> None:
     found_state, wanted_state = found.state_dict(), wanted.state_dict()
     assert found_state.keys() == wanted_state.keys()
     for name, tensor in wanted_state.items():
@@ -130,7 +139,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(saved: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(module.config, tensors_until_the_power_fails(), saved, dtype=torch.float32)
+        write_checkpoint(module.config.to_dict(), tensors_until_the_power_fails(), saved, dtype=torch.float32)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
     assert_same_weights(load_model(saved), module)
 

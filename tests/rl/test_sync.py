@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from model import DeepseekV32, checksums, load_model
+from model import LanguageModel, checksums, load_model
 from rl.config import Sampling
 from rl.errors import RunStopped
 from rl.initial_model import create_initial_model, initial_config
@@ -46,7 +46,7 @@ def test_verify_names_the_tensor(actual: Mapping[str, int], sentence: str):
 class InProcessLearner:
     """Hands out a module's weights as the learner does; ``tamper`` changes what leaves, not what it believes."""
 
-    def __init__(self, module: DeepseekV32, tamper: Callable[[dict[str, torch.Tensor]], None] = lambda sent: None):
+    def __init__(self, module: LanguageModel, tamper: Callable[[dict[str, torch.Tensor]], None] = lambda sent: None):
         self.module = module
         self.tamper = tamper
 
@@ -64,7 +64,7 @@ class InProcessLearner:
 
 
 @asynccontextmanager
-async def two_engines(folder: Path) -> AsyncIterator[tuple[EnginePool, DeepseekV32]]:
+async def two_engines(folder: Path) -> AsyncIterator[tuple[EnginePool, LanguageModel]]:
     """Engines on version 0 of a model, and the model with every tensor moved on."""
     recipe = tiny_recipe(folder, "rollout.engines=2")
     assert recipe.model.init is not None

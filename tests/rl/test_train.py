@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model import load_model
+from model import load_deepseek_v32, load_model
 from rl.errors import RunStopped
 from rl.recipe import load_recipe, to_yaml
 from rl.train import beside, first_error, is_due, main
@@ -138,7 +138,7 @@ def test_the_cold_start_learns_and_reaches_the_engines(full: tuple[Run, str]):
 
 def test_the_model_that_comes_out_loads_in_transformers_and_here(full: tuple[Run, str]):
     run, _ = full
-    ours = load_model(run.path / "model")
+    ours = load_deepseek_v32(run.path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(run.path / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
     ids = torch.tensor([tokenizer.encode("1+1=2, 2+2=4, 3+3=6", add_special_tokens=False)])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import DeepseekV32, ModelConfig, Routing
+from model import LanguageModel, ModelConfig, Routing
 from rl.config import Domain, Learner, Model, Objective, Recipe, Sampling, Supervised
 from rl.sample import Group, Kept, NDArray, Prompt, Sample, Scored
 from trainer.deepspeed_engine import Sharding
@@ -79,7 +79,7 @@ def kept_rows(rng: np.random.Generator, token_ids: NDArray, sampled: NDArray) ->
 
 
 def brute_logprobs(
-    model: DeepseekV32,
+    model: LanguageModel,
     sample: Sample,
     *,
     temperature: float = TEMPERATURE,
@@ -107,7 +107,7 @@ def brute_logprobs(
 
 
 def roll_out(
-    model: DeepseekV32, rng: np.random.Generator, *, prompt: Prompt, index: int, length: int, recorded: bool = True
+    model: LanguageModel, rng: np.random.Generator, *, prompt: Prompt, index: int, length: int, recorded: bool = True
 ) -> Sample:
     """A sequence of random tokens with what an engine running ``model`` would have recorded for it."""
     token_ids = rng.integers(0, VOCAB, size=length).astype(np.int32)
@@ -139,7 +139,7 @@ def with_logprobs(sample: Sample, logprobs: NDArray) -> Sample:
 
 
 def groups_of(
-    model: DeepseekV32, *, seed: int = 0, lengths: Sequence[Sequence[int]] = ((13, 22, 9), (17, 30, 11))
+    model: LanguageModel, *, seed: int = 0, lengths: Sequence[Sequence[int]] = ((13, 22, 9), (17, 30, 11))
 ) -> list[Group]:
     """One group per entry, one sample per length; rewards are random."""
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import DeepseekV32, load_model
+from model import LanguageModel, load_model
 from model.moe import Experts
 from rl.config import IndexerTraining, Objective
 from rl.metrics import values
@@ -54,7 +54,7 @@ class GradientOnly:
 
 
 @pytest.fixture
-def model(model_dir: Path) -> DeepseekV32:
+def model(model_dir: Path) -> LanguageModel:
     return load_model(model_dir)
 
 
@@ -72,7 +72,7 @@ def pack_all(groups: Sequence[Group], *, micro_tokens: int = 64, kl_beta: float 
 
 
 def run(
-    model: DeepseekV32, minibatch: Minibatch, objective: Objective = ON_POLICY, **keywords: Any
+    model: LanguageModel, minibatch: Minibatch, objective: Objective = ON_POLICY, **keywords: Any
 ) -> tuple[RankStep, dict[str, torch.Tensor]]:
     model.zero_grad()
     engine: Any = GradientOnly(Policy(model, temperature=TEMPERATURE))
@@ -80,7 +80,7 @@ def run(
     return step, gradients(model)
 
 
-def gradients(model: DeepseekV32) -> dict[str, torch.Tensor]:
+def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
@@ -97,7 +97,7 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert difference <= relative * scale, f"{name}: {difference} of {scale}"
 
 
-def perturb(model: DeepseekV32, size: float) -> DeepseekV32:
+def perturb(model: LanguageModel, size: float) -> LanguageModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,7 +109,7 @@ def samples_of(groups: Sequence[Group]) -> list[Sample]:
     return [scored.sample for group in groups for scored in group.scored]
 
 
-def test_the_first_step_on_policy_has_ratio_one_and_the_gradient_of_reinforce(model: DeepseekV32):
+def test_the_first_step_on_policy_has_ratio_one_and_the_gradient_of_reinforce(model: LanguageModel):
     groups = groups_of(model)
     step, gradient = run(model, pack_all(groups, micro_tokens=40))
     metrics = values(step.metrics)
@@ -129,7 +129,7 @@ def test_the_first_step_on_policy_has_ratio_one_and_the_gradient_of_reinforce(mo
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-def test_micro_batch_size_does_not_change_the_gradient(model: DeepseekV32, aggregation: str):
+def test_micro_batch_size_does_not_change_the_gradient(model: LanguageModel, aggregation: str):
     groups = groups_of(model)
     perturb(model, 0.01)
     objective = Objective(aggregation=aggregation, off_policy_delta=0.05)  # pyright: ignore[reportArgumentType]
@@ -142,7 +142,7 @@ def test_micro_batch_size_does_not_change_the_gradient(model: DeepseekV32, aggre
             assert values(step.metrics)[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
-def test_packed_log_probabilities_equal_unpacked_ones_over_kept_sets(model: DeepseekV32):
+def test_packed_log_probabilities_equal_unpacked_ones_over_kept_sets(model: LanguageModel):
     groups = groups_of(model)
     perturb(model, 0.02)
     step, _ = run(model, pack_all(groups, micro_tokens=1000))
@@ -151,7 +151,7 @@ def test_packed_log_probabilities_equal_unpacked_ones_over_kept_sets(model: Deep
         np.testing.assert_allclose(step.learner_logprobs[sample.id], expected, atol=2e-5)
 
 
-def test_samples_with_and_without_recordings_share_a_micro_batch(model: DeepseekV32):
+def test_samples_with_and_without_recordings_share_a_micro_batch(model: LanguageModel):
     with_both, bare = samples_of(groups_of(model, lengths=((12, 20),)))
     bare = dataclasses.replace(bare, routes=None, routed=None, kept=None)
     perturb(model, 0.02)
@@ -168,7 +168,7 @@ def test_samples_with_and_without_recordings_share_a_micro_batch(model: Deepseek
     assert metrics["kept/mean_size"] == pytest.approx(with_both.kept.sizes[with_both.sampled].mean())
 
 
-def test_keep_sampling_mask_and_keep_routing_can_be_turned_off(model: DeepseekV32):
+def test_keep_sampling_mask_and_keep_routing_can_be_turned_off(model: LanguageModel):
     groups = groups_of(model)
     perturb(model, 0.1)
     for kept, replay in ((False, True), (True, False)):
@@ -182,7 +182,7 @@ def test_keep_sampling_mask_and_keep_routing_can_be_turned_off(model: DeepseekV3
         assert metrics["routes/replayed"] == float(replay)
 
 
-def test_replayed_routes_are_the_experts_used_and_live_ones_differ_after_the_weights_moved(model: DeepseekV32):
+def test_replayed_routes_are_the_experts_used_and_live_ones_differ_after_the_weights_moved(model: LanguageModel):
     groups = groups_of(model)
     perturb(model, 0.1)
     (micro,) = pack_all(groups, micro_tokens=1000).ranks[0]
@@ -202,14 +202,14 @@ def test_replayed_routes_are_the_experts_used_and_live_ones_differ_after_the_wei
     assert (np.sort(live[micro.routed], axis=-1) != recorded).mean() > 0.05
 
 
-def test_the_gate_keeps_its_gradient_under_replay(model: DeepseekV32):
+def test_the_gate_keeps_its_gradient_under_replay(model: LanguageModel):
     _, gradient = run(model, pack_all(groups_of(model)))
     gates = [tensor for name, tensor in gradient.items() if name.endswith("mlp.gate.weight")]
     assert len(gates) == 2
     assert all(float(gate.abs().max()) > 1e-6 for gate in gates)
 
 
-def test_off_policy_sequences_with_negative_advantage_leave_the_loss(model: DeepseekV32):
+def test_off_policy_sequences_with_negative_advantage_leave_the_loss(model: LanguageModel):
     far, near, good = samples_of(groups_of(model, lengths=((14, 19, 23),)))
     drifted = [with_logprobs(s, np.where(s.sampled, s.rollout_logprobs + 0.5, 0)) for s in (far, good)]
     samples = [
@@ -224,7 +224,7 @@ def test_off_policy_sequences_with_negative_advantage_leave_the_loss(model: Deep
     assert_close(gradient, expected, 1e-5)
 
 
-def test_the_kl_is_to_the_reference_with_its_own_routes_over_the_same_kept_sets(model: DeepseekV32, model_dir: Path):
+def test_the_kl_is_to_the_reference_with_its_own_routes_over_the_same_kept_sets(model: LanguageModel, model_dir: Path):
     frozen = load_model(model_dir)
     # The policy that sampled is neither the reference nor the learner, so replaying its routes would show in both.
     groups = groups_of(perturb(model, 0.1))
@@ -252,7 +252,7 @@ def test_the_kl_is_to_the_reference_with_its_own_routes_over_the_same_kept_sets(
 
 
 @pytest.mark.parametrize("partitioned", [False, True])
-def test_the_reference_is_spared_micro_batches_without_a_kl(model: DeepseekV32, model_dir: Path, partitioned: bool):
+def test_the_reference_is_spared_micro_batches_without_a_kl(model: LanguageModel, model_dir: Path, partitioned: bool):
     samples = samples_of(groups_of(model))
     weighted = [
         WeightedSample(sample=sample, advantage=1.0, kl_beta=0.2 * (number % 2))
@@ -275,7 +275,7 @@ def test_the_reference_is_spared_micro_batches_without_a_kl(model: DeepseekV32, 
     assert_close(gradient, expected, 1e-4)
 
 
-def test_the_indexer_loss_trains_the_indexer_alone(model: DeepseekV32):
+def test_the_indexer_loss_trains_the_indexer_alone(model: LanguageModel):
     minibatch = pack_all(groups_of(model))
     _, expected = run(model, minibatch)
     step, gradient = run(model, minibatch, indexer_weight=0.5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import DeepseekV32, checksums, load_model
+from model import LanguageModel, checksums, load_model
 from rl.config import IndexerTraining, Model, Recipe
 from rl.errors import RecipeError
 from rl.metrics import merge
@@ -232,7 +232,7 @@ def test_supervised_training_weighs_every_trained_token_the_same(sole_rank: Make
             assert torch.equal(moved.sign()[clear], -parameter.grad.sign()[clear]), name
 
 
-def token_losses(model: DeepseekV32, one: EncodedDemonstration) -> torch.Tensor:
+def token_losses(model: LanguageModel, one: EncodedDemonstration) -> torch.Tensor:
     token_ids = torch.tensor(one.token_ids).long()
     logits = model(token_ids.unsqueeze(0))[0, :-1]
     return torch.nn.functional.cross_entropy(logits, token_ids[1:], reduction="none")[torch.tensor(one.trained[1:])]

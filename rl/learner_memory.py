@@ -1,0 +1,215 @@
+"""How much memory one learner rank needs: what DeepSpeed keeps at each ZeRO stage, and what a step adds to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from model.costs import ModelCosts
+from rl.config import Offload, Recipe
+from rl.hardware import GIB
+
+MASTER_AND_MOMENTS = 12
+"""Bytes a parameter: fp32 weights and AdamW's two fp32 moments."""
+BUCKET_ELEMENTS = 50_000_000
+"""Of trainer.deepspeed_engine.Sharding: gradients reduced together, and parameters gathered ahead."""
+LIVE_ELEMENTS = 1_000_000_000
+"""Parameters that DeepSpeed keeps gathered at stage 3 (its stage3_max_live_parameters), if no module is larger."""
+LOGIT_ROWS = 1024
+"""Tokens whose logits exist at the same time (kernels.kept_logprobs)."""
+LOGIT_COPIES = 5
+"""fp32 arrays of [LOGIT_ROWS, vocabulary] in its backward pass."""
+PROCESS_BYTES = 3 * GIB
+"""CUDA context, NCCL's buffers and the allocator's slack of one process; measured on no machine in particular."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One line of a memory plan."""
+
+    name: str
+    num_bytes: float
+    how: str  # the formula, with the numbers of this recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """One learner rank's."""
+
+    resident: tuple[Item, ...]  # between steps, on its device
+    step: tuple[Item, ...]  # what a step adds at its peak
+    host: tuple[Item, ...]  # in the memory of its node
+    slept: float  # of the resident bytes, those that learner.sleep moves to the host while engines generate
+
+    @property
+    def resident_bytes(self) -> float:
+        return sum(item.num_bytes for item in self.resident)
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.resident_bytes + sum(item.num_bytes for item in self.step)
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(item.num_bytes for item in self.host)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counts:
+    """What the formulas are made of, in elements."""
+
+    whole: int  # trained parameters
+    experts: int  # of them, routed experts
+    ranks: int
+    expert_parallel: int
+    largest_tensor: int
+    largest_module: int  # parameters that one module gathers together: a layer's experts, or the embedding
+
+    @property
+    def spread(self) -> str:
+        return f", over {self.ranks} ranks" if self.ranks > 1 else ""
+
+    @property
+    def local(self) -> float:
+        """Parameters of one rank before ZeRO: all but the experts of its expert-parallel peers."""
+        return self.whole - self.experts + self.experts / self.expert_parallel
+
+
+def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> RankMemory:
+    """The memory of one rank under ``recipe.learner``.
+
+    The states follow ZeRO (arXiv 1910.02054, section 5, with fp32 gradients): for N parameters of e bytes on R ranks,
+    N e + 4 N + 12 N / R at stage 1 (2 N more for bf16 gradients before they are added up in fp32), N e + 16 N / R at
+    stage 2, (e + 16) N / R at stage 3; without ZeRO N e + 12 N, as fp32 weights are their own masters.
+    """
+    learner, element = recipe.learner, element_bytes(recipe.model.dtype)
+    counts = _count(recipe, costs)
+    stage, optimizer_on_host = learner.zero_stage, learner.offload_optimizer == Offload.cpu
+    parameters = _parameters(counts, stage, element)
+    gradients = _gradients(counts, stage, element)
+    optimizer = _optimizer(counts, stage)
+    on_host = [optimizer, gradients] if optimizer_on_host else []
+    resident = [item for item in (parameters, gradients, optimizer) if item not in on_host]
+    if learner.offload_parameters == Offload.cpu:
+        resident.remove(parameters)
+        on_host.append(parameters)
+    if any(domain.kl_beta for domain in recipe.domains.values()):
+        resident.append(_reference(counts, stage, element))
+    if on_gpu:
+        resident.append(Item(name="process", num_bytes=PROCESS_BYTES, how="CUDA, NCCL, allocator (a constant)"))
+    slept = optimizer.num_bytes + gradients.num_bytes if learner.sleep and not optimizer_on_host else 0.0
+    if slept:
+        on_host.append(Item(name="asleep", num_bytes=slept, how="optimizer and gradients while engines generate"))
+    return RankMemory(
+        resident=tuple(resident),
+        step=(*_collectives(counts, stage, element), _activations(recipe, costs, element), _logits(costs, element)),
+        host=tuple(on_host),
+        slept=slept,
+    )
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one number of ``model.dtype``."""
+    return 4 if dtype == "float32" else 2
+
+
+def _count(recipe: Recipe, costs: ModelCosts) -> _Counts:
+    spec, parallel = costs.outline, recipe.learner.expert_parallel
+    experts = largest = 0
+    modules: dict[str, float] = {}
+    for name, tensor in spec.tensors.items():
+        size = math.prod(tensor.shape) if tensor.trained else 0
+        is_expert = ".experts." in name and len(tensor.shape) == 3
+        experts += size if is_expert else 0
+        size //= parallel if is_expert else 1
+        largest = max(largest, size)
+        module = name.rpartition(".")[0]
+        modules[module] = modules.get(module, 0) + size
+    return _Counts(
+        whole=spec.num_parameters,
+        experts=experts,
+        ranks=recipe.learner.ranks,
+        expert_parallel=parallel,
+        largest_tensor=largest,
+        largest_module=round(max(modules.values())),
+    )
+
+
+def _parameters(counts: _Counts, stage: int, element: int) -> Item:
+    if stage < 3:
+        return Item(name="parameters", num_bytes=element * counts.local, how=f"{element} B each, whole on every rank")
+    return Item(
+        name="parameters",
+        num_bytes=element * counts.whole / counts.ranks,
+        how=f"{element} B each{counts.spread}",
+    )
+
+
+def _gradients(counts: _Counts, stage: int, element: int) -> Item:
+    if stage >= 2:
+        return Item(name="gradients", num_bytes=4 * counts.whole / counts.ranks, how=f"fp32{counts.spread}")
+    both = 4 if element == 4 else 4 + element
+    return Item(
+        name="gradients",
+        num_bytes=both * counts.local,
+        how="fp32, whole on every rank" if element == 4 else "bf16 and, added up, fp32; whole on every rank",
+    )
+
+
+def _optimizer(counts: _Counts, stage: int) -> Item:
+    if stage == 0:
+        return Item(name="optimizer", num_bytes=8 * counts.local, how="two fp32 moments, whole on every rank")
+    return Item(
+        name="optimizer",
+        num_bytes=MASTER_AND_MOMENTS * counts.whole / counts.ranks,
+        how=f"fp32 weights and two moments{counts.spread}",
+    )
+
+
+def _reference(counts: _Counts, stage: int, element: int) -> Item:
+    copies = _parameters(counts, stage, element)
+    return Item(name="reference model", num_bytes=copies.num_bytes, how=f"for kl_beta; {copies.how}")
+
+
+def _collectives(counts: _Counts, stage: int, element: int) -> list[Item]:
+    """What is whole for a moment. A gradient larger than the bucket is sent alone, as an fp32 copy."""
+    sent = max(min(BUCKET_ELEMENTS, counts.local), counts.largest_tensor)
+    items = [
+        Item(
+            name="gradient bucket",
+            num_bytes=(element + 4) * sent,
+            how=f"{sent / 1e6:.0f}M elements, as computed and as fp32 on the wire",
+        )
+    ]
+    if stage == 3:
+        live = min(counts.local, max(LIVE_ELEMENTS, counts.largest_module))
+        items.append(
+            Item(name="gathered", num_bytes=element * live, how=f"{live / 1e9:.2f}G parameters whole at a time")
+        )
+    return items
+
+
+def _activations(recipe: Recipe, costs: ModelCosts, element: int) -> Item:
+    tokens = max(recipe.learner.micro_tokens, recipe.model.max_context)
+    saved = [costs.saved_bytes_per_token(layer, element) for layer in range(len(costs.layers))]
+    if recipe.learner.activation_checkpointing:
+        inputs = len(saved) * costs.layer_input_bytes_per_token(element)
+        return Item(
+            name="activations",
+            num_bytes=tokens * (inputs + max(saved)),
+            how=f"{tokens} tokens x {len(saved)} layer inputs, and one layer in full",
+        )
+    return Item(
+        name="activations", num_bytes=tokens * sum(saved), how=f"{tokens} tokens x {sum(saved) / 1e3:.0f} kB, estimated"
+    )
+
+
+def _logits(costs: ModelCosts, element: int) -> Item:
+    spec = costs.outline
+    chunk = LOGIT_COPIES * 4 * LOGIT_ROWS * spec.vocab_size
+    head = (4 + element) * spec.vocab_size * spec.hidden_size
+    return Item(
+        name="log-probabilities",
+        num_bytes=chunk + head,
+        how=f"{LOGIT_ROWS} rows of {spec.vocab_size} logits; the head's gradient",
+    )
