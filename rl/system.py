@@ -20,6 +20,7 @@ from ray._private.ray_logging import stdout_deduplicator
 from model import load_config
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
+from rewards.sandbox import Sandbox
 from rl.config import Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
@@ -27,6 +28,8 @@ from rl.initial_model import create_initial_model, initial_config
 from rl.sample import NDArray, Prompt, Sample
 from rollout.conversation import Conversation
 from rollout.engine import check_window
+from rollout.environments.registry import resolve
+from rollout.episodes import Episodes
 from rollout.pool import EnginePool
 from trainer.learner import Learner
 from trainer.phase import Phase
@@ -44,9 +47,12 @@ class System:
     rewards: RewardPool
     conversation: Conversation
     sampling: Sampling
+    episodes: Episodes
 
     async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
-        """One sample per seed, with the recipe's sampling."""
+        """One sample per seed, with the recipe's sampling: a reply, or an episode where the domain has tools."""
+        if prompt.domain in self.episodes:
+            return await self.episodes.generate_group(prompt, self.sampling, seeds)
         return await self.pool.generate_group(prompt, encode(self.conversation, prompt), self.sampling, seeds)
 
 
@@ -110,10 +116,38 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     )
     try:
         rewards, learner, pool = await asyncio.gather(*starting)
-        yield System(learner=learner, pool=pool, rewards=rewards, conversation=conversation, sampling=recipe.sampling)
+        async with closing_episodes(recipe, pool, conversation) as episodes:
+            yield System(
+                learner=learner,
+                pool=pool,
+                rewards=rewards,
+                conversation=conversation,
+                sampling=recipe.sampling,
+                episodes=episodes,
+            )
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
+
+
+@asynccontextmanager
+async def closing_episodes(recipe: Recipe, pool: EnginePool, conversation: Conversation) -> AsyncIterator[Episodes]:
+    """The environments of the recipe's domains, whose processes end with the block."""
+    episodes = Episodes(recipe.domains, pool, conversation, sandbox=Sandbox())
+    try:
+        yield episodes
+    finally:
+        await episodes.close()
+
+
+def check_environments(recipe: Recipe) -> None:
+    """Raises RecipeError, naming the domain, for an environment that cannot be."""
+    for name, domain in recipe.domains.items():
+        if domain.environment is not None:
+            try:
+                resolve(domain.environment.use, domain.environment.args)
+            except RecipeError as error:
+                raise RecipeError(f"domains.{name}.environment: {error}") from error
 
 
 async def _start_pool(recipe: Recipe, model_dir: Path, learning: asyncio.Task[Learner]) -> EnginePool:

@@ -35,7 +35,7 @@ from rl.rollouts import Rollouts
 from rl.run_directory import FINISHED, RunDirectory
 from rl.step_log import StepClock, StepLog
 from rl.sync import publish
-from rl.system import System, check_model, open_conversation, prepare_model, start
+from rl.system import System, check_environments, check_model, open_conversation, prepare_model, start
 from trainer.pack import pack
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             return show_plan(recipe, arguments)
         check_model(recipe)
+        check_environments(recipe)
         data = load_data(recipe)
         return launch(recipe, data)
     except UserError as error:

@@ -45,7 +45,7 @@ def resolve(use: str, args: Mapping[str, Any]) -> Any:
     return found
 
 
-def takes_sandbox(environment: type[Environment]) -> bool:
+def takes_sandbox(environment: Any) -> bool:
     """Whether its constructor asks for the driver's sandbox."""
     return "sandbox" in inspect.signature(environment).parameters
 
@@ -53,7 +53,7 @@ def takes_sandbox(environment: type[Environment]) -> bool:
 def construct(use: EnvironmentUse, prompt: Prompt, sandbox: Any = None) -> Environment:
     """One episode's environment. Raises EnvironmentFailed when its constructor does."""
     found = _find(use.use)
-    if not inspect.isclass(found):
+    if inspect.isfunction(found):
         return FunctionEnvironment(prompt, function=found)
     given = {**use.args, "sandbox": sandbox} if takes_sandbox(found) else use.args
     try:

@@ -181,9 +181,10 @@ def check_against_learner(sequence: Sample, model, temperature: float) -> None:
     with torch.no_grad():
         tokens = PackedTokens.of(micro, "cpu")
         learned = Policy(model, temperature=temperature)(tokens).logprobs.numpy()
-        live = model.backbone(tokens.token_ids.unsqueeze(0), record_routes=True).routes[0].numpy()
+        live = model.backbone(tokens.token_ids.unsqueeze(0), record_routes=True).routes
+    assert live is not None and sequence.routes is not None
     np.testing.assert_allclose(learned, sequence.rollout_logprobs, atol=2e-4, rtol=0)
-    np.testing.assert_array_equal(sequence.routes[sequence.routed], live[sequence.routed])
+    np.testing.assert_array_equal(sequence.routes[sequence.routed], live[0].numpy()[sequence.routed])
 
 
 # --- scripted episodes ----------------------------------------------------------------------------------------------
