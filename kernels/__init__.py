@@ -23,7 +23,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Device type to function name to the module that defines it.
-_IMPLEMENTATIONS: dict[str, dict[str, str]] = {"cuda": {}}
+_IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "cuda": {
+        "decode_sparse_attention": "kernels.sparse_mla",
+        "grouped_linear": "kernels.grouped",
+        "indexer_scores": "kernels.indexer",
+        "latent_attention": "kernels.sparse_mla",
+        "packed_attention": "kernels.masked_mha",
+        "packed_index_scores": "kernels.indexer",
+        "packed_indexer_loss": "kernels.indexer_loss",
+        "packed_sparse_attention": "kernels.sparse_mla",
+        "paged_index_scores": "kernels.indexer",
+        "quantise_index_heads": "kernels.indexer",
+        "select_keys": "kernels.indexer",
+        "selection_bitmask": "kernels.masked_mha",
+        "sparse_attention": "kernels.sparse_mla",
+        "topk_indices": "kernels.topk",
+        "topk_mask": "kernels.topk",
+    }
+}
 
 
 def _by_device(meaning: Callable[P, R]) -> Callable[P, R]:
@@ -43,22 +61,40 @@ def _by_device(meaning: Callable[P, R]) -> Callable[P, R]:
 indexer_scores = _by_device(reference.indexer_scores)
 topk_mask = _by_device(reference.topk_mask)
 topk_indices = _by_device(reference.topk_indices)
-masked_mha = _by_device(reference.masked_mha)
+masked_attention = _by_device(reference.masked_attention)
 latent_attention = _by_device(reference.latent_attention)
+packed_attention = _by_device(reference.packed_attention)
+selection_bitmask = _by_device(reference.selection_bitmask)
 sparse_attention = _by_device(reference.sparse_attention)
+packed_sparse_attention = _by_device(reference.packed_sparse_attention)
+decode_sparse_attention = _by_device(reference.decode_sparse_attention)
 mean_attention = _by_device(reference.mean_attention)
 indexer_kl = _by_device(reference.indexer_kl)
+packed_indexer_loss = _by_device(reference.packed_indexer_loss)
+packed_index_scores = _by_device(reference.packed_index_scores)
+paged_index_scores = _by_device(reference.paged_index_scores)
+quantise_index_heads = _by_device(reference.quantise_index_heads)
+select_keys = _by_device(reference.select_keys)
 grouped_linear = _by_device(reference.grouped_linear)
 kept_logprobs = _by_device(reference.kept_logprobs)
 
 __all__ = [
+    "decode_sparse_attention",
     "grouped_linear",
     "indexer_kl",
     "indexer_scores",
     "kept_logprobs",
     "latent_attention",
-    "masked_mha",
+    "masked_attention",
     "mean_attention",
+    "packed_attention",
+    "packed_index_scores",
+    "packed_indexer_loss",
+    "packed_sparse_attention",
+    "paged_index_scores",
+    "quantise_index_heads",
+    "select_keys",
+    "selection_bitmask",
     "sparse_attention",
     "topk_indices",
     "topk_mask",

@@ -116,7 +116,7 @@ class Attention(nn.Module):
         for group in how.batch.groups:
             q, k, v = group.take(queries), group.take(keys), group.take(values)
             mask, loss = self._select(index, q, k, group, how.indexer_loss)
-            heads.append(kernels.masked_mha(q, k, v, mask, self.scale))
+            heads.append(kernels.masked_attention(q, k, v, mask, self.scale))
             losses.append(loss)
         return how.batch.join(heads), None if how.indexer_loss is None else how.batch.join(losses).sum()
 

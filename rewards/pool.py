@@ -11,7 +11,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from rewards.protocol import Fault, Outcome, check_names, part_name
-from rewards.worker import CANCEL_GRACE_S, ConcurrentWorker, SerialWorker, Traits, late
+from rewards.worker import ConcurrentWorker, SerialWorker, Traits, late, most_s
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError, RunStopped, UserError
 from rl.plugin import describe
@@ -57,6 +57,7 @@ class RewardPool:
         self._concurrent = _Process(concurrent, uses, directory, exclusive=False)
         self._idle: asyncio.LifoQueue[_Process] = asyncio.LifoQueue()
         self._traits: dict[str, list[Traits]] = {}
+        self._turns: dict[tuple[str, int], asyncio.Semaphore] = {}
 
     @classmethod
     async def start(cls, domains: Mapping[str, Domain], *, num_workers: int = 1) -> RewardPool:
@@ -126,10 +127,11 @@ class RewardPool:
 
     async def _rows_of(self, domain: str, numbers: list[int], samples: Sequence[Sample]) -> dict[int, list[Outcome]]:
         is_async = self._traits[domain][numbers[0]].is_async
-        limit_s = GRACE_S + sum(self._limit(domain, number, 1 if is_async else len(samples)) for number in numbers)
+        limit_s = GRACE_S + sum(self._limit(domain, number, len(samples)) for number in numbers)
         try:
             if is_async:
-                rows = await self._concurrent.score(domain, numbers, samples, limit_s)
+                async with self._turn(domain, numbers):
+                    rows = await self._concurrent.score(domain, numbers, samples, limit_s)
             else:
                 async with self._worker() as worker:
                     rows = await worker.score(domain, numbers, samples, limit_s)
@@ -158,9 +160,18 @@ class RewardPool:
 
     def _limit(self, domain: str, number: int, num_samples: int) -> float:
         """Seconds that a worker may properly spend on a reward."""
-        use = self._uses[domain][number]
-        calls = 1 if self._traits[domain][number].is_batched else num_samples
-        return calls * (1 + use.retries) * (use.timeout_s + CANCEL_GRACE_S)
+        return most_s(self._uses[domain][number], self._traits[domain][number], num_samples)
+
+    @asynccontextmanager
+    async def _turn(self, domain: str, numbers: Sequence[int]) -> AsyncIterator[None]:
+        """As many groups as a reward may have calls: more would wait in the worker, where their time already counts."""
+        async with AsyncExitStack() as held:
+            for number in numbers:
+                limit = self._traits[domain][number].concurrency
+                if limit is not None:
+                    turns = self._turns.setdefault((domain, number), asyncio.Semaphore(limit))
+                    await held.enter_async_context(turns)
+            yield
 
     @asynccontextmanager
     async def _worker(self) -> AsyncIterator[_Process]:

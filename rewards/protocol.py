@@ -9,6 +9,8 @@ A reward is a function of one sample, sync or async, that returns a number or a 
   returns one result for each in the same order. It may judge them against each other.
 * A class is constructed once in each worker process with ``args``; its instances are then called like functions. That
   is the place to check arguments and to load what is slow to load.
+* An async function or instance with an attribute ``concurrency`` is never awaited more often than that at the same
+  time, and its timeout begins when its turn comes.
 
 Samples arrive as :class:`rl.sample.Sample` without ``routes`` and ``kept``, which are large and no reward's business.
 """
@@ -29,11 +31,15 @@ from rl.errors import RecipeError, did_you_mean
 from rl.plugin import check_arguments, describe, import_callable
 
 BUILT_IN = {
+    "code_tests": "rewards.code_tests:CodeTests",
     "format": "rewards.format:follows_format",
     "language_consistency": "rewards.language_consistency:LanguageConsistency",
     "length_penalty": "rewards.length_penalty:LengthPenalty",
     "math_answer": "rewards.math_answer:math_answer",
     "reasoning_gym": "rewards.reasoning_gym:reasoning_gym_score",
+    "state_check": "rewards.state_check:StateCheck",
+    "test_suite": "rewards.test_suite:TestSuite",
+    "tool_protocol": "rewards.tool_protocol:tool_protocol",
 }
 """The rewards that ship with Keel, by the name recipes use."""
 
@@ -69,6 +75,8 @@ class RewardFunction:
     is_batched: bool
     timeout_s: float
     retries: int
+    concurrency: int | None = None
+    """How many calls of an async function may be awaited at the same time."""
 
 
 def part_name(use: RewardUse) -> str:
@@ -111,6 +119,7 @@ def resolve(use: RewardUse) -> RewardFunction:
         is_batched=_first_parameter(function) == "samples",
         timeout_s=use.timeout_s,
         retries=use.retries,
+        concurrency=_concurrency(function, place),
     )
 
 
@@ -155,6 +164,13 @@ def read_results(results: Any, num_samples: int) -> list[Outcome]:
 
 def _bind(function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[..., Any]:
     return (lambda given: function(given, **args)) if args else function
+
+
+def _concurrency(function: Any, place: str) -> int | None:
+    limit = getattr(function, "concurrency", None)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise RecipeError(f"{place} has concurrency {limit!r}; it must be a whole number above 0")
+    return limit
 
 
 def _first_parameter(function: Callable[..., Any]) -> str | None:

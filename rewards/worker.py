@@ -17,7 +17,9 @@ import faulthandler
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from rewards.protocol import Fault, Outcome, RewardFunction, read_result, read_results, resolve
 from rl.config import RewardUse
@@ -34,6 +36,7 @@ class Traits:
 
     is_async: bool
     is_batched: bool
+    concurrency: int | None = None
 
 
 class _Functions:
@@ -43,12 +46,25 @@ class _Functions:
         if directory not in sys.path:
             sys.path.insert(0, directory)
         self._by_domain = {domain: [resolve(use) for use in members] for domain, members in uses.items()}
+        self._places = {
+            id(function): asyncio.Semaphore(function.concurrency)
+            for functions in self._by_domain.values()
+            for function in functions
+            if function.concurrency is not None
+        }
 
     def traits(self) -> dict[str, list[Traits]]:
         return {
-            domain: [Traits(is_async=function.is_async, is_batched=function.is_batched) for function in functions]
+            domain: [
+                Traits(is_async=function.is_async, is_batched=function.is_batched, concurrency=function.concurrency)
+                for function in functions
+            ]
             for domain, functions in self._by_domain.items()
         }
+
+    def place(self, function: RewardFunction) -> AbstractAsyncContextManager[Any]:
+        """What a call of an async function is held in: a place among those awaited at the same time."""
+        return self._places.get(id(function)) or contextlib.nullcontext()
 
     def pick(self, domain: str, numbers: Sequence[int]) -> list[RewardFunction]:
         return [self._by_domain[domain][number] for number in numbers]
@@ -73,8 +89,8 @@ class SerialWorker:
 
     def _row(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
         if function.is_async:
-            with self._watchdog((function.timeout_s + CANCEL_GRACE_S) * (1 + function.retries)):
-                return self._loop.run_until_complete(call_async(function, samples))
+            with self._watchdog(most_s(function, function, len(samples))):
+                return self._loop.run_until_complete(call_async(function, samples, self._functions))
         if function.is_batched:
             return self._persist(function, samples)
         return [self._persist(function, [sample])[0] for sample in samples]
@@ -116,34 +132,41 @@ class ConcurrentWorker:
     async def score(self, domain: str, numbers: Sequence[int], samples: Sequence[Sample]) -> list[list[Outcome]]:
         """As :meth:`SerialWorker.score`, for async functions."""
         functions = self._functions.pick(domain, numbers)
-        return await asyncio.gather(*(call_async(function, samples) for function in functions))
+        return await asyncio.gather(*(call_async(function, samples, self._functions) for function in functions))
 
 
-async def call_async(function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+async def call_async(function: RewardFunction, samples: Sequence[Sample], functions: _Functions) -> list[Outcome]:
     """All calls of an async function for a group, at the same time; each has the timeout and the retries to itself."""
     if function.is_batched:
-        return await _persist_async(function, samples)
-    rows = await asyncio.gather(*(_persist_async(function, [sample]) for sample in samples))
+        return await _persist_async(function, samples, functions)
+    rows = await asyncio.gather(*(_persist_async(function, [sample], functions) for sample in samples))
     return [row[0] for row in rows]
 
 
-async def _persist_async(function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
-    outcomes = await _once_async(function, samples)
+def most_s(timing: RewardUse | RewardFunction, traits: Traits | RewardFunction, num_samples: int) -> float:
+    """Seconds that a group's calls of one reward may properly take: at the same time, or one after another."""
+    at_once = traits.is_batched or (traits.is_async and traits.concurrency is None)
+    return (1 if at_once else num_samples) * (1 + timing.retries) * (timing.timeout_s + CANCEL_GRACE_S)
+
+
+async def _persist_async(function: RewardFunction, samples: Sequence[Sample], functions: _Functions) -> list[Outcome]:
+    outcomes = await _once_async(function, samples, functions)
     for _ in range(function.retries):
         if not any(isinstance(outcome, Fault) for outcome in outcomes):
             break
-        outcomes = await _once_async(function, samples)
+        outcomes = await _once_async(function, samples, functions)
     return outcomes
 
 
-async def _once_async(function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
-    try:
-        async with asyncio.timeout(function.timeout_s) as limit:
-            result = await function.call(samples if function.is_batched else samples[0])
-    except (Exception, SystemExit) as error:
-        if limit.expired():
-            return [Fault(late(function.timeout_s))] * len(samples)
-        return [Fault(f"raised {describe(error)}")] * len(samples)
+async def _once_async(function: RewardFunction, samples: Sequence[Sample], functions: _Functions) -> list[Outcome]:
+    async with functions.place(function):
+        try:
+            async with asyncio.timeout(function.timeout_s) as limit:
+                result = await function.call(samples if function.is_batched else samples[0])
+        except (Exception, SystemExit) as error:
+            if limit.expired():
+                return [Fault(late(function.timeout_s))] * len(samples)
+            return [Fault(f"raised {describe(error)}")] * len(samples)
     return read_results(result, len(samples)) if function.is_batched else [read_result(result)]
 
 

@@ -160,6 +160,9 @@ class Rollout:
     engine: EngineKind = EngineKind.torch
     engines: int = 1
     tensor_parallel: int = 1
+    """GPUs of one vLLM engine, all on one node."""
+    expert_parallel: bool = False
+    """Whether an engine's GPUs divide the experts of a layer among them, instead of cutting every expert."""
     max_num_seqs: int = 64
     """Sequences an engine generates at the same time."""
     max_staleness: int = 1
@@ -168,6 +171,8 @@ class Rollout:
     """CPU threads of one torch engine."""
     gpu_memory: float = 0.85
     """Share of each of its GPUs that a vLLM engine takes, weights and cache together; less where the learner is too."""
+    sleep: bool = True
+    """Whether vLLM gives its memory to the learner while that steps, where ``placement`` is ``shared``."""
     cuda_graphs: bool = True
     """Whether vLLM captures CUDA graphs: it starts slower and decodes faster."""
 
@@ -278,8 +283,8 @@ class Recipe:
     sampling: Sampling = field(default_factory=Sampling)
     rollout: Rollout = field(default_factory=Rollout)
     placement: Placement = Placement.split
-    """``split`` gives every learner rank and every vLLM engine GPUs of its own, ``shared`` lets a rank and an engine
-    share one."""
+    """``split`` gives every learner rank and every vLLM engine GPUs of its own, and generation overlaps with learning.
+    ``shared`` gives the same GPUs to both: each engine has those of as many ranks as it has GPUs, in turn with them."""
     objective: Objective = field(default_factory=Objective)
     learner: Learner = field(default_factory=Learner)
     supervised: Supervised = field(default_factory=Supervised)

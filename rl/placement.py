@@ -1,7 +1,8 @@
-"""How many GPUs each actor of a run asks Ray for, and whether the cluster has them."""
+"""Which GPUs each actor of a run gets, and whether the cluster has them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rl.config import EngineKind, Placement, Recipe
@@ -10,10 +11,27 @@ from rl.errors import RecipeError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuShares:
-    """GPUs of one actor of each kind; a fraction where two share one."""
+    """GPUs that one actor of each kind asks Ray for. An engine that shares asks for none: its ranks hold them."""
 
     rank: float
     engine: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Resources that have to be on one node."""
+
+    gpus: float
+    cpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seats:
+    """Where the actors of a run on GPUs go: indices of ``bundles``, by rank and by engine."""
+
+    bundles: tuple[Bundle, ...]
+    rank_seats: tuple[int, ...]
+    engine_seats: tuple[int, ...]
 
 
 def gpu_shares(recipe: Recipe, num_gpus: float) -> GpuShares:
@@ -33,14 +51,55 @@ def gpu_shares(recipe: Recipe, num_gpus: float) -> GpuShares:
             )
         return GpuShares(rank=0, engine=0)
     shared = vllm and recipe.placement == Placement.shared
-    shares = GpuShares(rank=0.5, engine=0.5) if shared else GpuShares(rank=1, engine=rollout.tensor_parallel * vllm)
+    shares = GpuShares(rank=1, engine=rollout.tensor_parallel if vllm and not shared else 0)
     needed = ranks * shares.rank + rollout.engines * shares.engine
-    if needed > num_gpus and not vllm:
+    if needed > num_gpus and (shared or not vllm):
         raise RecipeError(f"learner.ranks {ranks} need a GPU each, but the Ray cluster has {num_gpus:g}")
     if needed > num_gpus:
-        hint = "" if shared else "; placement=shared puts a rank and an engine on one GPU"
         raise RecipeError(
             f"placement: learner.ranks {ranks} and rollout.engines {rollout.engines} x tensor_parallel "
-            f"{rollout.tensor_parallel} need {needed:g} GPUs, but the Ray cluster has {num_gpus:g}{hint}"
+            f"{rollout.tensor_parallel} need {needed:g} GPUs, but the Ray cluster has {num_gpus:g}; placement=shared "
+            "lets ranks and engines share them"
         )
     return shares
+
+
+def seats(recipe: Recipe, node_gpus: Sequence[float]) -> Seats | None:
+    """Where ranks and vLLM engines go on nodes that have so many GPUs each; None when Ray may choose freely.
+
+    An engine's GPUs are on one node. Where GPUs are shared, engine e has those of ranks e * tensor_parallel to
+    (e + 1) * tensor_parallel - 1.
+
+    Raises:
+        RecipeError: the GPUs are not there, or no node has enough of them for an engine.
+    """
+    shares = gpu_shares(recipe, sum(node_gpus))
+    rollout, learner = recipe.rollout, recipe.learner
+    if rollout.engine != EngineKind.vllm:
+        return None
+    width = rollout.tensor_parallel
+    if sum(gpus // width for gpus in node_gpus) < rollout.engines:
+        raise RecipeError(
+            f"rollout.tensor_parallel {width}: an engine's GPUs must be on one node, and the nodes' "
+            f"{', '.join(f'{gpus:g}' for gpus in node_gpus)} GPUs hold fewer than rollout.engines {rollout.engines}"
+        )
+    if recipe.placement == Placement.shared:
+        bundle = Bundle(gpus=width * shares.rank, cpus=width * learner.threads + rollout.threads)
+        return Seats(
+            bundles=(bundle,) * rollout.engines,
+            rank_seats=tuple(rank // width for rank in range(learner.ranks)),
+            engine_seats=tuple(range(rollout.engines)),
+        )
+    # Engines first: they are the larger pieces.
+    engines = (Bundle(gpus=shares.engine, cpus=rollout.threads),) * rollout.engines
+    ranks = (Bundle(gpus=shares.rank, cpus=learner.threads),) * learner.ranks
+    return Seats(
+        bundles=engines + ranks,
+        rank_seats=tuple(range(rollout.engines, rollout.engines + learner.ranks)),
+        engine_seats=tuple(range(rollout.engines)),
+    )
+
+
+def shared_gpus(rank_gpus: Sequence[str], width: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of every engine, of ``width`` GPUs each, from those of the ranks that it shares with."""
+    return [",".join(rank_gpus[first : first + width]) for first in range(0, len(rank_gpus), width)]

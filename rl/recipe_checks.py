@@ -230,12 +230,6 @@ def _vllm_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         return
     rollout, temperature = recipe.rollout, recipe.sampling.temperature
     yield (
-        "rollout.tensor_parallel",
-        rollout.tensor_parallel == 1,
-        f"rollout.tensor_parallel is {rollout.tensor_parallel}, but the weights of an engine that is spread over GPUs "
-        "cannot be verified after an update yet; use 1 and more rollout.engines",
-    )
-    yield (
         "model.dtype",
         recipe.model.dtype == "bfloat16",
         f"model.dtype is {recipe.model.dtype}, but vLLM's sparse attention runs in bfloat16 only; set it to bfloat16",
@@ -245,11 +239,13 @@ def _vllm_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         0.01 <= temperature <= 2,
         f"sampling.temperature is {temperature}, but vLLM samples at 0.01 to 2 only",
     )
+    gpus = rollout.engines * rollout.tensor_parallel
     yield (
         "placement",
-        recipe.placement == Placement.split or recipe.learner.ranks == rollout.engines == 1,
-        f"placement is shared with learner.ranks {recipe.learner.ranks} and rollout.engines {rollout.engines}; "
-        "it puts one rank and one engine on one GPU, so set both to 1 or use split",
+        recipe.placement == Placement.split or recipe.learner.ranks == gpus,
+        f"placement is shared with learner.ranks {recipe.learner.ranks}, but rollout.engines {rollout.engines} x "
+        f"rollout.tensor_parallel {rollout.tensor_parallel} are {gpus} GPUs; every GPU has one rank and one part of an "
+        "engine, so make the two equal or use split",
     )
 
 

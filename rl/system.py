@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +16,21 @@ from typing import Any
 import numpy as np
 import ray
 from ray._private.ray_logging import stdout_deduplicator
+from ray.util import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from model import load_config
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox
-from rl.config import Placement, Recipe, Sampling
+from rl.config import EngineKind, Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
 from rl.initial_model import create_initial_model, initial_config
+from rl.placement import seats, shared_gpus
 from rl.sample import NDArray, Prompt, Sample
+from rl.sync import Sync, Transport, connect, publish
 from rollout.conversation import Conversation
 from rollout.engine import check_window
 from rollout.environments.registry import resolve
@@ -34,6 +39,7 @@ from rollout.pool import EnginePool
 from trainer.learner import Learner
 from trainer.phase import Phase
 
+RESERVATION_S = 60
 OBJECT_STORE_BYTES = 512 << 20
 """Of the cluster that a run starts for itself; weights and batches of small models are all that passes through it."""
 
@@ -45,9 +51,29 @@ class System:
     learner: Learner
     pool: EnginePool
     rewards: RewardPool
+    transport: Transport
     conversation: Conversation
     sampling: Sampling
     episodes: Episodes
+
+    async def learners_turn(self) -> None:
+        """Before the learner steps: a GPU that it shares with an engine is all its own until weights are published."""
+        await self.pool.sleep()
+        await self.learner.wake()
+
+    async def publish(self, version: int) -> Sync:
+        """The learner's weights into the engines; see :func:`rl.sync.publish`."""
+        await self.learner.sleep()
+        return await publish(self.transport, version)
+
+    @asynccontextmanager
+    async def interruption(self) -> AsyncIterator[None]:
+        """The learner's turn amid generation, for what it writes of itself."""
+        await self.pool.sleep(keep_weights=True)
+        await self.learner.wake()
+        yield
+        await self.learner.sleep()
+        await self.pool.wake()
 
     async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
         """One sample per seed, with the recipe's sampling: a reply, or an episode where the domain has tools."""
@@ -108,11 +134,12 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     first_phase = None if recipe.supervised.steps else Phase.REINFORCEMENT
     join_cluster(recipe)
     cancel_on_sigterm()
-    learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase))
+    reservation = await reserve(recipe)
+    learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase, actor_options=reservation.ranks))
     starting = (
         asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
         learning,
-        asyncio.create_task(_start_pool(recipe, model_dir, learning)),
+        asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation)),
     )
     try:
         rewards, learner, pool = await asyncio.gather(*starting)
@@ -121,6 +148,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
                 learner=learner,
                 pool=pool,
                 rewards=rewards,
+                transport=await connect(recipe, learner, pool),
                 conversation=conversation,
                 sampling=recipe.sampling,
                 episodes=episodes,
@@ -128,6 +156,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
+        reservation.release()
 
 
 @asynccontextmanager
@@ -150,11 +179,59 @@ def check_environments(recipe: Recipe) -> None:
                 raise RecipeError(f"domains.{name}.environment: {error}") from error
 
 
-async def _start_pool(recipe: Recipe, model_dir: Path, learning: asyncio.Task[Learner]) -> EnginePool:
-    """Beside the learner; after it on a shared GPU, where vLLM measures how much memory is free."""
-    if recipe.placement == Placement.shared:
-        await asyncio.shield(learning)
-    return await EnginePool.start(recipe, model_dir)
+async def _start_pool(
+    recipe: Recipe, model_dir: Path, learning: asyncio.Task[Learner], reservation: Reservation
+) -> EnginePool:
+    """Beside the learner; after it on shared GPUs, where vLLM measures how much memory is free."""
+    options = reservation.engines
+    if recipe.placement == Placement.split or recipe.rollout.engine != EngineKind.vllm:
+        return await EnginePool.start(recipe, model_dir, actor_options=options)
+    learner = await asyncio.shield(learning)
+    if not recipe.supervised.steps:
+        await learner.sleep()
+    gpus = shared_gpus(await learner.gpus(), recipe.rollout.tensor_parallel)
+    return await EnginePool.start(recipe, model_dir, actor_options=options, gpus=gpus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """GPUs held for this run: how Ray is told where each rank and each engine goes. Empty where it may choose."""
+
+    ranks: Sequence[Mapping[str, Any]] = ()
+    engines: Sequence[Mapping[str, Any]] = ()
+    group: PlacementGroup | None = None
+
+    def release(self) -> None:
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+
+async def reserve(recipe: Recipe) -> Reservation:
+    """Reserves what ranks and vLLM engines need, with every engine on one node.
+
+    Raises RecipeError when the cluster does not have it, or does not have it free.
+    """
+    nodes = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    plan = seats(recipe, [gpus for gpus in nodes if gpus])
+    if plan is None:
+        return Reservation()
+    group = placement_group([{"GPU": bundle.gpus, "CPU": bundle.cpus} for bundle in plan.bundles], strategy="PACK")
+    if not await asyncio.to_thread(group.wait, RESERVATION_S):
+        remove_placement_group(group)
+        raise RecipeError(
+            f"placement: {sum(bundle.gpus for bundle in plan.bundles):g} GPUs and "
+            f"{sum(bundle.cpus for bundle in plan.bundles):g} CPUs did not become free within {RESERVATION_S} s; end "
+            "what else runs on the Ray cluster, or lower rollout.engines, learner.ranks or their threads"
+        )
+
+    def seat(index: int) -> dict[str, Any]:
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
+
+    return Reservation(
+        ranks=[seat(index) for index in plan.rank_seats],
+        engines=[seat(index) for index in plan.engine_seats],
+        group=group,
+    )
 
 
 async def _close(part: asyncio.Task[Any]) -> None:

@@ -34,7 +34,6 @@ from rl.report import build_report
 from rl.rollouts import Rollouts
 from rl.run_directory import FINISHED, RunDirectory
 from rl.step_log import StepClock, StepLog
-from rl.sync import publish
 from rl.system import System, check_environments, check_model, open_conversation, prepare_model, start
 from trainer.pack import pack
 
@@ -68,10 +67,11 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                 rng=shuffle,
                 aggregation=recipe.objective.aggregation,
             )
+            await system.learners_turn()
             result = await system.learner.step(minibatches)
             clock.lap("learn")
 
-            sync = await publish(system.learner, system.pool, version=step)
+            sync = await system.publish(version=step)
             buffer.advance(step)
             clock.lap("sync")
 
@@ -81,7 +81,8 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                 clock.lap("evaluate")
             log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, evaluation)
             if is_due(recipe.checkpoint.every, step, recipe.steps):
-                await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
+                async with system.interruption():
+                    await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
                 run.prune_checkpoints(recipe.checkpoint.keep)
 
 
@@ -93,8 +94,9 @@ async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress:
     async with start(recipe, model_dir, conversation) as system:
         if recipe.supervised.steps:
             progress.enter(Stage.COLD_START)
+            await system.pool.sleep()
             await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
-        await publish(system.learner, system.pool, version=0)
+        await system.publish(version=0)
         if data.evaluation:
             progress.enter(Stage.EVALUATING)
             before = await evaluate(recipe, data.evaluation, system)

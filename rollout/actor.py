@@ -61,10 +61,20 @@ class EngineActor:
         return len(ended)
 
     async def stage(self, bucket: Mapping[str, torch.Tensor]) -> None:
+        """Receives a part of the next weights under in-memory names; generation goes on with the current ones.
+
+        Raises ValueError naming the parameter that is unknown or has the wrong shape.
+        """
         self._live.stage(bucket)
 
     async def commit(self, version: int) -> dict[str, int]:
         return self._live.commit(version)
+
+    async def sleep(self, *, keep_weights: bool = False) -> None:
+        """Nothing to give up: beside the weights it holds the cache of its sequences only."""
+
+    async def wake(self) -> None:
+        pass
 
     async def stats(self) -> EngineStats:
         return self._live.stats()

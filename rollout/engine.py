@@ -6,13 +6,12 @@ around the embedded torch engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from rl.config import Sampling
 from rl.errors import DataError
@@ -87,7 +86,10 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """An inference engine as the pool sees it. Weights change only inside :meth:`commit`, between two decode steps."""
+    """An inference engine as the pool sees it. Weights change between two decode steps only.
+
+    How they arrive before a commit is each kind's own: the embedded engine has `stage`, vLLM's `receive`.
+    """
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Completes requests that arrive together, in their order; siblings of one prompt share its prefill.
@@ -103,18 +105,22 @@ class Engine(Protocol):
         """
         ...
 
-    async def stage(self, bucket: Mapping[str, torch.Tensor]) -> None:
-        """Receives a part of the next weights under in-memory names; generation goes on with the current ones.
-
-        Raises ValueError naming the parameter that is unknown or has the wrong shape.
-        """
-        ...
-
     async def commit(self, version: int) -> dict[str, int]:
-        """Puts everything staged into effect as `version` and returns the checksums of all live tensors.
+        """Puts what has arrived into effect as `version` and returns the checksums of all live tensors.
 
         Sequences in flight keep their cache and go on; their later tokens carry the later version.
         """
+        ...
+
+    async def sleep(self, *, keep_weights: bool = False) -> None:
+        """Gives up what device memory it can; sequences in flight wait, and go on when the engine is awake again.
+
+        It wakes with the next update, or with :meth:`wake` if weights were kept.
+        """
+        ...
+
+    async def wake(self) -> None:
+        """Undoes a sleep that kept the weights."""
         ...
 
     async def stats(self) -> EngineStats: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from model.tokenizer import load_tokenizer
-from rl.config import EngineKind, Recipe, Sampling
+from rl.config import EngineKind, Placement, Recipe, Sampling
 from rl.errors import RecipeError, RunStopped
 from rl.placement import gpu_shares
 from rl.sample import NDArray, Prompt, Sample
@@ -36,10 +36,19 @@ class EnginePool:
     """
 
     def __init__(
-        self, engines: Sequence[Any], *, conversation: Conversation, max_context: int, shutdown_s: float = 0.0
+        self,
+        engines: Sequence[Any],
+        *,
+        conversation: Conversation,
+        max_context: int,
+        workers_per_engine: int = 1,
+        sleeps: bool = False,
+        shutdown_s: float = 0.0,
     ) -> None:
         """``shutdown_s``: seconds that :meth:`close` gives engines to come to rest and end what they started."""
         self.max_context = max_context
+        self._workers_per_engine = workers_per_engine
+        self._sleeps = sleeps
         self._shutdown_s = shutdown_s
         self._conversation = conversation
         self._engines = list(engines)
@@ -48,20 +57,30 @@ class EnginePool:
 
     @classmethod
     async def start(
-        cls, recipe: Recipe, model_path: str | os.PathLike[str], *, device: str = "cpu", version: int = 0
+        cls,
+        recipe: Recipe,
+        model_path: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        version: int = 0,
+        actor_options: Sequence[Mapping[str, Any]] = (),
+        gpus: Sequence[str | None] = (),
     ) -> EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`.
 
-        `device` is the torch engine's; vLLM has the GPUs that `rl.placement` gives it.
+        `device` is the torch engine's. Of a vLLM engine, `actor_options` say where Ray puts it, and `gpus` which GPUs
+        it takes where Ray does not assign them (`rl.placement`); both have one entry an engine or none.
         """
         conversation = Conversation(load_tokenizer(model_path))
         vllm = recipe.rollout.engine == EngineKind.vllm
         _check_room(recipe)
-        engines = _vllm_engines(recipe) if vllm else _torch_engines(recipe, device)
+        engines = _vllm_engines(recipe, actor_options, gpus) if vllm else _torch_engines(recipe, device)
         pool = cls(
             [engine for engine, _ in engines],
             conversation=conversation,
             max_context=recipe.model.max_context,
+            workers_per_engine=recipe.rollout.tensor_parallel,
+            sleeps=sleeps(recipe),
             shutdown_s=_SHUTDOWN_S[recipe.rollout.engine],
         )
         directory = str(Path(model_path).absolute())
@@ -134,6 +153,52 @@ class EnginePool:
         """Puts the staged weights into effect in every engine; returns each engine's checksums of its live tensors."""
         return await self._call_all("commit", version)
 
+    @property
+    def num_workers(self) -> int:
+        """Processes that hold a part of an engine's weights, over all engines."""
+        return len(self._engines) * self._workers_per_engine
+
+    async def join_transfer(self, host: str, port: int, *, size: int, timeout_s: float) -> None:
+        """Brings all workers into the learner's group, whose rank 0 is the sender."""
+        joining = (
+            self._call(
+                index,
+                "join_transfer",
+                host=host,
+                port=port,
+                first_rank=1 + index * self._workers_per_engine,
+                size=size,
+                timeout_s=timeout_s,
+            )
+            for index in range(len(self._engines))
+        )
+        await asyncio.gather(*joining)
+
+    async def begin_update(self) -> None:
+        """Makes every engine ready for :meth:`receive`; generation stands still until the commit."""
+        await self._call_all("begin_update")
+
+    async def receive(self, offer: Mapping[str, Any] | None = None) -> None:
+        """Lets every engine load a bucket that the learner offers, or all that the learner broadcasts."""
+        await self._call_all("receive", offer)
+
+    async def sleep(self, *, keep_weights: bool = False) -> None:
+        """Lets the engines give up their memory where they share it with the learner; elsewhere does nothing.
+
+        They wake with the next update, or with :meth:`wake` if weights were kept, in host memory.
+        """
+        if self._sleeps:
+            await self._call_all("sleep", keep_weights=keep_weights)
+
+    async def wake(self) -> None:
+        """Undoes a sleep that kept the weights."""
+        if self._sleeps:
+            await self._call_all("wake")
+
+    async def peak_memory_gb(self) -> float:
+        """The most that an engine has had reserved on one GPU, in units of 1e9 bytes."""
+        return max(await self._call_all("peak_memory_gb"))
+
     async def abort(self) -> int:
         """Ends everything in flight as aborted samples; returns how many there were."""
         return sum(await self._call_all("abort"))
@@ -204,13 +269,13 @@ def _torch_engines(recipe: Recipe, device: str) -> list[tuple[Any, dict[str, Any
     return [(actor.remote(), arguments) for _ in range(rollout.engines)]
 
 
-def _vllm_engines(recipe: Recipe) -> list[tuple[Any, dict[str, Any]]]:
+def _vllm_engines(
+    recipe: Recipe, actor_options: Sequence[Mapping[str, Any]], gpus: Sequence[str | None]
+) -> list[tuple[Any, dict[str, Any]]]:
     """One vLLM engine an actor, with what its ``load`` takes."""
     rollout, model = recipe.rollout, recipe.model
     shares = gpu_shares(recipe, ray.cluster_resources().get("GPU", 0))
-    actor = ray.remote(VllmEngineActor).options(
-        max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=shares.engine
-    )
+    actor = ray.remote(VllmEngineActor)
 
     def settings(index: int) -> EngineSettings:
         return EngineSettings(
@@ -218,13 +283,33 @@ def _vllm_engines(recipe: Recipe) -> list[tuple[Any, dict[str, Any]]]:
             max_num_seqs=rollout.max_num_seqs,
             max_context=model.max_context,
             tensor_parallel=rollout.tensor_parallel,
+            expert_parallel=rollout.expert_parallel,
             gpu_memory=rollout.gpu_memory,
             cuda_graphs=rollout.cuda_graphs,
             kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
-            seed=recipe.seed + index,
+            sleeps=sleeps(recipe),
+            seed=recipe.seed + index,  # engines of one seed would draw the same for requests without one
+            gpus=gpus[index] if gpus else None,
         )
 
-    return [(actor.remote(), {"settings": settings(index)}) for index in range(rollout.engines)]
+    return [
+        (
+            actor.options(
+                max_concurrency=_MAX_CONCURRENT_CALLS,
+                num_cpus=rollout.threads,
+                num_gpus=shares.engine,
+                **(actor_options[index] if actor_options else {}),
+            ).remote(),
+            {"settings": settings(index)},
+        )
+        for index in range(rollout.engines)
+    ]
+
+
+def sleeps(recipe: Recipe) -> bool:
+    """Whether engines give their memory up while the learner steps."""
+    rollout = recipe.rollout
+    return rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared and rollout.sleep
 
 
 def _check_room(recipe: Recipe) -> None:

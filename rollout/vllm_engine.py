@@ -1,8 +1,8 @@
 """vLLM as an async actor behind `rollout.engine.Engine`.
 
 vLLM is imported when the actor loads, never with this module: the driver imports the class to make the actor, on
-machines without vLLM too. Weights travel through vLLM's own transfer API (CUDA IPC inside one GPU) in checkpoint
-names, and are read back out of the live parameters afterwards by `rollout.vllm_worker`.
+machines without vLLM too. Weights come straight into vLLM's workers (`rollout.vllm_transfer`), and are read back out of
+the live parameters afterwards (`rollout.vllm_worker`).
 """
 
 from __future__ import annotations
@@ -10,27 +10,32 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from model import DeepseekV32, load_config
-from rl.errors import RecipeError, RunStopped
+from model.outline import ModelOutline, outline
+from rl.errors import DataError, RecipeError, RunStopped
 from rollout.engine import Completion, EngineStats, Request
+from rollout.reaper import end_with_this_process
+from rollout.vllm_layout import Held, LayoutError, whole_checksums
 from rollout.vllm_requests import Recording, check_request, sampling_arguments, to_completion
-from rollout.vllm_transfer import transfer_info
 
 if TYPE_CHECKING:
     from rollout.vllm_counters import StepCounters
 
+T = TypeVar("T")
+
 _ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",  # routes and kept sets exist there only; unset, vLLM may fall back silently
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for CUDA IPC handles, on their way into the engine's own process
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for what workers answer, on its way out of vLLM's own processes
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has a CUDA context, which does not survive a fork
     "VLLM_NO_USAGE_STATS": "1",
 }
+_ROUTES_IN_FP32 = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
+"""Architectures whose router vLLM runs in the gate's dtype unless config.json says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +45,14 @@ class EngineSettings:
     dtype: str
     max_num_seqs: int
     max_context: int
-    tensor_parallel: int = 1
+    tensor_parallel: int = 1  # GPUs, all of this node
+    expert_parallel: bool = False  # whether they divide a layer's experts among them instead of each expert
     gpu_memory: float = 0.85  # share of each GPU, weights and cache together
     cuda_graphs: bool = True
     kept: bool = True  # whether requests get their kept sets
+    sleeps: bool = False  # whether its memory can be given up between updates
     seed: int = 0  # a different one for every engine
+    gpus: str | None = None  # CUDA_VISIBLE_DEVICES where Ray did not assign them; those of the ranks it shares with
 
 
 class VllmEngineActor:
@@ -53,7 +61,8 @@ class VllmEngineActor:
     def __init__(self) -> None:
         self._engine: Any = None
         self._version = 0
-        self._staged: list[Mapping[str, torch.Tensor]] = []
+        self._updating = False
+        self._asleep = False
         self._in_flight: set[str] = set()
         self._num_prompt = 0
         self._busy_s = 0.0
@@ -62,19 +71,14 @@ class VllmEngineActor:
     async def load(self, model_path: str, settings: EngineSettings, *, version: int = 0) -> None:
         """Starts vLLM with the weights in a Hugging Face directory.
 
-        Raises RecipeError when vLLM is not installed or there is no GPU.
+        Raises RecipeError when vLLM is not installed or there is no GPU, DataError for a directory without a model.
         """
-        self._counters, self._engine = _start(model_path, settings)
-        config = load_config(model_path)
-        self._recording = Recording.of(config, kept=settings.kept, max_context=settings.max_context)
-        with torch.device("meta"):
-            names = DeepseekV32(config).state_dict()
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in names.items()}
-        from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
-            WeightTransferInitRequest,
-        )
-
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"packed": False}))
+        try:
+            model = outline(model_path)
+        except ValueError as error:
+            raise DataError(f"the model in {model_path} cannot be loaded: {error}") from error
+        self._recording = Recording.of(model, kept=settings.kept, max_context=settings.max_context)
+        self._counters, self._engine = _start(model_path, model, settings)
         await self._relabel(version)
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -90,14 +94,33 @@ class VllmEngineActor:
         await self._engine.abort(sorted(named))
         return len(named)
 
-    async def stage(self, bucket: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in bucket.items():
-            expected = self._shapes.get(name)
-            if expected is None:
-                raise ValueError(f"weight update: the engine's model has no parameter or buffer {name}")
-            if expected != tuple(tensor.shape):
-                raise ValueError(f"weight update: {name} has shape {tuple(tensor.shape)}, the engine's is {expected}")
-        self._staged.append(bucket)
+    async def join_transfer(self, *, host: str, port: int, first_rank: int, size: int, timeout_s: float):
+        """Enters the learner's group, of ``size`` processes, with this engine's workers from ``first_rank`` on."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest  # pyright: ignore[reportMissingImports]
+
+        info = {
+            "host": host,
+            "port": port,
+            "first_rank": first_rank,
+            "size": size,
+            "timeout_s": timeout_s,
+        }
+        await self._ask(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
+
+    async def begin_update(self) -> None:
+        """Stops between two decode steps, or takes back memory for weights; what is being generated goes on later."""
+        if self._asleep:
+            await self._ask(self._engine.wake_up(["weights"]))
+        else:
+            await self._ask(self._engine.pause_generation(mode="keep", clear_cache=True))
+        await self._ask(self._engine.start_weight_update())
+        self._updating = True
+
+    async def receive(self, offer: Mapping[str, Any] | None = None) -> None:
+        """Loads the bucket that ``offer`` describes (`trainer.sender`), or all that comes over the group."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # pyright: ignore[reportMissingImports]
+
+        await self._ask(self._engine.update_weights(WeightTransferUpdateRequest(update_info=dict(offer or {}))))
 
     async def commit(self, version: int) -> dict[str, int]:
         """As `Engine.commit`, with two differences that are vLLM's.
@@ -105,21 +128,46 @@ class VllmEngineActor:
         An update is the whole model: vLLM rewrites a layer from what it is sent, so a tensor that is left out would
         not keep its value. And sequences in flight are prefilled again with the new weights, prompt and reply.
         """
-        staged = {name: tensor for bucket in self._staged for name, tensor in bucket.items()}
-        missing = sorted(self._shapes.keys() - staged.keys())
-        if missing:
-            raise ValueError(f"weight update: {missing[0]} and {len(missing) - 1} more were not staged")
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
-        await self._engine.start_weight_update()
-        for bucket in self._staged:
-            await self._send(bucket)
-        await self._engine.finish_weight_update()
+        if not self._updating:
+            raise ValueError("weight update: nothing was received")
+        await self._ask(self._engine.finish_weight_update())
+        self._updating = False
         await self._relabel(version)
-        tensors = {name: (list(tensor.shape), str(tensor.dtype).split(".")[1]) for name, tensor in staged.items()}
-        self._staged = []
-        (sums,) = await self._engine.collective_rpc("live_checksums", args=(tensors,))
-        await self._engine.resume_generation()
+        sums = await self.checksums()
+        await self._ask(self._engine.wake_up(["kv_cache"]) if self._asleep else self._engine.resume_generation())
+        self._asleep = False
         return sums
+
+    async def checksums(self) -> dict[str, int]:
+        """`model.checksums` of what the last update brought, from the live parameters of all workers.
+
+        A tensor that the workers do not hold completely and consistently is left out.
+        """
+        reports = await self._ask(self._engine.collective_rpc("held_weights"))
+        tensors = reports[0][0]
+        try:
+            return whole_checksums([[Held.of_plain(fields) for fields in held] for _, held in reports], tensors)
+        except LayoutError as error:
+            raise RunStopped(f"weights cannot be verified: {error}") from error
+
+    async def sleep(self, *, keep_weights: bool = False) -> None:
+        """Gives up the memory of cache and weights; sequences in flight wait, and are prefilled again afterwards.
+
+        Weights come back with :meth:`wake` only where they were kept, in host memory; else with the next update.
+        """
+        if not self._asleep:
+            await self._ask(self._engine.sleep(level=1 if keep_weights else 2, mode="keep"))
+            self._asleep = True
+
+    async def wake(self) -> None:
+        """Undoes a sleep that kept the weights."""
+        if self._asleep:
+            await self._ask(self._engine.wake_up())
+            self._asleep = False
+
+    async def peak_memory_gb(self) -> float:
+        """The most that any of the engine's GPUs has had reserved, in units of 1e9 bytes."""
+        return max(await self._ask(self._engine.collective_rpc("peak_memory_gb")))
 
     async def stats(self) -> EngineStats:
         counters = self._counters
@@ -144,7 +192,6 @@ class VllmEngineActor:
     async def _generate(self, request: Request) -> Completion:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
-        from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
 
         sampling = SamplingParams(
             **sampling_arguments(request, self._recording), output_kind=RequestOutputKind.FINAL_ONLY
@@ -152,12 +199,19 @@ class VllmEngineActor:
         prompt = {"prompt_token_ids": request.token_ids.tolist()}
         self._enter(request.id)
         try:
-            outputs = [output async for output in self._engine.generate(prompt, sampling, request.id)]
-        except EngineDeadError as error:
-            raise RunStopped("a vLLM engine's own process died; its log above says why") from error
+            outputs = await self._ask(_all(self._engine.generate(prompt, sampling, request.id)))
         finally:
             self._leave(request.id)
         return to_completion(outputs[-1].outputs[0], request, self._recording)
+
+    async def _ask(self, answer: Awaitable[T]) -> T:
+        """What vLLM's own processes answer. Raises RunStopped when they are dead."""
+        from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
+
+        try:
+            return await answer
+        except EngineDeadError as error:
+            raise RunStopped("a vLLM engine's own process died; its log above says why") from error
 
     def _enter(self, name: str) -> None:
         if not self._in_flight:
@@ -170,25 +224,25 @@ class VllmEngineActor:
             self._busy_s += time.perf_counter() - self._busy_since
             self._busy_since = None
 
-    async def _send(self, bucket: Mapping[str, torch.Tensor]) -> None:
-        """One bucket into the worker that shares this process's GPU."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # pyright: ignore[reportMissingImports]
-
-        on_gpu = {name: tensor.to("cuda") for name, tensor in bucket.items()}
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=transfer_info(on_gpu)))
-
     async def _relabel(self, version: int) -> None:
         """Tokens sampled from now on carry this version."""
-        await self._engine.update_weight_version(str(version))
+        await self._ask(self._engine.update_weight_version(str(version)))
         self._version = version
 
 
-def _start(model_path: str, settings: EngineSettings) -> tuple[StepCounters, Any]:
+async def _all(outputs: Any) -> list[Any]:
+    return [output async for output in outputs]
+
+
+def _start(model_path: str, model: ModelOutline, settings: EngineSettings) -> tuple[StepCounters, Any]:
     """vLLM's AsyncLLM, and the counters it feeds."""
     os.environ.update(_ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every update of parts that have no weights
+    if settings.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpus
     if not torch.cuda.is_available():
         raise RecipeError("rollout.engine: vllm needs a GPU, but its process sees none; use rollout.engine=torch")
+    end_with_this_process()
     try:
         from vllm import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
@@ -198,30 +252,41 @@ def _start(model_path: str, settings: EngineSettings) -> tuple[StepCounters, Any
         raise RecipeError(
             f"rollout.engine: vllm needs the gpu extra (module {error.name} is missing): pip install -e '.[gpu]'"
         ) from error
-    arguments = AsyncEngineArgs(
-        model=model_path,
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # the directory's own would add stop tokens
-        dtype=settings.dtype,
-        hf_overrides={"moe_router_dtype": "float32"},  # as the learner routes; else in bfloat16
-        seed=settings.seed,
-        max_model_len=settings.max_context,
-        max_num_seqs=settings.max_num_seqs,
-        tensor_parallel_size=settings.tensor_parallel,
-        gpu_memory_utilization=settings.gpu_memory,
-        enforce_eager=not settings.cuda_graphs,
-        enable_return_routed_experts=True,
-        return_sampling_mask=settings.kept,
-        logprobs_mode="processed_logprobs",
-        weight_transfer_config={"backend": "ipc"},
-        worker_extension_cls="rollout.vllm_worker.WeightReader",
-        disable_log_stats=True,  # the default loggers, not ours
-    )
     counters: list[StepCounters] = []
 
     def count(config: Any, engine_index: int = 0) -> StepCounters:
         counters.append(StepCounters(config, engine_index))
         return counters[-1]
 
+    arguments = AsyncEngineArgs(**engine_arguments(model_path, model, settings))
     engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[count])
     return counters[0], engine
+
+
+def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSettings) -> dict[str, Any]:
+    """The keyword arguments of vLLM's AsyncEngineArgs."""
+    parallel = settings.tensor_parallel > 1
+    return {
+        "model": model_path,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the directory's own would add stop tokens
+        "dtype": settings.dtype,
+        # As the learner routes; else in bfloat16.
+        "hf_overrides": {"moe_router_dtype": "float32"} if model.architecture in _ROUTES_IN_FP32 else {},
+        "seed": settings.seed,
+        "max_model_len": settings.max_context,
+        "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "enable_expert_parallel": settings.expert_parallel and parallel and bool(model.moe_layers),
+        # Inside a placement group vLLM would choose Ray, and ask it for GPUs that this process already holds.
+        "distributed_executor_backend": "mp" if parallel else "uni",
+        "gpu_memory_utilization": settings.gpu_memory,
+        "enforce_eager": not settings.cuda_graphs,
+        "enable_sleep_mode": settings.sleeps,
+        "enable_return_routed_experts": bool(model.moe_layers),
+        "return_sampling_mask": settings.kept,
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": {"backend": "keel"},  # rollout.vllm_transfer
+        "worker_extension_cls": "rollout.vllm_worker.WeightReader",
+        "disable_log_stats": True,  # the default loggers, not ours
+    }

@@ -1,65 +1,233 @@
-"""Where vLLM keeps the tensors of a deepseek_v32 model, and reading them back from there under our names.
+"""Where vLLM keeps the tensors of a model, one worker's part of each, and what the parts amount to.
 
-vLLM stacks matrices that read the same input into one parameter. The table below says so a second time, on purpose: it
-shares nothing with vLLM's own loader, so what it finds in an engine is evidence about what that loader did.
+vLLM stacks matrices that read the same input into one parameter, and cuts parameters over its workers. This module says
+so a second time, on purpose: it shares nothing with vLLM's own loader, so what it finds in an engine is evidence about
+what that loader did. A wrong guess about a place cannot pass: places count in the checksums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-_FUSED = {
-    "q_a_proj": ("fused_qkv_a_proj", ()),
-    "kv_a_proj_with_mqa": ("fused_qkv_a_proj", ("q_a_proj",)),
-    "wk": ("wk_weights_proj", ()),
-    "weights_proj": ("wk_weights_proj", ("wk",)),
-    "gate_proj": ("gate_up_proj", ()),
-    "up_proj": ("gate_up_proj", ("gate_proj",)),
-}
-"""Module -> the module that holds its rows, and the modules whose rows come first there."""
+from model.checksum import Piece, hash_description, to_integers, word_sum
 
+_STACKED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "wk_weights_proj": ("wk", "weights_proj"),
+}
+"""A module of vLLM, and the modules whose rows it holds, in this order."""
+
+_HOSTS = {part: host for host, parts in _STACKED.items() for part in parts}
 _EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 _PADDED = ("embed_tokens", "lm_head")
-"""Vocabularies are padded with further rows."""
+"""Vocabularies are padded with further rows, then cut into equal parts."""
+
+Shapes = Mapping[str, Sequence[int]]
 
 
-def read_back(
-    live: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Views of an engine's live tensors, one for each of our in-memory names; ``shapes`` are ours too.
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one worker holds of one tensor, and the sum of its hashes: :func:`model.checksum.word_sum`."""
 
-    Raises ValueError, naming the tensor, when the engine has nothing of that name and shape.
+    name: str
+    piece: Piece
+    word_sum: int
+
+    def plain(self) -> list[Any]:
+        """For the way between processes."""
+        return [self.name, list(self.piece.shape), self.piece.axis, self.piece.start, self.piece.length, self.word_sum]
+
+    @classmethod
+    def of_plain(cls, fields: Sequence[Any]) -> Held:
+        name, shape, axis, start, length, word_sum = fields
+        return cls(name, Piece(shape=tuple(shape), axis=axis, start=start, length=length), word_sum)
+
+
+class LayoutError(ValueError):
+    """An engine holds a tensor in no way that is known; names the tensor."""
+
+
+def held_sums(
+    live: Mapping[str, torch.Tensor], tensors: Mapping[str, tuple[Sequence[int], str]], *, rank: int, size: int
+) -> list[Held]:
+    """What worker ``rank`` of ``size`` holds in its ``live`` tensors of those of ours: {name: (shape, dtype)}.
+
+    A tensor that vLLM keeps in a wider dtype is taken in ours, which loses nothing of what came from there.
+    """
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    names, pieces, sums = [], [], []
+    for name, piece, tensor in held_parts(live, shapes, rank=rank, size=size):
+        names.append(name)
+        pieces.append(piece)
+        sums.append(word_sum(tensor.to(getattr(torch, tensors[name][1])), piece))
+    return [Held(*held) for held in zip(names, pieces, to_integers(sums), strict=True)]
+
+
+def whole_checksums(
+    workers: Iterable[Iterable[Held]], tensors: Mapping[str, tuple[Sequence[int], str]]
+) -> dict[str, int]:
+    """`model.checksums` of the tensors that an engine's workers hold together.
+
+    A tensor is left out, so that it does not pass for verified, where its parts leave gaps or overlap, and where
+    copies of a part on two workers differ.
+    """
+    parts: dict[str, dict[Piece, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for held in itertools.chain.from_iterable(workers):
+        parts[held.name][held.piece].add(held.word_sum)
+    sums = {}
+    for name, (shape, dtype) in tensors.items():
+        copies = parts.get(name, {})
+        if _covers(shape, copies) and all(len(sums_of_copies) == 1 for sums_of_copies in copies.values()):
+            words = sum(word_sum for sums_of_copies in copies.values() for word_sum in sums_of_copies)
+            sums[name] = (hash_description(shape, getattr(torch, dtype)) + words) % (1 << 64)
+    return sums
+
+
+def held_parts(
+    live: Mapping[str, torch.Tensor], shapes: Shapes, *, rank: int, size: int
+) -> Iterator[tuple[str, Piece, torch.Tensor]]:
+    """(our name, place in our tensor, view of the live one) of everything that worker ``rank`` of ``size`` holds.
+
+    Raises LayoutError when the engine has nothing of a name, or nothing of a fitting shape.
     """
     for name, shape in shapes.items():
-        tensor = _find(live, name, shapes)
-        if tensor is None:
-            raise ValueError(f"the engine has no tensor that holds {name}")
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(shape)}, but the engine holds {tuple(tensor.shape)}")
-        yield name, tensor
+        path, _, kind = name.rpartition(".")
+        module = path.rpartition(".")[2]
+        if module == "experts":
+            parts = _expert_parts(name, _find_experts(live, path, kind), shape, rank, size)
+        elif module in _PADDED and name in live:
+            parts = _vocabulary_parts(name, live[name], shape, rank, size)
+        elif name in live:
+            parts = iter([_cut(name, live[name], shape, rank, size)])
+        elif module in _HOSTS:
+            parts = iter([_stacked_part(name, live, shapes, rank, size)])
+        else:
+            raise LayoutError(f"the engine has no tensor that holds {name}")
+        for piece, tensor in parts:
+            if tensor.numel():
+                yield name, piece, tensor
 
 
-def _find(live: Mapping[str, torch.Tensor], name: str, shapes: Mapping[str, Sequence[int]]) -> torch.Tensor | None:
+def _find_experts(live: Mapping[str, torch.Tensor], path: str, kind: str) -> torch.Tensor:
+    # The module in between has had several names, and more than one at a time.
+    held = {
+        tensor.data_ptr(): tensor
+        for key, tensor in live.items()
+        if key.startswith(f"{path}.") and key.endswith(f".{_EXPERTS[kind]}")
+    }
+    if len(held) != 1:
+        raise LayoutError(f"the engine has no tensor that holds {path}.{kind}")
+    return next(iter(held.values()))
+
+
+def _expert_parts(
+    name: str, tensor: torch.Tensor, shape: Sequence[int], rank: int, size: int
+) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Expert parallel gives a worker some experts whole, tensor parallel a slice of every expert."""
+    num_experts, rows, _ = shape
+    if tensor.shape[1:] == tuple(shape[1:]):
+        count, rest = divmod(num_experts, size)
+        start, length = rank * count + min(rank, rest), count + (rank < rest)
+        if len(tensor) == num_experts:
+            start, length = 0, num_experts
+        if len(tensor) != length:
+            raise _misfit(name, tensor, shape)
+        yield Piece(shape=tuple(shape), start=start, length=length), tensor
+    elif name.endswith("gate_up_proj"):
+        half = tensor.shape[1] // 2
+        if (len(tensor), 2 * half * size, tensor.shape[2]) != tuple(shape):
+            raise _misfit(name, tensor, shape)
+        for first_row, part in zip((0, rows // 2), tensor.split(half, dim=1), strict=True):
+            yield Piece(shape=tuple(shape), axis=1, start=first_row + rank * half, length=half), part
+    else:
+        yield _cut(name, tensor, shape, rank, size)
+
+
+def _vocabulary_parts(
+    name: str, tensor: torch.Tensor, shape: Sequence[int], rank: int, size: int
+) -> Iterator[tuple[Piece, torch.Tensor]]:
+    rows = len(tensor)
+    if rows * size < shape[0] or tensor.shape[1:] != tuple(shape[1:]):
+        raise _misfit(name, tensor, shape)
+    start = min(rank * rows, shape[0])
+    length = min(start + rows, shape[0]) - start
+    yield Piece(shape=tuple(shape), start=start, length=length), tensor[:length]
+
+
+def _stacked_part(
+    name: str, live: Mapping[str, torch.Tensor], shapes: Shapes, rank: int, size: int
+) -> tuple[Piece, torch.Tensor]:
     path, _, kind = name.rpartition(".")
     owner, _, module = path.rpartition(".")
-    if module == "experts":
-        # The module in between has had several names, and more than one at a time.
-        held = {
-            tensor.data_ptr(): tensor
-            for key, tensor in live.items()
-            if key.startswith(f"{path}.") and key.endswith(f".{_EXPERTS[kind]}")
-        }
-        return next(iter(held.values())) if len(held) == 1 else None
-    if module in _PADDED and name in live:
-        return live[name][: shapes[name][0]]
-    if module in _FUSED and name not in live:
-        host, before = _FUSED[module]
-        fused = live.get(f"{owner}.{host}.{kind}")
-        begin = sum(shapes[f"{owner}.{other}.{kind}"][0] for other in before)
-        return None if fused is None else fused[begin : begin + shapes[name][0]]
-    return live.get(name)
+    host = _HOSTS[module]
+    stacked = live.get(f"{owner}.{host}.{kind}")
+    parts = [f"{owner}.{part}.{kind}" for part in _STACKED[host]]
+    if stacked is None or any(part not in shapes for part in parts):
+        raise LayoutError(f"the engine has no tensor that holds {name}")
+    rows = [shapes[part][0] for part in parts]
+    held = _rows_held(rows, len(stacked), size, attention=host == "qkv_proj")
+    if held is None:
+        raise LayoutError(f"{owner}.{host}.{kind} has {len(stacked)} rows, which are no part of {sum(rows)}")
+    index = parts.index(name)
+    begin = sum(held[:index])
+    copies = held[index] * size // rows[index]  # workers that hold the same rows
+    piece = Piece(shape=tuple(shapes[name]), start=rank // copies * held[index], length=held[index])
+    return piece, stacked[begin : begin + held[index]]
+
+
+def _rows_held(rows: Sequence[int], num_held: int, size: int, *, attention: bool) -> list[int] | None:
+    """Of every stacked matrix, the rows in one worker's ``num_held``; None when they cannot be told."""
+    if num_held == sum(rows):
+        return list(rows)
+    if num_held * size == sum(rows) and all(count % size == 0 for count in rows):
+        return [count // size for count in rows]
+    if not attention or rows[0] % size:
+        return None
+    # With more workers than key-value heads, each head is on several of them.
+    queries, (keys, values) = rows[0] // size, rows[1:]
+    held_keys, rest = divmod((num_held - queries) * keys, keys + values)
+    held = [queries, held_keys, num_held - queries - held_keys]
+    fits = rest == 0 and held_keys > 0 and keys % held_keys == 0 and (held_keys * size) % keys == 0
+    return held if fits else None
+
+
+def _cut(name: str, tensor: torch.Tensor, shape: Sequence[int], rank: int, size: int) -> tuple[Piece, torch.Tensor]:
+    """A tensor that is whole on every worker, or cut along one axis into equal parts."""
+    whole = tuple(shape) or (1,)
+    held = tuple(tensor.shape) or (1,)
+    different = [axis for axis in range(len(whole)) if len(held) == len(whole) and held[axis] != whole[axis]]
+    if held == whole:
+        return Piece.whole(whole), tensor
+    if len(different) != 1 or held[different[0]] * size != whole[different[0]]:
+        raise _misfit(name, tensor, shape)
+    (axis,) = different
+    return Piece(shape=whole, axis=axis, start=rank * held[axis], length=held[axis]), tensor
+
+
+def _misfit(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> LayoutError:
+    return LayoutError(f"{name} has shape {tuple(shape)}, but the engine holds {tuple(tensor.shape)}")
+
+
+def _covers(shape: Sequence[int], pieces: Iterable[Piece]) -> bool:
+    """Whether pieces of a tensor leave no gap and do not overlap. They are cut along one axis, all along the same."""
+    pieces = list(pieces)
+    whole = tuple(shape) or (1,)
+    if len({(piece.axis, piece.shape) for piece in pieces}) != 1 or pieces[0].shape != whole:
+        return False
+    end = 0
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if piece.start != end:
+            return False
+        end += piece.length
+    return end == whole[pieces[0].axis]
 
 
 def absorbed(kv_b: torch.Tensor, w_uk_t: torch.Tensor, w_uv: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from model import ModelConfig
+from model.outline import ModelOutline
 from rl.errors import DataError
 from rl.sample import Kept, NDArray
 from rollout.engine import Completion, Finish, Request, check_window, truncates
@@ -36,12 +36,12 @@ class Recording:
     max_context: int
 
     @classmethod
-    def of(cls, config: ModelConfig, *, kept: bool, max_context: int) -> Recording:
+    def of(cls, model: ModelOutline, *, kept: bool, max_context: int) -> Recording:
         return cls(
-            vocab_size=config.vocab_size,
-            num_experts=config.n_routed_experts,
-            moe_layers=tuple(config.moe_layers),
-            experts_per_token=config.num_experts_per_tok,
+            vocab_size=model.vocab_size,
+            num_experts=model.num_experts,
+            moe_layers=model.moe_layers,
+            experts_per_token=model.experts_per_token,
             kept=kept,
             max_context=max_context,
         )

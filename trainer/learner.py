@@ -20,6 +20,7 @@ from rl.sample import NDArray
 from trainer.pack import Minibatch
 from trainer.phase import Phase
 from trainer.rank import LOOPBACK, LearnerRank
+from trainer.sender import Offer, Sent
 from trainer.step import RankStep
 from trainer.supervised import EncodedDemonstration, pack_demonstrations
 
@@ -47,7 +48,7 @@ class WeightBuckets:
     """The weights on their way to the engines, as Ray references to ``{name: CPU tensor}``."""
 
     refs: list[Any]
-    num_bytes: int
+    sent: Sent
 
 
 class Learner:
@@ -69,20 +70,22 @@ class Learner:
         phase: Phase | None = Phase.REINFORCEMENT,
         timeout_s: float = 1800.0,
         start_timeout_s: float = 300.0,
+        actor_options: Sequence[Mapping[str, Any]] = (),
     ) -> Learner:
         """Starts the ranks and begins a phase from the weights in ``model_dir``; with None, that is left to the caller.
 
-        ``timeout_s`` bounds every later call, and how long a rank waits for the others inside one.
+        ``timeout_s`` bounds every later call, and how long a rank waits for the others inside one. ``actor_options``
+        say where Ray puts each rank (`rl.placement`); without them it chooses.
 
         Raises:
             RunStopped: a rank did not start, died or stopped answering; names the rank.
             UserError: what a rank says about the recipe or the model directory.
         """
-        learner = cls(recipe, _actors(recipe), timeout_s=timeout_s)
+        learner = cls(recipe, _actors(recipe, actor_options), timeout_s=timeout_s)
         try:
             # The first call returns when the process is up, which needs its share of the cluster to be free.
             await learner._all("__ray_ready__", timeout_s=start_timeout_s)
-            host = LOOPBACK if _one_node() else ray.util.get_node_ip_address()
+            host = await learner._host()
             port = await learner._one(0, "open_store", host)
             await learner._all("join", host, port, timeout_s)
             if phase is not None:
@@ -116,8 +119,51 @@ class Learner:
 
     async def weight_buckets(self, max_bytes: int = 256 << 20) -> WeightBuckets:
         """Puts the current weights, by their in-memory names, into Ray's object store, at most ``max_bytes`` each."""
-        refs, num_bytes = (await self._all("weight_buckets", max_bytes))[0]
-        return WeightBuckets(refs=refs, num_bytes=num_bytes)
+        refs, sent = (await self._all("weight_buckets", max_bytes))[0]
+        return WeightBuckets(refs=refs, sent=sent)
+
+    async def open_transfer(self) -> tuple[str, int]:
+        """Opens a group that engines can join; returns where rank 0 waits for them."""
+        host = await self._host()
+        return host, await self._one(0, "open_transfer", host)
+
+    async def join_transfer(self, host: str, *, size: int, timeout_s: float) -> None:
+        """Returns when all ``size`` processes are in the group that :meth:`open_transfer` opened."""
+        await self._one(0, "join_transfer", host, size, timeout_s)
+
+    async def send_weights(self, max_bytes: int = 256 << 20) -> Sent:
+        """Broadcasts the current weights to the engines that joined, at most ``max_bytes`` whole at a time."""
+        return (await self._all("send_weights", max_bytes))[0]
+
+    async def offer_weights(self, *, first: bool, max_bytes: int = 256 << 20) -> Offer | Sent:
+        """The next bucket of the current weights in the memory of every rank's GPU; at last, what they amounted to.
+
+        An offer stands until the call after the next one.
+        """
+        parts = await self._all("offer_weights", max_bytes, first)
+        if isinstance(parts[0], Sent):
+            return parts[0]
+        return Offer(bucket=parts[0].bucket, handles={uuid: h for part in parts for uuid, h in part.handles.items()})
+
+    async def gpus(self) -> list[str]:
+        """What each rank sees as CUDA_VISIBLE_DEVICES."""
+        return [gpus for _, gpus in await self._all("node")]
+
+    async def sleep(self) -> None:
+        """Leaves the GPU to the engines, as far as ``learner.sleep`` says."""
+        await self._all("sleep")
+
+    async def wake(self) -> None:
+        """Undoes :meth:`sleep`, which a step, a checkpoint and a phase need."""
+        await self._all("wake")
+
+    async def peak_memory_gb(self) -> float:
+        """The most that any rank's GPU has had reserved since the last call, in units of 1e9 bytes."""
+        return max(await self._all("peak_memory_gb"))
+
+    async def _host(self) -> str:
+        """Where rank 0 can be reached."""
+        return LOOPBACK if _one_node() else (await self._one(0, "node"))[0]
 
     async def checksums(self) -> dict[str, int]:
         """``model.checksums`` of the tensors that :meth:`weight_buckets` sends."""
@@ -269,7 +315,7 @@ def _step_metrics(steps: Sequence[RankStep]) -> dict[str, Mean]:
     }
 
 
-def _actors(recipe: Recipe) -> list[Any]:
+def _actors(recipe: Recipe, options: Sequence[Mapping[str, Any]]) -> list[Any]:
     """One actor per rank, each with its own CPUs and, where the cluster has GPUs, its GPU or its share of one."""
     ranks, threads = recipe.learner.ranks, recipe.learner.threads
     room = ray.cluster_resources().get("CPU", 0)
@@ -279,8 +325,13 @@ def _actors(recipe: Recipe) -> list[Any]:
             f"but the Ray cluster has {room:.0f}"
         )
     shares = gpu_shares(recipe, ray.cluster_resources().get("GPU", 0))
-    actor = ray.remote(LearnerRank).options(num_cpus=threads, num_gpus=shares.rank)
-    return [actor.remote(recipe, rank=rank, world_size=ranks) for rank in range(ranks)]
+    actor = ray.remote(LearnerRank)
+    return [
+        actor.options(num_cpus=threads, num_gpus=shares.rank, **(options[rank] if options else {})).remote(
+            recipe, rank=rank, world_size=ranks
+        )
+        for rank in range(ranks)
+    ]
 
 
 def _one_node() -> bool:

@@ -19,12 +19,14 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from model import load_model
+from model.checksum import Checksums
 from rl.config import Offload, Recipe
 from rl.errors import DataError, RecipeError
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
 from trainer.pack import Minibatch
 from trainer.phase import Phase, freeze, optimization, trains_indexer
 from trainer.policy import Policy
+from trainer.sender import Offer, Sent, WeightSender
 from trainer.step import RankStep, Reference, grpo_step
 from trainer.supervised import supervised_step
 from trainer.weights import save_whole_model, weight_checksums, whole_weights
@@ -47,6 +49,7 @@ class LearnerRank:
         self.phase = Phase.REINFORCEMENT
         self.reference: Reference | None = None
         self._store: Store | None = None
+        self._sender: WeightSender | None = None
         self._engine: DeepSpeedEngine | None = None
 
     def open_store(self, host: str) -> int:
@@ -92,6 +95,12 @@ class LearnerRank:
         if self.recipe.learner.activation_checkpointing:
             model.recompute_activations()
         return Policy(model, temperature=temperature)
+
+    @property
+    def sender(self) -> WeightSender:
+        if self._sender is None:
+            self._sender = WeightSender(rank=self.rank, device=self.device)
+        return self._sender
 
     @property
     def engine(self) -> DeepSpeedEngine:
@@ -141,14 +150,44 @@ class LearnerRank:
         if self.recipe.learner.sleep:
             self.engine.wake()
 
-    def weight_buckets(self, max_bytes: int) -> tuple[list[Any], int]:
-        """On rank 0: Ray references to dicts of CPU tensors, and their size in bytes. Nothing on the other ranks."""
-        refs, num_bytes = [], 0
+    def weight_buckets(self, max_bytes: int) -> tuple[list[Any], Sent]:
+        """On rank 0: Ray references to dicts of CPU tensors, and what they amount to. Nothing on the other ranks."""
+        refs, sums, num_bytes = [], Checksums(), 0
         for bucket in whole_weights(self.policy.model, max_bytes):
             if self.rank == 0:
                 refs.append(ray.put({name: tensor.cpu() for name, tensor in bucket.items()}))
                 num_bytes += sum(tensor.nbytes for tensor in bucket.values())
-        return refs, num_bytes
+                for name, tensor in bucket.items():
+                    sums.add(name, tensor)
+        return refs, Sent(num_bytes=num_bytes, checksums=sums.result())
+
+    def open_transfer(self, host: str) -> int:
+        """On rank 0: opens the group that engines join for weight updates, and returns its port."""
+        return self.sender.open(host)
+
+    def join_transfer(self, host: str, size: int, timeout_s: float) -> None:
+        """On rank 0: waits for the engines' workers."""
+        self.sender.join(host, size=size, timeout_s=timeout_s)
+
+    def send_weights(self, max_bytes: int) -> Sent | None:
+        """Rank 0 broadcasts the weights to the engines; None on the other ranks."""
+        return self.sender.send(whole_weights(self.policy.model, max_bytes))
+
+    def offer_weights(self, max_bytes: int, first: bool) -> Offer | Sent:
+        """The next bucket of weights, in this rank's GPU memory, for the engine on the same GPU; at last, the sum."""
+        return self.sender.offer(whole_weights(self.policy.model, max_bytes) if first else None)
+
+    def node(self) -> tuple[str, str]:
+        """The address of this rank's node, and the GPUs that it has there."""
+        return ray.util.get_node_ip_address(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+    def peak_memory_gb(self) -> float:
+        """The most that this rank's GPU has had reserved since the last call, in units of 1e9 bytes; 0 without one."""
+        if self.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_reserved(self.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
 
     def checksums(self) -> dict[str, int]:
         """Of the tensors that ``weight_buckets`` sends."""

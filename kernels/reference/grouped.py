@@ -14,7 +14,8 @@ def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
     """
     # torch's grouped product wants row strides in multiples of 16 bytes, and bfloat16 on a GPU.
     aligned = all(dim * rows.element_size() % 16 == 0 for dim in weights.shape[1:])
-    if aligned and (rows.device.type == "cpu" or rows.dtype == torch.bfloat16):
+    taken = rows.dtype == torch.bfloat16 or (rows.device.type == "cpu" and rows.dtype == torch.float32)
+    if aligned and taken:
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(*pair) for pair in zip(rows.split(sizes), weights.unbind(), strict=True)])

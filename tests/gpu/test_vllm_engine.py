@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rl.config import Sampling
 from rollout.engine import Completion, EngineStats, Finish, Request
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
 from tests.gpu.replay import figures, log_ratios
+from trainer.sender import Offer, WeightSender
 
 MAX_CONTEXT = 2048
 TOP_K_KEYS = 512
@@ -103,9 +104,16 @@ def flip(worker: Any) -> None:
             tensor.data[3, 5, 7] += 1
 
 
-async def update(actor: VllmEngineActor, module: DeepseekV32, version: int) -> dict[str, int]:
-    for bucket in buckets_of(module):
-        await actor.stage(bucket)
+async def update(
+    actor: VllmEngineActor, sender: WeightSender, module: DeepseekV32, version: int, without: str = ""
+) -> dict[str, int]:
+    """As `rl.sync.SharedMemory` does it, from this process's GPU memory; one tensor may be forgotten."""
+    buckets = ({name: t for name, t in bucket.items() if name != without} for bucket in buckets_of(module))
+    await actor.begin_update()
+    offer = sender.offer(buckets)
+    while isinstance(offer, Offer):
+        await actor.receive(asdict(offer))
+        offer = sender.offer(None)
     return await actor.commit(version)
 
 
@@ -139,14 +147,16 @@ def endless(request: Request) -> Request:
 
 
 async def update_weights(actor: VllmEngineActor, seen: Observed) -> None:
+    sender = WeightSender(rank=0, device=torch.device("cuda", 0))
     # Version 1 is another model, and comes while sequences are on their way.
     seen.requests["flight"] = [endless(r) for r in make_requests("flight", 8, 40, max_tokens=600)]
     steps = (await actor.stats()).num_decode_steps
     flight = asyncio.ensure_future(actor.generate(seen.requests["flight"]))
     while (await actor.stats()).num_decode_steps < steps + 50:
         await asyncio.sleep(0.005)
+    moved = make_module(1).to("cuda")
     began = time.perf_counter()
-    seen.sums["moved"] = await update(actor, make_module(1), 1)
+    seen.sums["moved"] = await update(actor, sender, moved, 1)
     seconds = time.perf_counter() - began
     num_bytes = sum(tensor.nbytes for tensor in make_module(1).state_dict().values())
     seen.figures["update"] = {"seconds": seconds, "bytes": num_bytes, "gb_per_s": num_bytes / seconds / 1e9}
@@ -155,22 +165,14 @@ async def update_weights(actor: VllmEngineActor, seen: Observed) -> None:
     seen.completions["after"] = await actor.generate(seen.requests["after"])
 
     # What must be noticed: a live element that changes, and a tensor that never arrives.
-    spec = {name: (list(t.shape), str(t.dtype).split(".")[1]) for name, t in make_module(1).state_dict().items()}
     await actor._engine.collective_rpc(flip)
-    (seen.sums["flipped"],) = await actor._engine.collective_rpc("live_checksums", args=(spec,))
-    send = actor._send
-
-    async def without(bucket: Mapping[str, torch.Tensor]) -> None:
-        await send({name: tensor for name, tensor in bucket.items() if name != DROPPED})
-
-    actor._send = without
+    seen.sums["flipped"] = await actor.checksums()
     weights = make_module(2)
     with torch.no_grad():
         weights.state_dict()[DROPPED].add_(0.5)
     seen.sums["expected_dropped"] = checksums(weights.state_dict().items())
-    seen.sums["dropped"] = await update(actor, weights, 2)
-    actor._send = send
-    seen.sums["mended"] = await update(actor, weights, 3)
+    seen.sums["dropped"] = await update(actor, sender, weights, 2, without=DROPPED)
+    seen.sums["mended"] = await update(actor, sender, weights, 3)
 
 
 async def abort_some(actor: VllmEngineActor, seen: Observed) -> None:

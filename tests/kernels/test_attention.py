@@ -12,7 +12,7 @@ from kernels import (
     indexer_kl,
     indexer_scores,
     latent_attention,
-    masked_mha,
+    masked_attention,
     mean_attention,
     sparse_attention,
 )
@@ -82,7 +82,7 @@ def test_masked_mha_and_its_mean() -> None:
                 outputs.append(sum(w * values[b, s, h] for w, s in zip(weights, chosen, strict=True)))
                 probs[b, h, t, chosen] = torch.stack(weights).detach()
     wanted = torch.stack(outputs).view(SEQUENCES, LENGTH, HEADS, VALUE_DIM)
-    assert_same(masked_mha(queries, keys, values, mask, 0.6), wanted, inputs)
+    assert_same(masked_attention(queries, keys, values, mask, 0.6), wanted, inputs)
 
     target = mean_attention(queries, keys, mask, 0.6)
     assert not target.requires_grad

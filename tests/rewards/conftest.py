@@ -106,6 +106,17 @@ async def slow_but_sure(sample):
     await asyncio.sleep(0.3)
     return 1.0
 
+class OneAtATime:
+    concurrency = 1
+    def __init__(self):
+        self.running = 0
+    async def __call__(self, sample):
+        self.running += 1
+        most = self.running
+        await asyncio.sleep(0.15)
+        self.running -= 1
+        return most
+
 async def never_on_hang(sample):
     if sample.reply == "hang":
         await asyncio.Event().wait()

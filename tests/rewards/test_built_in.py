@@ -12,7 +12,7 @@ from rewards.language_consistency import LanguageConsistency, words
 from rewards.length_penalty import LengthPenalty
 from rewards.math_answer import math_answer
 from rewards.protocol import Reward
-from rewards.reasoning_gym import reasoning_gym_score
+from rewards.reasoning_gym import _ALGEBRA, _ARITHMETIC, _LITERALS, may_evaluate, reasoning_gym_score
 from rewards.reply import answer, reasoning
 from rl.procedural import entries, library
 from rl.sample import Status
@@ -210,6 +210,47 @@ def test_answers_that_a_scorer_cannot_read(make_sample):
     (entry,) = entries("chain_sum", size=1, seed=0, args={})
     unfinished = make_sample(entry["answer"], thinking=True, answer=entry)
     assert reasoning_gym_score(unfinished) == Reward(0.0, {"unreadable": 0.0})
+
+
+@pytest.mark.parametrize("task", sorted({*_LITERALS, *_ARITHMETIC, *_ALGEBRA}))
+def test_answers_are_not_evaluated_as_python(make_sample, task, tmp_path):
+    """An answer that writes a file when it is evaluated writes none, in any of the forms that the scorers evaluate."""
+    (entry,) = entries(task, size=1, seed=0, args={})
+    marker = tmp_path / "evaluated"
+    code = f"__import__('pathlib').Path({str(marker)!r}).write_text('x')"
+    for attack in (code, f"[{code}]", f"({code}, 1)[1]", f"[[0, 1], [{code}]]", f"x + {code}", f"1 + int({code})"):
+        assert reasoning_gym_score(make_sample(attack, answer=entry)).value < 0.1
+    assert not marker.exists()
+    assert reasoning_gym_score(make_sample(entry["answer"] or "", answer=entry)).parts["unreadable"] == 0.0
+
+
+@pytest.mark.parametrize("task", sorted({*_ARITHMETIC, *_ALGEBRA}))
+@pytest.mark.parametrize("bomb", ["9**9**9", "9**(9**9)", "9**999999", "x.diff", "f('x')", "10**(10*x**9)"])
+def test_answers_that_would_take_for_ever(task, bomb):
+    assert not may_evaluate(task, bomb)
+
+
+def test_honest_answers_are_evaluated():
+    assert may_evaluate("countdown", "(3 + 4) * 25 / 5 - 1")
+    assert may_evaluate("polynomial_multiplication", "-6*x**3 + 12*x**2*y - 4.5*x")
+    assert may_evaluate("simple_integration", "x**2/2 - 3*x**(-1) + sin(x)*exp(-2*x) + log(x) + C")
+    assert may_evaluate("intermediate_integration", "sqrt(x**2 + 1)*asinh(x)/3 + C")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 9).filter(lambda number: number != 4), min_size=1, max_size=5), st.booleans())
+def test_several_guesses_are_worth_no_more_than_one(make_sample, guesses, in_one_box):
+    """A reply that boxes the right answer among others has not answered."""
+    values = [*map(str, guesses), "4"]
+    boxes = f"\\boxed{{{', '.join(values)}}}" if in_one_box else " ".join(f"\\boxed{{{value}}}" for value in values)
+    assert math_answer(make_sample(boxes, answer="4")).value == 0.0
+
+
+@pytest.mark.parametrize(
+    "reply", ["\\boxed{4 \\pm 1}", "\\boxed{[0, 10]}", "\\boxed{x}", "\\boxed{4 < 5}", "\\boxed{3;4}"]
+)
+def test_answers_that_hold_many_values(make_sample, reply):
+    assert math_answer(make_sample(reply, answer="4")).value == 0.0
 
 
 def test_a_prompt_from_elsewhere_is_an_error(make_sample):

@@ -19,9 +19,10 @@ def error(use: str, **settings) -> str:
 
 def test_every_built_in_resolves():
     args = {"length_penalty": {"target": 1, "limit": 2}}
+    are_async = {"code_tests", "state_check"}
     for name in BUILT_IN:
         function = resolve(RewardUse(use=name, args=args.get(name, {})))
-        assert (function.name, function.is_async, function.is_batched) == (name, False, False)
+        assert (function.name, function.is_async, function.is_batched) == (name, name in are_async, False)
 
 
 def test_a_dotted_path_from_the_current_directory(user_rewards, make_sample):

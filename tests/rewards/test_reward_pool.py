@@ -149,6 +149,18 @@ def test_async_rewards_of_many_groups_overlap(user_rewards, make_sample):
     assert with_pool(uses, body) < 3.0  # one after another, 40 calls of 0.3 s take 12 s
 
 
+def test_async_rewards_that_wait_for_their_turn(user_rewards, make_sample):
+    """Never two at the same time, and the time spent waiting is not held against them."""
+    uses = [RewardUse(use=f"{user_rewards}:OneAtATime", timeout_s=1.5, retries=0)]
+
+    async def body(pool: RewardPool) -> list[list[Scored | Failure]]:
+        groups = [[make_sample(index=i) for i in range(6)] for _ in range(3)]
+        return await asyncio.gather(*(pool.score_group(group) for group in groups))
+
+    outcomes = [outcome for group in with_pool(uses, body) for outcome in group]
+    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [1.0] * 18
+
+
 def test_sync_functions_run_on_main_threads_of_several_processes(user_rewards, make_sample):
     async def body(pool: RewardPool) -> list[list[Scored | Failure]]:
         return await asyncio.gather(*(pool.score_group([make_sample()]) for _ in range(16)))

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from rewards.folder import Folder
+from rewards.isolation import strongest, user_of
 from rewards.jail import seccomp
-from rewards.sandbox import Isolation, Limits, Result, Sandbox, SandboxError, strongest, user_of
+from rewards.sandbox import Isolation, Limits, Result, Sandbox, SandboxError
 
 LIMITS = Limits(wall_s=60, cpu_s=60, memory_bytes=96 << 20, processes=24, output_bytes=50_000, disk_bytes=4 << 20)
 

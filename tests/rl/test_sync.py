@@ -17,10 +17,11 @@ from model import LanguageModel, checksums, load_model
 from rl.config import Sampling
 from rl.errors import RunStopped
 from rl.initial_model import create_initial_model, initial_config
-from rl.sync import publish, verify
+from rl.sync import ObjectStore, publish, verify
 from rollout.pool import EnginePool
 from tests.rl.tiny_runs import assert_one_sentence, make_prompt, run_here, tiny_recipe
 from trainer.learner import Learner, WeightBuckets
+from trainer.sender import Sent
 
 VICTIM = "model.layers.1.mlp.experts.down_proj"
 
@@ -55,11 +56,12 @@ class InProcessLearner:
         self.tamper(sent)
         names = sorted(sent)
         halves = [{name: sent[name] for name in names[part::2]} for part in range(2)]
+        num_bytes = sum(tensor.nbytes for tensor in sent.values())
         return WeightBuckets(
-            refs=[ray.put(half) for half in halves], num_bytes=sum(tensor.nbytes for tensor in sent.values())
+            refs=[ray.put(half) for half in halves], sent=Sent(num_bytes=num_bytes, checksums=self.checksums())
         )
 
-    async def checksums(self) -> dict[str, int]:
+    def checksums(self) -> dict[str, int]:
         return checksums(self.module.state_dict().items())
 
 
@@ -85,7 +87,7 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 async def publish_from(learner: InProcessLearner, pool: EnginePool, version: int):
-    return await publish(cast(Learner, learner), pool, version)
+    return await publish(ObjectStore(cast(Learner, learner), pool), version)
 
 
 def test_publishing_through_real_engines(cluster: None, tmp_path: Path):
@@ -119,7 +121,7 @@ def test_publishing_through_real_engines(cluster: None, tmp_path: Path):
 
             # Something that reaches one engine alone is found in that engine.
             await pool._engines[1].stage.remote({VICTIM: torch.zeros_like(module.state_dict()[VICTIM])})
-            expected = await InProcessLearner(module).checksums()
+            expected = InProcessLearner(module).checksums()
             first, second = await pool.commit(6)
             verify(expected, first, place="engine 0", version=6)
             with pytest.raises(RunStopped, match=f"{VICTIM} differs in engine 1"):
@@ -152,7 +154,7 @@ def test_a_run_whose_weights_do_not_arrive_stops_and_names_the_tensor(
             if VICTIM in bucket:
                 bucket[VICTIM].view(-1).view(torch.int32)[3] ^= 1
             refs.append(ray.put(bucket))
-        return WeightBuckets(refs=refs, num_bytes=buckets.num_bytes)
+        return WeightBuckets(refs=refs, sent=buckets.sent)
 
     monkeypatch.setattr(Learner, "weight_buckets", flip)
     code, stopped = run_here(tmp_path, "steps=4")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model import DeepseekV32
 from rl.errors import DataError
 from rl.sample import Prompt
 from rollout.engine import Finish, Request
@@ -15,7 +16,7 @@ from rollout.vllm_requests import Recording, check_request, sampling_arguments, 
 
 @pytest.fixture
 def recording(tiny_config) -> Recording:
-    return Recording.of(tiny_config, kept=True, max_context=96)
+    return Recording.of(DeepseekV32(tiny_config).outline, kept=True, max_context=96)
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
                 assert sent.keys().isdisjoint(bucket)
                 sent |= bucket
             assert len(buckets.refs) > 3
-            assert buckets.num_bytes == sum(tensor.nbytes for tensor in sent.values())
+            assert buckets.sent.num_bytes == sum(tensor.nbytes for tensor in sent.values())
             sums = await learner.checksums()
             assert checksums(sent.items()) == sums
             assert sums != checksums(cold.state_dict().items())

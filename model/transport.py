@@ -1,0 +1,218 @@
+"""Weights on their way between processes: buckets packed into one buffer, and a group that broadcasts them.
+
+A transfer is a stream of buckets that describe themselves, so a receiver needs to know nothing beforehand.
+Descriptions go through the group's store, which waits no longer than it is told to; bytes go through NCCL, or gloo
+without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+_ALIGNMENT = 256  # bytes; what device allocators align to, and enough for any dtype
+_POLL_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One tensor of a packed bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # torch's name for it
+    offset: int  # in bytes, from the beginning of the buffer
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """What a packed buffer holds."""
+
+    slots: tuple[Slot, ...]
+    num_bytes: int  # of the buffer, gaps included
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Bucket:
+        slots, offset = [], 0
+        for name, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            slots.append(Slot(name=name, shape=tuple(tensor.shape), dtype=dtype, offset=offset))
+            offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return cls(slots=tuple(slots), num_bytes=offset)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Bucket:
+        fields = json.loads(text)
+        slots = tuple(Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in fields["slots"])
+        return cls(slots=slots, num_bytes=fields["num_bytes"])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], buffer: torch.Tensor) -> None:
+        """Copies the tensors into a uint8 ``buffer`` of at least ``num_bytes``."""
+        for slot, view in zip(self.slots, self._views(buffer), strict=True):
+            view.copy_(tensors[slot.name])
+
+    def unpack(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of the packed tensors, by name."""
+        return {slot.name: view for slot, view in zip(self.slots, self._views(buffer), strict=True)}
+
+    def _views(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+        for slot in self.slots:
+            octets = buffer[slot.offset : slot.offset + slot.num_bytes]
+            yield octets.view(getattr(torch, slot.dtype)).view(slot.shape)
+
+
+class StagingBuffers:
+    """Device buffers that buckets are packed into in turn; each is made once, and again only for a larger bucket."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._turn = 0
+
+    @property
+    def count(self) -> int:
+        return len(self._buffers)
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Bucket, torch.Tensor]:
+        """The bucket and the buffer that holds it, which is overwritten ``count`` calls later."""
+        bucket = Bucket.of(tensors)
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if self._buffers[self._turn].numel() < bucket.num_bytes:
+            device = self._buffers[self._turn].device
+            self._buffers[self._turn] = torch.empty(0)  # gone before its successor is made
+            self._buffers[self._turn] = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+        buffer = self._buffers[self._turn][: bucket.num_bytes]
+        bucket.pack(tensors, buffer)
+        if buffer.is_cuda:
+            # Gathered tensors give their memory up at the end of their turn, on a stream of their own.
+            torch.cuda.current_stream(buffer.device).synchronize()
+        return bucket, buffer
+
+
+def open_store(host: str) -> TCPStore:
+    """The store of a group, on a free port of this process; ``store.port`` says which."""
+    return TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+
+
+class BroadcastGroup:
+    """Processes of which the first sends tensors to all others, beside whatever other groups they are in.
+
+    Every wait ends after ``timeout_s`` with TimeoutError or torch's DistStoreError, so that a partner that died is
+    noticed. After an error the group is of no use any more.
+    """
+
+    def __init__(
+        self, host: str, store: Store, *, rank: int, size: int, device: torch.device, timeout_s: float
+    ) -> None:
+        """Joins; returns when all ``size`` processes have. ``host`` is this process's own address, for gloo."""
+        self.rank = rank
+        self.device = device
+        self._timeout_s = timeout_s
+        store.set_timeout(timedelta(seconds=timeout_s))
+        self._store = PrefixStore("weights", store)
+        self._backend = _backend(host, PrefixStore("group", store), rank, size, device, timeout_s)
+        self._staging = StagingBuffers(2, device) if rank == 0 else None
+        self._num_rounds = 0
+        self._keys: list[str] = []  # in the store since the last round
+
+    @classmethod
+    def join(cls, host: str, port: int, **settings: Any) -> BroadcastGroup:
+        """As a process that does not hold the store; ``settings`` as above."""
+        timeout = timedelta(seconds=settings["timeout_s"])
+        store = TCPStore(host, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
+        with socket.create_connection((host, port)) as route:
+            own_host = route.getsockname()[0]
+        return cls(own_host, store, **settings)
+
+    def send(self, buckets: Iterable[Mapping[str, torch.Tensor]]) -> int:
+        """Sends one transfer from rank 0, and returns its bytes. A bucket's tensors must be valid for its turn only."""
+        assert self._staging is not None, "only rank 0 sends"
+        self._forget_last_round()
+        number, num_bytes, under_way = -1, 0, []
+        for number, tensors in enumerate(buckets):
+            if len(under_way) == self._staging.count:
+                self._wait(under_way.pop(0))
+            bucket, buffer = self._staging.pack(tensors)
+            self._publish(number, bucket.to_json())
+            under_way.append(self._broadcast(buffer))
+            num_bytes += sum(slot.num_bytes for slot in bucket.slots)
+        self._publish(number + 1, "")
+        for work in under_way:
+            self._wait(work)
+        self._num_rounds += 1
+        return num_bytes
+
+    def receive(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The buckets of one transfer, each in fresh memory."""
+        number = 0
+        while description := self._store.get(self._key(number)):
+            bucket = Bucket.from_json(description)
+            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
+            self._wait(self._broadcast(buffer))
+            yield bucket.unpack(buffer)
+            number += 1
+        self._num_rounds += 1
+
+    def close(self) -> None:
+        """Ends the group without waiting for the others."""
+        abort = getattr(self._backend, "abort", None)
+        if abort is not None:
+            abort()
+
+    def _publish(self, number: int, description: str) -> None:
+        self._store.set(self._key(number), description)
+        self._keys.append(self._key(number))
+
+    def _forget_last_round(self) -> None:
+        for key in self._keys:
+            self._store.delete_key(key)
+        self._keys = []
+
+    def _key(self, number: int) -> str:
+        return f"{self._num_rounds}/{number}"
+
+    def _broadcast(self, buffer: torch.Tensor) -> Any:
+        options = torch.distributed.BroadcastOptions()  # pyright: ignore[reportPrivateImportUsage]
+        options.rootRank, options.rootTensor = 0, 0
+        return self._backend.broadcast([buffer], options)
+
+    def _wait(self, work: Any) -> None:
+        """Until the bytes are there. Polls, because NCCL's own wait is for the stream and not for the clock."""
+        deadline = time.monotonic() + self._timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a weight transfer stood still for {self._timeout_s:.0f} s")
+            time.sleep(_POLL_S)
+        work.wait()
+
+
+def _backend(host: str, store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
+    # The backend's own watchdog would end the process; it comes after ours, which says what happened.
+    timeout = timedelta(seconds=2 * timeout_s)
+    if device.type == "cuda":
+        nccl: Any = torch.distributed.ProcessGroupNCCL  # pyright: ignore[reportAttributeAccessIssue]
+        options = nccl.Options()
+        options._timeout = timeout
+        backend = nccl(store, rank, size, options)
+        backend.eager_connect_single_device(device)
+        return backend
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
+    options._timeout = timeout
+    return gloo(store, rank, size, options)

@@ -1,0 +1,77 @@
+"""An engine worker's end of a weight transfer: tensors under checkpoint names out of packed buckets.
+
+Knows nothing of vLLM: `rollout.vllm_transfer` plugs it into a worker, and a test into a process of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+from model import split_experts
+from model.transport import BroadcastGroup, Bucket
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+class WeightReceiver:
+    """Buckets arrive over a group (:meth:`receive`), or are read from another process's memory (:meth:`take`)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+        """(shape, dtype) of what the update has brought so far, by in-memory name; dtypes by torch's names."""
+        self._group: BroadcastGroup | None = None
+        self._opened: dict[str, torch.Tensor] = {}  # buffers of other processes, by their handles
+
+    def join(self, *, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
+        """Enters the group of `model.transport` that rank 0 opened at ``host``."""
+        self._group = BroadcastGroup.join(host, port, rank=rank, size=size, device=self.device, timeout_s=timeout_s)
+
+    def begin(self) -> None:
+        self.tensors = {}
+
+    def receive(self) -> Iterator[Named]:
+        """All buckets of an update, as the sender broadcasts them."""
+        assert self._group is not None, "join() comes first"
+        for tensors in self._group.receive():
+            yield self._name(tensors)
+
+    def take(self, description: str, handle: str) -> Named:
+        """One bucket out of a buffer on this worker's own GPU, which another process offers with ``handle``.
+
+        Returns a copy: what is loaded may be kept beyond the update of its own bucket, and the buffer is used again.
+        """
+        bucket = Bucket.from_json(description)
+        return self._name(bucket.unpack(self._open(handle)[: bucket.num_bytes].clone()))
+
+    def close(self) -> None:
+        self._opened = {}
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _open(self, handle: str) -> torch.Tensor:
+        """The buffer behind a handle, opened once: torch counts one release for every export, not for every use."""
+        if handle not in self._opened:
+            while len(self._opened) > 1:  # what a sender that alternates between two buffers has outgrown
+                del self._opened[next(iter(self._opened))]
+            self._opened[handle] = open_buffer(handle, self.device)
+        return self._opened[handle]
+
+    def _name(self, tensors: Mapping[str, torch.Tensor]) -> Named:
+        for name, tensor in tensors.items():
+            self.tensors[name] = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        return [pair for name, tensor in tensors.items() for pair in split_experts(name, tensor)]
+
+
+def open_buffer(handle: str, device: torch.device) -> torch.Tensor:
+    """A buffer that `trainer.sender` exported, as this process sees it."""
+    arguments: list[Any] = list(pickle.loads(base64.b64decode(handle)))
+    arguments[6] = device.index  # the exporting process may have counted its GPUs differently
+    return rebuild_cuda_tensor(*arguments)

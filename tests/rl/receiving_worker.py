@@ -1,0 +1,57 @@
+"""A process that receives weights as a worker of vLLM does, without vLLM around the receiver."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from model import join_experts
+from rollout.vllm_layout import held_sums
+from rollout.weight_receiver import WeightReceiver
+from tests.rollout.vllm_shards import Shapes, as_vllm
+
+EXPERTS = 8
+
+
+class Worker:
+    """One of ``size`` processes of an engine."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.receiver = WeightReceiver(torch.device("cpu"))
+        self.named: dict[str, torch.Tensor] = {}
+
+    def join(self, **group: Any) -> None:
+        self.receiver.join(**group)
+
+    def receive(self, trouble: str = "") -> int:
+        """The largest number of bytes in a bucket; ``trouble`` happens after the first one."""
+        self.receiver.begin()
+        largest = 0
+        for named in self.receiver.receive():
+            self.named |= named
+            largest = max(largest, sum(tensor.nbytes for _, tensor in named))
+            if trouble == "dies":
+                os._exit(1)
+            if trouble == "fails":
+                raise ValueError("the loader broke\nin several lines")
+            if trouble == "hangs":
+                time.sleep(600)
+        return largest
+
+    def held(self, flip: str = "") -> tuple[Any, list[Any]]:
+        shapes = Shapes(kv_heads=1)
+        weights = dict(join_experts(self.named.items(), EXPERTS))
+        shapes.vocab, shapes.hidden = weights["lm_head.weight"].shape
+        shapes.experts = EXPERTS
+        live = as_vllm(weights, shapes, self.rank, self.size, by_expert=False)
+        if flip:
+            live[flip].view(-1)[0] += 1
+        tensors = self.receiver.tensors
+        return tensors, [part.plain() for part in held_sums(live, tensors, rank=self.rank, size=self.size)]
+
+    def received(self) -> dict[str, torch.Tensor]:
+        return self.named

@@ -1,0 +1,162 @@
+"""Weights from a learner of two ZeRO-3 ranks, by broadcast, into other processes that hold them as vLLM's workers do.
+
+Everything is what runs on GPUs but for three things: gloo is in NCCL's place, the receiving processes have no vLLM
+around the receiver, and what vLLM's loader does is done by an independent hand (`tests.rollout.vllm_shards`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import ray
+import torch
+from ray.exceptions import RayTaskError
+from safetensors.torch import load_file
+
+from rl.errors import RunStopped
+from rl.initial_model import create_initial_model, initial_config
+from rl.sync import Broadcast, publish
+from rollout.pool import EnginePool
+from rollout.vllm_layout import Held, whole_checksums
+from tests.rl.receiving_worker import Worker
+from tests.rl.tiny_runs import tiny_recipe
+from trainer.learner import Learner
+
+TWO_PARTITIONED = ("learner.ranks=2", "learner.zero_stage=3")
+
+
+class WorkersOnly:
+    """As much of an EnginePool as a transport needs: engines of two workers each."""
+
+    def __init__(self, num_engines: int) -> None:
+        worker = ray.remote(Worker).options(num_cpus=0)
+        self.engines = [[worker.remote(rank, 2) for rank in range(2)] for _ in range(num_engines)]
+        self.trouble = self.flip = ""
+        self.largest = 0
+
+    @property
+    def num_workers(self) -> int:
+        return 2 * len(self.engines)
+
+    async def join_transfer(self, host: str, port: int, *, size: int, timeout_s: float) -> None:
+        group = {"host": host, "port": port, "size": size, "timeout_s": timeout_s}
+        workers = [worker for engine in self.engines for worker in engine]
+        await asyncio.gather(*(worker.join.remote(rank=1 + i, **group) for i, worker in enumerate(workers)))
+
+    async def begin_update(self) -> None:
+        pass
+
+    async def receive(self) -> None:
+        troubles = [self.trouble] + [""] * (self.num_workers - 1)
+        workers = [worker for engine in self.engines for worker in engine]
+        calls = [worker.receive.remote(trouble) for worker, trouble in zip(workers, troubles, strict=True)]
+        try:
+            self.largest = max(await asyncio.gather(*calls))
+        except RayTaskError as error:
+            raise error.cause from error  # as EnginePool does
+
+    async def commit(self, version: int) -> list[dict[str, int]]:
+        sums = []
+        for number, engine in enumerate(self.engines):
+            flips = ["", self.flip if number == len(self.engines) - 1 else ""]
+            reports = await asyncio.gather(*(w.held.remote(f) for w, f in zip(engine, flips, strict=True)))
+            parts = [[Held.of_plain(fields) for fields in held] for _, held in reports]
+            sums.append(whole_checksums(parts, reports[0][0]))
+        return sums
+
+    async def peak_memory_gb(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        for worker in (worker for engine in self.engines for worker in engine):
+            ray.kill(worker)  # pyright: ignore[reportArgumentType]
+
+
+@asynccontextmanager
+async def connected(
+    folder: Path, num_engines: int, *overrides: str
+) -> AsyncIterator[tuple[Broadcast, Learner, WorkersOnly]]:
+    recipe = tiny_recipe(folder, "model.dtype=bfloat16", *overrides)
+    assert recipe.model.init is not None
+    create_initial_model(initial_config(recipe.model.init, recipe.model.max_context), folder / "model", seed=3)
+    pool = WorkersOnly(num_engines)
+    learner = await Learner.start(recipe, folder / "model")
+    try:
+        yield await Broadcast.connect(learner, cast(EnginePool, pool)), learner, pool
+    finally:
+        learner.close()
+        pool.close()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 200))
+
+
+def test_two_engines_of_two_workers_hold_what_the_learner_sent(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    intact = Learner.send_weights
+    monkeypatch.setattr(Learner, "send_weights", lambda learner: intact(learner, max_bytes=8192))
+
+    async def test() -> None:
+        async with connected(tmp_path, 2, *TWO_PARTITIONED) as (transport, learner, pool):
+            for version in (0, 1):
+                sync = await publish(transport, version)
+            await learner.save_model(tmp_path / "saved")
+            saved = load_file(tmp_path / "saved" / "model.safetensors")
+            assert sync.num_bytes == sum(tensor.nbytes for tensor in saved.values())
+            assert pool.largest < sync.num_bytes / 4  # bounded, although no rank holds the whole model
+            for engine in pool.engines:
+                for received in await asyncio.gather(*(worker.received.remote() for worker in engine)):
+                    assert received.keys() == saved.keys()
+                    assert all(torch.equal(received[name], saved[name]) for name in saved)
+
+            pool.flip = "model.layers.1.mlp.experts.routed_experts.w2_weight"
+            with pytest.raises(
+                RunStopped, match=r"of version 2 .*: model\.layers\.1\.mlp\.experts\.down_proj .* engine 1"
+            ):
+                await publish(transport, 2)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        ("dies", "weights of version 1 did not reach the engines"),
+        ("fails", "weights of version 1 did not reach the engines: .*the loader broke$"),
+        ("hangs", "weights of version 1 did not reach the engines within 6 s"),
+    ],
+)
+def test_trouble_on_the_way_ends_in_one_sentence_and_not_in_waiting(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str, sentence: str
+):
+    async def test() -> None:
+        async with connected(tmp_path, 1) as (transport, _, pool):
+            await publish(transport, 0)
+            pool.trouble = trouble
+            monkeypatch.setattr("rl.sync.UPDATE_S", 6.0 if trouble == "hangs" else 120.0)
+            began = time.monotonic()
+            with pytest.raises(RunStopped, match=sentence) as stopped:
+                await publish(transport, 1)
+            assert "\n" not in str(stopped.value)
+            assert time.monotonic() - began < 60
+
+    run(test)
+
+
+def test_a_learner_rank_that_dies_is_named(cluster: None, tmp_path: Path):
+    async def test() -> None:
+        async with connected(tmp_path, 1, *TWO_PARTITIONED) as (transport, learner, _):
+            await publish(transport, 0)
+            ray.kill(learner._actors[1])
+            with pytest.raises(RunStopped, match="learner rank 1 died during"):
+                await publish(transport, 1)
+
+    run(test)

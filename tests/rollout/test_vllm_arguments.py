@@ -1,0 +1,54 @@
+"""What vLLM is asked for, from a model's outline and an engine's settings."""
+
+from dataclasses import replace
+
+import pytest
+
+from model.outline import ModelOutline
+from rollout.vllm_engine import EngineSettings, engine_arguments
+from rollout.vllm_requests import Recording
+
+DENSE = ModelOutline(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=100,
+    hidden_size=8,
+    num_layers=2,
+    moe_layers=(),
+    num_experts=0,
+    experts_per_token=0,
+    tensors={},
+    max_context=64,
+)
+EXPERTS = replace(DENSE, architecture="Qwen3MoeForCausalLM", moe_layers=(0, 1), num_experts=300, experts_per_token=2)
+SETTINGS = EngineSettings(dtype="bfloat16", max_num_seqs=4, max_context=64)
+
+
+def test_routes_are_recorded_where_there_are_any():
+    assert not engine_arguments("m", DENSE, SETTINGS)["enable_return_routed_experts"]
+    assert engine_arguments("m", EXPERTS, SETTINGS)["enable_return_routed_experts"]
+    recording = Recording.of(EXPERTS, kept=True, max_context=64)
+    assert (recording.moe_layers, recording.experts_per_token, recording.route_dtype.__name__) == ((0, 1), 2, "uint16")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("Qwen3MoeForCausalLM", {}),
+        ("Glm4MoeForCausalLM", {}),
+        ("DeepseekV3ForCausalLM", {"moe_router_dtype": "float32"}),
+        ("DeepseekV32ForCausalLM", {"moe_router_dtype": "float32"}),
+    ],
+)
+def test_routers_are_told_their_dtype_only_where_that_is_read(architecture: str, overrides: dict):
+    assert engine_arguments("m", replace(EXPERTS, architecture=architecture), SETTINGS)["hf_overrides"] == overrides
+
+
+def test_workers_are_this_processs_own():
+    """In a placement group vLLM would otherwise take Ray's executor, which asks for GPUs a second time."""
+    wide = replace(SETTINGS, tensor_parallel=4, expert_parallel=True)
+    arguments = engine_arguments("m", EXPERTS, wide)
+    assert (arguments["tensor_parallel_size"], arguments["distributed_executor_backend"]) == (4, "mp")
+    assert arguments["enable_expert_parallel"]
+    assert not engine_arguments("m", DENSE, wide)["enable_expert_parallel"]
+    assert engine_arguments("m", EXPERTS, SETTINGS)["distributed_executor_backend"] == "uni"
+    assert engine_arguments("m", DENSE, replace(SETTINGS, sleeps=True, seed=5))["enable_sleep_mode"]

@@ -1,0 +1,109 @@
+"""A learner rank's end of a weight transfer: packed buckets over a group, or offered in this rank's GPU memory.
+
+Nothing is ever whole but one bucket, however the ranks have partitioned the model. Checksums are taken of the same
+tensors that are sent, on the device, while they are whole.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
+
+from model.checksum import Checksums
+from model.transport import BroadcastGroup, StagingBuffers, open_store
+
+Bucket = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What left the learner in one update."""
+
+    num_bytes: int
+    checksums: dict[str, int]  # `model.checksums` of the tensors, by in-memory name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A bucket in a buffer of each offering rank, for the engine workers on the ranks' GPUs."""
+
+    bucket: str  # `model.transport.Bucket` as JSON
+    handles: dict[str, str]  # by the GPU's UUID
+
+
+class WeightSender:
+    """One rank's. ``rank`` 0 speaks for all; the others take part in what makes tensors whole."""
+
+    def __init__(self, *, rank: int, device: torch.device) -> None:
+        self.rank = rank
+        self.device = device
+        self._store: Any = None
+        self._group: BroadcastGroup | None = None
+        self._offering: Iterator[Bucket] | None = None
+        self._staging: StagingBuffers | None = None
+        self._handles: dict[tuple[int, int], str] = {}  # of exported buffers, by address and size
+        self._sums = Checksums()
+        self._num_bytes = 0
+
+    def open(self, host: str) -> int:
+        """On rank 0: opens a group that engines can join at ``host``, and returns the port."""
+        self._store = open_store(host)
+        return self._store.port
+
+    def join(self, host: str, *, size: int, timeout_s: float) -> None:
+        """On rank 0: waits until all ``size`` processes are there."""
+        self._group = BroadcastGroup(host, self._store, rank=0, size=size, device=self.device, timeout_s=timeout_s)
+
+    def send(self, buckets: Iterator[Bucket]) -> Sent | None:
+        """Broadcasts an update. Ranks other than 0 go through the buckets, send nothing and return None."""
+        if self.rank != 0:
+            for _ in buckets:
+                pass
+            return None
+        assert self._group is not None, "join() comes first"
+        sums = Checksums()
+        num_bytes = self._group.send(_summed(buckets, sums))
+        return Sent(num_bytes=num_bytes, checksums=sums.result())
+
+    def offer(self, buckets: Iterator[Bucket] | None) -> Offer | Sent:
+        """The next bucket of an update, begun with ``buckets`` and continued with None; at the end, what was offered.
+
+        An offer stands until the call after the next one.
+        """
+        if buckets is not None:
+            self._sums, self._num_bytes = Checksums(), 0
+            self._offering = _summed(buckets, self._sums if self.rank == 0 else None)
+        assert self._offering is not None, "no update has begun"
+        tensors = next(self._offering, None)
+        if tensors is None:
+            self._offering = None
+            return Sent(num_bytes=self._num_bytes, checksums=self._sums.result())
+        self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._staging = self._staging or StagingBuffers(2, self.device)
+        bucket, buffer = self._staging.pack(tensors)
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        return Offer(bucket=bucket.to_json(), handles={uuid: self._handle(buffer)})
+
+    def _handle(self, buffer: torch.Tensor) -> str:
+        """Exports a staging buffer once: every export is counted until a receiver lets go of it."""
+        storage = buffer.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes())
+        if key not in self._handles:
+            whole = torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(storage)
+            self._handles[key] = base64.b64encode(pickle.dumps(reduce_tensor(whole)[1])).decode()
+        return self._handles[key]
+
+
+def _summed(buckets: Iterator[Bucket], sums: Checksums | None) -> Iterator[Bucket]:
+    """The buckets as they are, with their checksums taken on the way."""
+    for tensors in buckets:
+        if sums is not None:
+            for name, tensor in tensors.items():
+                sums.add(name, tensor)
+        yield tensors
