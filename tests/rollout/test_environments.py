@@ -205,7 +205,7 @@ def test_a_dying_or_hanging_tool_costs_its_own_environment_alone():
                         await environment.call(call(name))
                 except (EnvironmentFailed, TimeoutError) as error:
                     return int(own), type(error).__name__
-            return None
+            raise AssertionError(f"{name} returned")
 
         async def sound():
             async with pool.open(PROMPT) as environment:
@@ -216,10 +216,10 @@ def test_a_dying_or_hanging_tool_costs_its_own_environment_alone():
                     await asyncio.sleep(0.1)
                 return values[-1]
 
-        outcomes = await asyncio.gather(broken("crash"), broken("hang"), sound())
-        return outcomes, await sound()
+        crash, hang, fine = await asyncio.gather(broken("crash"), broken("hang"), sound())
+        return crash, hang, fine, await sound()
 
-    ((crashed, died), (hung, timed_out), fine), later = with_environment(talk)
+    (crashed, died), (hung, timed_out), fine, later = with_environment(talk)
     assert (died, timed_out, fine, later) == ("EnvironmentFailed", "TimeoutError", "at 20", "at 20")
     for pid in (crashed, hung):
         with pytest.raises(ProcessLookupError):
