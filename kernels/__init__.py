@@ -28,6 +28,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "decode_sparse_attention": "kernels.sparse_mla",
         "grouped_linear": "kernels.grouped",
         "indexer_scores": "kernels.indexer",
+        "kept_logprobs": "kernels.logprob",
         "latent_attention": "kernels.sparse_mla",
         "packed_attention": "kernels.masked_mha",
         "packed_index_scores": "kernels.indexer",

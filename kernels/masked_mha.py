@@ -33,11 +33,33 @@ class Tiles:
     stages: int
 
 
-# For 16-bit inputs on H100/H200 and head dimensions to 256; fp32 is for checks.
-_FORWARD = Tiles(own=128, other=128, warps=8, stages=2)
-_GRAD_QUERIES = Tiles(own=128, other=64, warps=8, stages=2)
-_GRAD_KEYS = Tiles(own=128, other=32, warps=8, stages=2)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launches:
+    """The tiles of the three passes."""
+
+    forward: Tiles
+    grad_queries: Tiles
+    grad_keys: Tiles
+
+
 _CHECK = Tiles(own=32, other=32, warps=4, stages=1)
+
+
+def _launches(dim: int, value_dim: int, element_size: int) -> _Launches:
+    """H100/H200: what fits in 255 registers a thread and 227 KB of shared memory. fp32 is for checks."""
+    if element_size > 2:
+        return _Launches(forward=_CHECK, grad_queries=_CHECK, grad_keys=_CHECK)
+    if dim + value_dim <= 320:
+        return _Launches(
+            forward=Tiles(own=128, other=128, warps=8, stages=2),
+            grad_queries=Tiles(own=128, other=64, warps=8, stages=2),
+            grad_keys=Tiles(own=128, other=32, warps=8, stages=2),
+        )
+    return _Launches(
+        forward=Tiles(own=128, other=64, warps=8, stages=2),
+        grad_queries=Tiles(own=64, other=32, warps=8, stages=2),
+        grad_keys=Tiles(own=64, other=32, warps=8, stages=2),
+    )
 
 
 @triton.jit
@@ -347,7 +369,8 @@ class _PackedAttention(torch.autograd.Function):
         num_rows, num_heads, _ = queries.shape
         out = torch.zeros(num_rows, num_heads, values.shape[-1], dtype=values.dtype, device=values.device)
         lse = torch.full((num_rows, num_heads), float("-inf"), dtype=torch.float32, device=values.device)
-        _launch(_forward_kernel, _FORWARD, queries, keys, values, cu_seqlens, bitmask, [out, lse, scale * LOG2_E])
+        tiles = _launches(queries.shape[-1], values.shape[-1], queries.element_size())
+        _launch(_forward_kernel, tiles.forward, queries, keys, values, cu_seqlens, bitmask, [out, lse, scale * LOG2_E])
         ctx.save_for_backward(queries, keys, values, cu_seqlens, bitmask, out, lse)
         ctx.scale = scale
         natural = lse / LOG2_E
@@ -361,8 +384,9 @@ class _PackedAttention(torch.autograd.Function):
         grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (queries, keys, values)]
         before = [grad_out, lse, row_delta(out, grad_out)]
         inputs = queries, keys, values, cu_seqlens, bitmask
-        _launch(_grad_queries_kernel, _GRAD_QUERIES, *inputs, [*before, grads[0], ctx.scale])
-        _launch(_grad_keys_kernel, _GRAD_KEYS, *inputs, [*before, grads[1], grads[2], ctx.scale])
+        tiles = _launches(queries.shape[-1], values.shape[-1], queries.element_size())
+        _launch(_grad_queries_kernel, tiles.grad_queries, *inputs, [*before, grads[0], ctx.scale])
+        _launch(_grad_keys_kernel, tiles.grad_keys, *inputs, [*before, grads[1], grads[2], ctx.scale])
         return *grads, None, None, None
 
 
@@ -381,8 +405,6 @@ def _launch(
     value_dim, num_sequences = values.shape[-1], cu_seqlens.shape[0] - 1
     if not (queries.numel() and values.numel()):
         return
-    if queries.element_size() > 2:
-        tiles = _CHECK
     first = 1 << (dim.bit_length() - 1)  # 192 columns are 128 and 64
     rest_dim = dim - first
     # Every sequence wastes less than one block, so this many programs are enough without knowing the lengths.

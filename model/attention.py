@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import kernels
+from kernels.crossover import AttentionForm, attention_form
 from model.cache import CacheStep
 from model.config import ModelConfig
 from model.indexer import Indexer, IndexerHeads
@@ -81,9 +82,11 @@ class Attention(nn.Module):
         """hidden [B, T, hidden_size], normed. Returns the same shape, and the indexer's loss where it was asked for."""
         streams = self._project(hidden, how.angles)
         if isinstance(how, CachedTokens):
-            heads, loss = self._absorbed(streams, how), None
+            heads, loss = self._cached(streams, how), None
+        elif how.batch.packed:
+            heads, loss = self._packed(streams, how)
         else:
-            heads, loss = self._expanded(streams, how)
+            heads, loss = self._grouped(streams, how)
         return self.o_proj(heads.flatten(-2)), loss
 
     def _project(self, hidden: torch.Tensor, angles: RotaryAngles) -> _Streams:
@@ -100,18 +103,83 @@ class Attention(nn.Module):
             rope_key=angles.rotate_interleaved(rope_key.unsqueeze(2)).squeeze(2),
         )
 
-    def _expanded(self, streams: _Streams, how: WholeSequences) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """MHA form: attention heads [B, T, H, value_dim] and the indexer's loss."""
+    def _expand(self, streams: _Streams) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of every head, [B, T, H, ...]."""
         keys_values = self.kv_b_proj(streams.latent).unflatten(-1, (self.num_heads, -1))
         key_nope, values = keys_values.split([self.nope_dim, self.value_dim], dim=-1)
         shared = streams.rope_key.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         queries = torch.cat([streams.query_nope, streams.query_rope], dim=-1)
-        keys = torch.cat([key_nope, shared], dim=-1)
-        index = None
-        if how.indexer_loss is not None or how.batch.longest > self.index_topk or how.always_index:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None):
-                index = self.indexer(streams.hidden.detach(), streams.query_latent.detach(), how.angles)
+        return queries, torch.cat([key_nope, shared], dim=-1), values
 
+    def _absorb(self, streams: _Streams, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B, T, H, D] and keys [B, T, D] in the latent space, and what takes values there to heads [H, v, R].
+
+        weight is kv_b_proj's.
+        """
+        to_key, to_value = weight.unflatten(0, (self.num_heads, -1)).split([self.nope_dim, self.value_dim], dim=1)
+        carried = torch.einsum("bqhn,hnr->bqhr", streams.query_nope, to_key)
+        queries = torch.cat([carried, streams.query_rope], dim=-1)
+        return queries, torch.cat([streams.latent, streams.rope_key], dim=-1), to_value
+
+    def _index(self, streams: _Streams, how: WholeSequences) -> IndexerHeads | None:
+        """The indexer's heads, None where neither a selection nor its loss needs them."""
+        if how.indexer_loss is None and how.batch.longest <= self.index_topk and not how.always_index:
+            return None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None):
+            return self.indexer(streams.hidden.detach(), streams.query_latent.detach(), how.angles)
+
+    def _packed(self, streams: _Streams, how: WholeSequences) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All sequences as one row, in the form that is fastest for the longest: what `_grouped` returns."""
+        batch = how.batch
+        selects = batch.longest > self.index_topk and how.indexer_loss != "dense"
+        form = self._form(batch) if selects else AttentionForm.DENSE
+        if form is AttentionForm.SPARSE:
+            # The projection of every unit vector is its weight; called as a module, so that ZeRO-3 gathers it as ever.
+            units = torch.eye(self.latent_dim, dtype=streams.latent.dtype, device=streams.latent.device)
+            queries, keys, to_value = self._absorb(streams, self.kv_b_proj(units).t())
+            queries, keys = queries.flatten(0, 1), keys.flatten(0, 1)
+        else:
+            queries, keys, values = (stream.flatten(0, 1) for stream in self._expand(streams))
+        index = self._index(streams, how)
+        if index is not None:
+            index = IndexerHeads(*(stream.flatten(0, 1) for stream in index))
+        selected = None
+        if selects and index is not None:
+            detached = index.queries.detach(), index.keys.detach(), index.weights.detach()
+            spans = batch.starts, batch.ends
+            selected = kernels.select_keys(*detached, *spans, self.index_topk, longest=batch.longest)
+        if form is AttentionForm.SPARSE:
+            assert selected is not None
+            latents, _ = kernels.packed_sparse_attention(queries, keys, selected, self.scale, self.latent_dim)
+            heads = torch.einsum("nhr,hvr->nhv", latents, to_value)
+            keys = keys.unsqueeze(1).expand(-1, self.num_heads, -1)
+        else:
+            bitmask = None
+            if selected is not None:
+                places = torch.where(selected >= 0, selected - batch.starts.unsqueeze(1), -1)
+                bitmask = kernels.selection_bitmask(places, batch.longest)
+            heads, _ = kernels.packed_attention(queries, keys, values, batch.cu_seqlens, self.scale, bitmask)
+        loss = None
+        if how.indexer_loss is not None and index is not None:
+            loss = kernels.packed_indexer_loss(
+                index.queries, index.keys, index.weights, queries, keys, batch.starts, batch.ends, self.scale, selected
+            )
+        return heads.unflatten(0, streams.latent.shape[:2]), loss
+
+    def _form(self, batch: Batch) -> AttentionForm:
+        return attention_form(
+            batch.longest,
+            self.index_topk,
+            expanded_dim=self.nope_dim + self.rope_dim + self.value_dim,
+            latent_dim=self.latent_dim + self.rope_dim,
+            value_latent_dim=self.latent_dim,
+            training=torch.is_grad_enabled(),
+        )
+
+    def _grouped(self, streams: _Streams, how: WholeSequences) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Padded groups under boolean masks: attention heads [B, T, H, value_dim] and the indexer's loss."""
+        queries, keys, values = self._expand(streams)
+        index = self._index(streams, how)
         heads, losses = [], []
         for group in how.batch.groups:
             q, k, v = group.take(queries), group.take(keys), group.take(values)
@@ -142,15 +210,11 @@ class Attention(nn.Module):
         target = kernels.mean_attention(queries.detach(), keys.detach(), mask, self.scale)
         return mask, kernels.indexer_kl(scores, target, mask)
 
-    def _absorbed(self, streams: _Streams, how: CachedTokens) -> torch.Tensor:
+    def _cached(self, streams: _Streams, how: CachedTokens) -> torch.Tensor:
         """MQA form against the cache: attention heads [B, Q, H, value_dim]."""
         step = how.step
-        to_key, to_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
-            [self.nope_dim, self.value_dim], dim=1
-        )
-        carried = torch.einsum("bqhn,hnr->bqhr", streams.query_nope, to_key)
-        queries = torch.cat([carried, streams.query_rope], dim=-1)
-        entries = step.extend_latents(self.layer, torch.cat([streams.latent, streams.rope_key], dim=-1))
+        queries, keys, to_value = self._absorb(streams, self.kv_b_proj.weight)
+        entries = step.extend_latents(self.layer, keys)
         selected = self._select_cached(streams, how)
         if selected is None:
             heads = kernels.latent_attention(queries, entries, step.visible, self.scale, self.latent_dim)

@@ -14,6 +14,9 @@ import torch
 # A group's shortest sequence is at least this share of its longest, which bounds the work lost to padding.
 _MIN_FILL = 0.7
 
+# Tokens of the longest sequence up to which a CPU works on padded groups.
+_MAX_GROUPED = 2048
+
 
 class SequenceGroup:
     """S sequences, padded to the longest of them, T tokens.
@@ -52,15 +55,20 @@ class Batch:
     Raises ValueError for cu_seqlens that do not describe the row.
     """
 
-    __slots__ = ("_place", "groups", "positions")
+    __slots__ = ("_place", "cu_seqlens", "ends", "groups", "positions", "starts")
 
     def __init__(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
         num_rows, num_tokens = input_ids.shape
         device = input_ids.device
+        ends = torch.arange(num_rows + 1, device=device) * num_tokens if cu_seqlens is None else cu_seqlens
+        # The tokens of all rows one after another, N of them: where the sequences end, and what each token sees.
+        self.cu_seqlens = ends.int()  # int32 [S + 1]
+        self.ends = torch.arange(1, num_rows * num_tokens + 1, dtype=torch.int32, device=device)  # [N], exclusive
         order = torch.arange(num_tokens, device=device)
         if cu_seqlens is None:
             self.groups = [SequenceGroup(num_rows, num_tokens, device, None)]
             self.positions = order.unsqueeze(0)  # int64 [1, T], place within the sequence
+            self.starts = self.cu_seqlens[:-1].repeat_interleave(num_tokens)  # int32 [N]
             self._place = None
             return
         bounds = cu_seqlens.tolist()
@@ -80,6 +88,7 @@ class Batch:
             places[index] = lined_up + order[: len(members)] * longest
             lined_up += rows.shape[0]
         sequence = torch.repeat_interleave(sizes)
+        self.starts = starts[sequence].int()
         position = order - starts[sequence]
         self.positions = position.unsqueeze(0)
         self._place = places[sequence] + position
@@ -87,6 +96,14 @@ class Batch:
     @property
     def longest(self) -> int:
         return self.groups[0].num_tokens
+
+    @property
+    def packed(self) -> bool:
+        """Whether attention should take the tokens as one row, through the packed kernels, and not group by group.
+
+        A CPU is fastest with large matrix products over padded groups, until their squares no longer fit its memory.
+        """
+        return self.cu_seqlens.device.type != "cpu" or self.longest > _MAX_GROUPED
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """One [S, T, ...] a group back to the shape of the input, [B, T, ...] or [1, N, ...]."""

@@ -45,6 +45,11 @@ class WorkerMemory:
         return self.share_bytes - self.fixed_bytes
 
     @property
+    def sequence_bytes(self) -> float:
+        """Of the cache, for one sequence of ``model.max_context`` tokens."""
+        return self.max_context * self.cache_bytes_per_token
+
+    @property
     def cache_tokens(self) -> int:
         return max(0, int(self.cache_bytes // self.cache_bytes_per_token))
 

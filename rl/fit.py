@@ -18,51 +18,58 @@ Changes = dict[str, Any]
 """``{"learner.zero_stage": 3}``"""
 
 
-def check_plan(recipe: Recipe, costs: ModelCosts, hardware: Hardware) -> Plan:
-    """The plan, if it fits.
+ESTIMATE_SLACK = 0.15
+"""How far an estimate may lie above what there is before a run is refused for it."""
+
+
+def check_plan(recipe: Recipe, costs: ModelCosts, hardware: Hardware, *, slack: float = 0.0) -> Plan:
+    """The plan, if it fits into ``1 + slack`` times the memory that there is.
 
     Raises:
         RecipeError: it does not; names the key, what is needed, what there is, and the first change that would do.
     """
     plan = make_plan(recipe, costs, hardware)
-    for key, sentence in problems(plan):
-        raise RecipeError(f"{key}: {sentence}{_remedy(plan)}")
+    for key, sentence in problems(plan, slack=slack):
+        raise RecipeError(f"{key}: {sentence}{_remedy(plan) if hardware.num_gpus or not plan.num_gpus else ''}")
     return plan
 
 
-def problems(plan: Plan) -> Iterator[tuple[str, str]]:
+def problems(plan: Plan, *, slack: float = 0.0) -> Iterator[tuple[str, str]]:
     """Everything that does not fit, as the key at fault and a sentence."""
     recipe, hardware = plan.recipe, plan.hardware
+    if plan.worker is not None and hardware.num_gpus == 0:
+        yield "rollout.engine", "vllm needs a GPU, but there is none; use rollout.engine=torch on CPUs"
+        return
     if plan.num_gpus > hardware.num_gpus:
         parts = _gpu_sum(recipe)
         yield "placement", f"the run needs {plan.num_gpus} GPUs ({parts}), but there are {hardware.num_gpus}"
     if plan.num_gpus == 0:
-        yield from _host_problems(plan)
+        yield from _host_problems(plan, 1 + slack)
         return
     per_node = hardware.gpus_per_node
     if plan.worker is not None and 0 < per_node < recipe.rollout.tensor_parallel:
         parallel = recipe.rollout.tensor_parallel
         yield "rollout.tensor_parallel", f"an engine spans {parallel} GPUs, but a node has {per_node}"
-    yield from _gpu_problems(plan)
-    yield from _host_problems(plan)
+    yield from _gpu_problems(plan, 1 + slack)
+    yield from _host_problems(plan, 1 + slack)
 
 
-def _gpu_problems(plan: Plan) -> Iterator[tuple[str, str]]:
+def _gpu_problems(plan: Plan, room: float) -> Iterator[tuple[str, str]]:
     capacity, worker = plan.hardware.gpu_bytes, plan.worker
-    if worker is not None and worker.full_sequences < 1:
+    if worker is not None and worker.cache_bytes + (room - 1) * worker.fixed_bytes < worker.sequence_bytes:
         yield (
             "rollout.gpu_memory",
             f"an engine's share of a GPU is {worker.share_bytes / GIB:.1f} GiB, of which weights and workspace take "
             f"{worker.fixed_bytes / GIB:.1f}, too much to cache one sequence of model.max_context {worker.max_context}",
         )
-    if plan.learning_bytes > capacity:
+    if plan.learning_bytes > room * capacity:
         beside = " beside an engine" if plan.shared else ""
         yield (
             "learner",
             f"a rank needs {plan.rank.peak_bytes / GIB:.1f} GiB at the peak of a step{beside}, and a GPU has "
             f"{capacity / GIB:.1f} GiB" + (f", of which an engine keeps {_kept(plan):.1f}" if plan.shared else ""),
         )
-    elif plan.generating_bytes > capacity and plan.shared:
+    elif plan.generating_bytes > room * capacity and plan.shared:
         rank = plan.rank.resident_bytes - plan.rank.slept
         yield (
             "rollout.gpu_memory",
@@ -71,9 +78,9 @@ def _gpu_problems(plan: Plan) -> Iterator[tuple[str, str]]:
         )
 
 
-def _host_problems(plan: Plan) -> Iterator[tuple[str, str]]:
+def _host_problems(plan: Plan, room: float) -> Iterator[tuple[str, str]]:
     needed, there = sum(item.num_bytes for item in plan.host), plan.hardware.host_bytes
-    if there is not None and needed > there:
+    if there is not None and needed > room * there:
         largest = max(plan.host, key=lambda item: item.num_bytes)
         yield (
             "learner.ranks",

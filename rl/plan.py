@@ -89,8 +89,9 @@ class Plan:
 
 
 def engines_sleep(recipe: Recipe) -> bool:
-    """Whether engines give their GPUs to the learner while it steps; those of vLLM keep them so far."""
-    return False
+    """Whether vLLM gives its GPUs to the learner while that steps."""
+    shared = recipe.rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared
+    return shared and recipe.rollout.sleep
 
 
 def gpus_needed(recipe: Recipe, *, on_gpus: bool = True) -> int:

@@ -67,13 +67,15 @@ class StepLog:
         result: StepResult,
         sync: Sync,
         clock: StepClock,
+        speeds: Mapping[str, float],
         evaluation: Evaluation | None,
     ) -> None:
-        """One step of training; ``sync`` published the weights that it made."""
+        """One step of training; ``sync`` published the weights that it made, ``speeds`` are ``rl.utilization``'s."""
         metrics = {"step": step, **self._rollout_metrics(groups, tally), **self._ages(groups, version=step - 1)}
         metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
         metrics |= {"time/step_s": clock.total, "time/reward_s": float(tally.scoring)}
         metrics["tokens_per_s"] = metrics["tokens/generated"] / clock.total
+        metrics |= speeds
         metrics |= values(result.metrics) | sync.metrics() | (evaluation.metrics() if evaluation else {})
         self._write(metrics)
         self._warn(step, tally, result)

@@ -21,14 +21,18 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from model import load_config
+from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox
+from rl.cluster import cluster_hardware
 from rl.config import EngineKind, Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
+from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
 from rl.placement import seats, shared_gpus
+from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
 from rl.sync import Sync, Transport, connect, publish
 from rollout.conversation import Conversation
@@ -55,6 +59,7 @@ class System:
     conversation: Conversation
     sampling: Sampling
     episodes: Episodes
+    plan: Plan
 
     async def learners_turn(self) -> None:
         """Before the learner steps: a GPU that it shares with an engine is all its own until weights are published."""
@@ -134,6 +139,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     first_phase = None if recipe.supervised.steps else Phase.REINFORCEMENT
     join_cluster(recipe)
     cancel_on_sigterm()
+    plan = check_plan(recipe, model_costs(model_dir), await cluster_hardware(), slack=ESTIMATE_SLACK)
     reservation = await reserve(recipe)
     learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase, actor_options=reservation.ranks))
     starting = (
@@ -152,6 +158,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
                 conversation=conversation,
                 sampling=recipe.sampling,
                 episodes=episodes,
+                plan=plan,
             )
     finally:
         # Whatever was up when one of them failed must not outlive the run.

@@ -35,6 +35,7 @@ from rl.rollouts import Rollouts
 from rl.run_directory import FINISHED, RunDirectory
 from rl.step_log import StepClock, StepLog
 from rl.system import System, check_environments, check_model, open_conversation, prepare_model, start
+from rl.utilization import Utilization
 from trainer.pack import pack
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -48,6 +49,8 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
     rollouts = Rollouts(recipe, system, data.stream, buffer)
     log = StepLog(recipe, system.conversation, run, progress)
     shuffle = np.random.default_rng([recipe.seed, 1])
+    utilization = Utilization(system.plan)
+    utilization.begin(await system.pool.stats())
     async with beside(rollouts.run()):
         for step in range(1, recipe.steps + 1):
             clock = StepClock()
@@ -74,12 +77,14 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
             sync = await system.publish(version=step)
             buffer.advance(step)
             clock.lap("sync")
+            speeds = utilization.metrics(clock.seconds, minibatches, await system.pool.stats())
 
             evaluation = None
             if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
                 evaluation = await evaluate(recipe, data.evaluation, system)
                 clock.lap("evaluate")
-            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, evaluation)
+                utilization.begin(await system.pool.stats())
+            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, speeds, evaluation)
             if is_due(recipe.checkpoint.every, step, recipe.steps):
                 async with system.interruption():
                     await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")

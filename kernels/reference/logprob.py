@@ -32,6 +32,18 @@ def kept_logprobs(
     Raises ValueError where a target is outside its own kept set or outside the vocabulary; the message gives the
     number of such rows and the first one.
     """
+    targets, kept_offsets = check_arguments(hidden, weight, targets, kept_ids, kept_offsets)
+    return _KeptLogprobs.apply(hidden, weight, targets, kept_ids, kept_offsets, temperature, chunk)
+
+
+def check_arguments(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    kept_ids: torch.Tensor | None,
+    kept_offsets: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """targets and kept_offsets as int64, or the ValueError that `kept_logprobs` promises."""
     if (kept_ids is None) != (kept_offsets is None):
         raise ValueError("kept_logprobs: kept_ids and kept_offsets must be given together")
     num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
@@ -40,10 +52,11 @@ def kept_logprobs(
     targets = targets.long()
     if bool(((targets < 0) | (targets >= vocab_size)).any()):
         raise ValueError(f"kept_logprobs: a target lies outside the vocabulary of {vocab_size} tokens")
-    if kept_ids is not None and kept_offsets is not None:
-        kept_offsets = kept_offsets.long()
-        _check_kept(targets, kept_ids, kept_offsets, vocab_size)
-    return _KeptLogprobs.apply(hidden, weight, targets, kept_ids, kept_offsets, temperature, chunk)
+    if kept_ids is None or kept_offsets is None:
+        return targets, None
+    kept_offsets = kept_offsets.long()
+    _check_kept(targets, kept_ids, kept_offsets, vocab_size)
+    return targets, kept_offsets
 
 
 def _check_kept(targets: torch.Tensor, ids: torch.Tensor, offsets: torch.Tensor, vocab_size: int) -> None:

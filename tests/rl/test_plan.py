@@ -16,7 +16,7 @@ from model.costs import ModelCosts, model_costs
 from model.tokenizer import build_byte_tokenizer
 from rl.config import Placement, Recipe
 from rl.demonstrations import load_demonstrations
-from rl.engine_memory import worker_memory, worker_weight_bytes
+from rl.engine_memory import ASLEEP_BYTES, worker_memory, worker_weight_bytes
 from rl.errors import RecipeError
 from rl.fit import check_plan, problems, with_keys
 from rl.hardware import GIB, Hardware, parse_nvidia_smi, peak_flops
@@ -191,9 +191,12 @@ def test_an_engine_without_room_for_a_sequence(tmp_path: Path):
 
 
 def test_sharing_counts_both_sides(tmp_path: Path):
-    recipe = vllm_recipe(tmp_path, "placement=shared", "rollout.gpu_memory=0.95")
-    plan = make_plan(recipe, recipe_costs(recipe), node(1, 40))
-    assert plan.worker is not None
+    asleep = vllm_recipe(tmp_path, "placement=shared", "rollout.gpu_memory=0.95")
+    plan = make_plan(asleep, recipe_costs(asleep), node(1, 40))
+    assert plan.learning_bytes == plan.rank.peak_bytes + ASLEEP_BYTES
+    assert plan.generating_bytes == plan.rank.resident_bytes + 0.95 * 40 * GIB
+    recipe = with_keys(asleep, {"rollout.sleep": False})
+    plan = make_plan(recipe, plan.costs, node(1, 40))
     assert plan.learning_bytes == plan.rank.peak_bytes + 0.95 * 40 * GIB
     sentence, changes, _ = advised(recipe, plan.costs, node(1, 40))
     assert "beside" in sentence

@@ -57,6 +57,7 @@ class Desk:
             StepResult(metrics={"loss/total": Mean(3.0, 2)}, skipped=skipped, learner_logprobs=logprobs or {}),
             Sync(version=step, num_bytes=12, seconds=0.1, num_tensors=2),
             clock,
+            {"speed/learner_tflops": 7.0},
             evaluation,
         )
         return read_lines(self.run.metrics)[-1]
