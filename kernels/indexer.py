@@ -11,6 +11,7 @@ its neighbours or on how the keys are split over programs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -36,11 +37,13 @@ class Tiling:
     columns: int
     num_warps: int
     num_stages: int
+    registers: int | None = None  # at most, a thread
 
 
-# By bytes per element of queries and keys. 128 columns are two queries of 64 heads.
+# By bytes per element of queries and keys. 128 columns are two queries of 64 heads; in fp8 four programs share a
+# multiprocessor, so that the products of one hide the sums of the others.
 TILINGS = {
-    1: Tiling(keys=128, columns=128, num_warps=4, num_stages=3),
+    1: Tiling(keys=64, columns=128, num_warps=4, num_stages=3),
     2: Tiling(keys=128, columns=128, num_warps=8, num_stages=3),
     4: Tiling(keys=32, columns=64, num_warps=4, num_stages=2),
 }
@@ -182,22 +185,22 @@ def _packed_kernel(
     low = tl.maximum(tl.min(start), tl.program_id(1) * span)
     high = tl.minimum(tl.max(end), tl.program_id(1) * span + span)
     if low < high:
-        queries += batch * num_queries * num_heads * DIM
-        weights += batch * num_queries * num_heads
-        keys += batch * num_keys * DIM
-        out += (batch * num_queries + query.to(tl.int64)) * num_keys
-        q, w = _load_queries(queries, weights, first, num_queries, num_heads, DIM, WIDTH, QUERIES, HEADS)
+        target = out + (batch * num_queries + query.to(tl.int64)) * num_keys
+        tokens = batch * num_queries * num_heads
+        q, w = _load_queries(
+            queries + tokens * DIM, weights + tokens, first, num_queries, num_heads, DIM, WIDTH, QUERIES, HEADS
+        )
         dim = tl.arange(0, WIDTH)
         for block in range(low, high, BLOCK):
             key = block + tl.arange(0, BLOCK)
             there = key < high
-            source = keys + key.to(tl.int64)[:, None] * DIM + dim[None, :]
+            source = keys + (batch * num_keys + key)[:, None] * DIM + dim[None, :]
             k = tl.load(source, mask=there[:, None] & (dim < DIM)[None, :], other=0.0)
             scores = _head_sums(k, q, w, BLOCK, QUERIES, HEADS)
             if SCALED:
                 scores *= tl.load(key_scales + key, mask=there, other=0.0)[:, None]
             seen = (key[:, None] >= start[None, :]) & (key[:, None] < tl.minimum(end, high)[None, :])
-            tl.store(out[None, :] + key[:, None], scores, mask=seen)
+            tl.store(target[None, :] + key[:, None], scores, mask=seen)
 
 
 @triton.jit
@@ -284,7 +287,7 @@ def quantise_index_heads(
     return codes.view(torch.float8_e4m3fn), scales
 
 
-def _shape(num_heads: int, dim: int, tiling: Tiling) -> dict[str, int]:
+def _shape(num_heads: int, dim: int, tiling: Tiling) -> dict[str, Any]:
     heads = max(16, triton.next_power_of_2(num_heads))
     return {
         "DIM": dim,
@@ -293,6 +296,7 @@ def _shape(num_heads: int, dim: int, tiling: Tiling) -> dict[str, int]:
         "BLOCK": tiling.keys,
         "num_warps": tiling.num_warps,
         "num_stages": tiling.num_stages,
+        "maxnreg": tiling.registers,
     }
 
 

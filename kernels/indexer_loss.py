@@ -59,7 +59,7 @@ def _logits(
 
 
 @triton.jit
-def _seen(selected, query, key, start, end, row, num_keys, SPARSE: tl.constexpr):
+def _seen(selected, row, key, start, end, num_keys, SPARSE: tl.constexpr):
     seen = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
     if SPARSE:
         at = selected + row.to(tl.int64)[:, None] * num_keys + key[None, :]
@@ -98,7 +98,7 @@ def _normaliser_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     for first in range(tl.min(start), tl.max(end), BLOCK_K):
         key = first + tl.arange(0, BLOCK_K)
-        seen = _seen(selected, row, key, start, end, row, num_keys, SPARSE)
+        seen = _seen(selected, row, key, start, end, num_keys, SPARSE)
         logits = _logits(
             queries,
             keys,
@@ -153,7 +153,6 @@ def _target_kernel(
     start = tl.load(starts + row, mask=known, other=num_keys)
     end = tl.load(ends + row, mask=known, other=0)
     if (tl.min(start) < tl.program_id(1) * BLOCK_K + BLOCK_K) & (tl.max(end) > tl.program_id(1) * BLOCK_K):
-        seen = _seen(selected, row, key, start, end, row, num_keys, SPARSE)
         total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for head in range(num_heads):
             logits = _logits(
@@ -174,10 +173,12 @@ def _target_kernel(
                 BLOCK_K,
             )
             norm = tl.load(normaliser + head * num_rows + row, mask=known, other=0.0)
-            total += tl.where(seen, tl.exp2(logits * scale - norm[:, None]), 0.0)
+            # Nothing is masked yet: what is not seen may even overflow here.
+            total += tl.exp2(logits * scale - norm[:, None])
+        seen = _seen(selected, row, key, start, end, num_keys, SPARSE)
         within = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
         at = target + row.to(tl.int64)[:, None] * num_keys + key[None, :]
-        tl.store(at, total / num_heads, mask=within)
+        tl.store(at, tl.where(seen, total / num_heads, 0.0), mask=within)
 
 
 @triton.jit
@@ -211,7 +212,7 @@ def _divergence_kernel(
         higher = tl.maximum(peak, score, propagate_nan=tl.PropagateNan.ALL)
         total = total * tl.exp2((peak - higher) * 1.4426950408889634) + tl.exp2((score - higher) * 1.4426950408889634)
         peak = higher
-        divergence += tl.where(p > 0, p * tl.log2(tl.maximum(p, 1e-38)) * 0.6931471805599453, 0.0)
+        divergence += tl.where(p > 0, p * tl.log2(tl.maximum(p, 1e-37)) * 0.6931471805599453, 0.0)
         divergence -= tl.where(seen, p * score, 0.0)
         mass += p
     top = tl.max(peak, axis=0)
@@ -395,7 +396,15 @@ class _Chunks:
         bounds = (selected, self.starts[block], self.ends[block])
         blocks = triton.cdiv(num_rows, shape["BLOCK_Q"])
         _normaliser_kernel[(blocks, num_heads)](
-            queries, keys, *bounds, normaliser, num_rows, self.num_keys, self.scale, *strides, **shared
+            queries,
+            keys,
+            *bounds,
+            normaliser,
+            num_rows,
+            self.num_keys,
+            self.scale,
+            *strides,
+            **shared,
         )
         _target_kernel[(blocks, triton.cdiv(self.num_keys, shape["BLOCK_K"]))](
             queries,
@@ -458,7 +467,7 @@ def _attention_shape(dim: int, element_size: int) -> dict[str, int]:
         return {"PIECE": 32, "BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     if dim > 256:
         return {"PIECE": 64, "BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
-    return {"PIECE": 64, "BLOCK_Q": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2 if dim <= 192 else 1}
+    return {"PIECE": 64, "BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2 if dim <= 192 else 1}
 
 
 class _IndexerLoss(torch.autograd.Function):

@@ -251,6 +251,7 @@ def bounded_topk(
             BOUNDED=bounded,
             FILL=fill,
             num_warps=max(1, tile // 1024),
+            maxnreg=128,
         )
         if last:
             return out

@@ -72,14 +72,16 @@ class KeyValueCache(SlotCache):
 
 
 class Trial:
-    """Stands where rows would, in a forward on the meta device: notes the shapes of every layer's keys and values."""
+    """Stands where rows would, in a forward on the meta device: notes every layer's keys and values."""
 
     def __init__(self) -> None:
         self.layers: list[int] = []
+        self.windows: list[int | None] = []
         self.shapes: set[tuple[tuple[int, int], tuple[int, int]]] = set()
 
-    def note(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def note(self, layer: int, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> None:
         self.layers.append(layer)
+        self.windows.append(window)
         self.shapes.add(((keys.shape[2], keys.shape[3]), (values.shape[2], values.shape[3])))
 
 
@@ -101,11 +103,11 @@ def attend(
     rows = arguments.pop(KEYWORD, None)
     if rows is None:
         raise ValueError(f"attention {NAME!r} runs under LanguageModel.backbone only")
-    _refuse(arguments, attention_mask)
+    _refuse(module, arguments, attention_mask)
     queries, keys, values = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(rows, Trial):
-        rows.note(module.layer_idx, keys, values)
+        rows.note(module.layer_idx, keys, values, sliding_window)
         return queries.new_empty(*queries.shape[:3], values.shape[-1]), None
     if isinstance(rows, CachedRows):
         return _cached(rows, module.layer_idx, queries, keys, values, scale, sliding_window), None
@@ -118,10 +120,12 @@ def attend(
     return rows.batch.join(heads), None
 
 
-def _refuse(arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
+def _refuse(module: Any, arguments: dict[str, Any], attention_mask: torch.Tensor | None) -> None:
     asked = [name for name, value in arguments.items() if name not in _HARMLESS and value is not None]
     if attention_mask is not None:
         asked.append("attention_mask")
+    if arguments.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        asked.append("later tokens")
     if asked:
         raise ValueError(f"its attention asks for {', '.join(sorted(asked))}, which Keel's does not have")
 

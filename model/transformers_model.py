@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -26,6 +30,9 @@ from model.outline import ModelOutline, tensor_specs
 from model.packing import Batch
 from model.recompute import recomputed
 from model.transformers_routing import RouterSpec, RouterTrial, taps_of
+
+_UNDECLARED = {"model_type", "head_dim", "rope_theta", "rope_scaling"}
+"""Keys that config classes read without declaring them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +182,39 @@ def read_config(path: Path) -> PretrainedConfig:
     """transformers' config object. Raises ValueError when the directory needs code of its own or makes no sense."""
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'config.json'}: {_first_line(error)}") from error
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{path / 'config.json'}: {_sentence(error)}") from error
+
+
+def config_of(values: Mapping[str, Any]) -> PretrainedConfig:
+    """The config object of config.json's keys. Raises ValueError naming the key that the architecture does not have."""
+    model_type = values["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no model_type {model_type!r}")
+    config_class: Any = CONFIG_MAPPING[model_type]
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+    for key in values:
+        if key not in known | _UNDECLARED:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{model_type} has no key '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+    try:
+        return config_class(**{key: value for key, value in values.items() if key != "model_type"})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(_sentence(error)) from error
+
+
+def random_model(config: PretrainedConfig) -> TransformersModel:
+    """Random weights by transformers' own initialisation and the global generator, in fp32. As `empty` otherwise."""
+    anatomy = examine(_empty_module(config))
+    with _quiet():
+        module = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            attn_implementation=attention.NAME,
+            experts_implementation=stacks.NAME,
+        )
+    return TransformersModel(module, anatomy)
 
 
 def load_transformers(
@@ -197,10 +235,13 @@ def load_transformers(
                 attn_implementation=attn_implementation or attention.NAME,
                 experts_implementation=stacks.NAME,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (ValueError, OSError, RuntimeError, ImportError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from error
+        raise ValueError(f"{path}: {_sentence(error)}") from error
     module, info = loaded
+    for tensor, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{path}: tensor {tensor} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}")
     for problem, names in (
         ("missing from the checkpoint", "missing_keys"),
         ("not part of the model", "unexpected_keys"),
@@ -230,9 +271,13 @@ def examine(module: PreTrainedModel) -> Anatomy:
         with torch.no_grad(), RouterTrial(module) as routers, _AfterLayers(module.base_model) as tail:
             module(input_ids=ids, position_ids=positions, use_cache=False, **{attention.KEYWORD: trial})
     except Exception as error:  # whatever foreign code raises on inputs it does not expect
-        raise ValueError(f"{name} cannot be run: {_first_line(error)}") from error
+        raise ValueError(f"{name} cannot be run: {_sentence(error)}") from error
     if trial.layers != list(range(config.num_hidden_layers)) or len(trial.shapes) != 1:
         raise ValueError(f"{name} cannot be run: not all of its layers attend to the keys and values of all tokens")
+    for kind, window in zip(getattr(config, "layer_types", None) or [], trial.windows, strict=False):
+        # What other kinds hide would be in a mask, which transformers does not make for a function of ours.
+        if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and window is None):
+            raise ValueError(f"{name} cannot be run: {kind} is not supported")
     if tail.foreign:
         raise ValueError(f"{name} cannot be run: it does more than its head on the way to logits ({tail.foreign[0]})")
     experts = [(part_name, part) for part_name, part in module.named_modules() if stacks.is_stack(part)]
@@ -287,9 +332,9 @@ def _empty_module(config: PretrainedConfig) -> PreTrainedModel:
                 attn_implementation=attention.NAME,
                 experts_implementation=stacks.NAME,
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"transformers has no causal language model for model_type {config.model_type!r}: {_first_line(error)}"
+            f"transformers has no causal language model for model_type {config.model_type!r}: {_sentence(error)}"
         ) from error
 
 
@@ -323,5 +368,6 @@ class _quiet:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _sentence(error: Exception) -> str:
+    """What an error of another library says, on one line of bounded length."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")

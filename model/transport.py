@@ -209,6 +209,7 @@ def _backend(host: str, store: Store, rank: int, size: int, device: torch.device
         options = nccl.Options()
         options._timeout = timeout
         backend = nccl(store, rank, size, options)
+        backend._set_sequence_number_for_group()
         backend.eager_connect_single_device(device)
         return backend
     gloo: Any = torch.distributed.ProcessGroupGloo

@@ -131,11 +131,12 @@ class Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Where the policy comes from: ``path`` (a Hugging Face directory) or ``init`` (a random deepseek_v32 model)."""
+    """Where the policy comes from: ``path`` (a Hugging Face directory) or ``init`` (a model with random weights)."""
 
     path: Optional[str] = None
     init: Optional[dict[str, Any]] = None
-    """config.json keys of a deepseek_v32 model that starts from random weights with the byte tokenizer."""
+    """config.json keys of a model that starts from random weights with the byte tokenizer; ``model_type`` names an
+    architecture of transformers, such as qwen3 or qwen3_moe, and is deepseek_v32 by default."""
     dtype: str = "float32"
     max_context: int = 4096
     """Tokens of prompt and reply together."""

@@ -11,7 +11,8 @@ from model.costs import ModelCosts
 from rl.config import EngineKind, Offload, Placement, Recipe
 from rl.errors import RecipeError
 from rl.hardware import GIB, Hardware
-from rl.plan import Plan, engines_sleep, gpus_needed, make_plan
+from rl.placement import engines_sleep
+from rl.plan import Plan, gpus_needed, make_plan
 from rl.recipe_checks import violations
 
 Changes = dict[str, Any]

@@ -64,6 +64,12 @@ def gpu_shares(recipe: Recipe, num_gpus: float) -> GpuShares:
     return shares
 
 
+def engines_sleep(recipe: Recipe) -> bool:
+    """Whether engines give their GPUs to the learner while it steps."""
+    rollout = recipe.rollout
+    return rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared and rollout.sleep
+
+
 def seats(recipe: Recipe, node_gpus: Sequence[float]) -> Seats | None:
     """Where ranks and vLLM engines go on nodes that have so many GPUs each; None when Ray may choose freely.
 

@@ -22,6 +22,7 @@ from rl.errors import RecipeError
 from rl.hardware import GIB, LOCAL_BYTES_PER_S, Hardware
 from rl.initial_model import initial_config
 from rl.learner_memory import Item, RankMemory, element_bytes, rank_memory
+from rl.placement import engines_sleep
 
 GPUS_PER_NODE = 8
 """Of a node that nobody has described."""
@@ -86,12 +87,6 @@ class Plan:
             return 0.0
         beside = self.rank.resident_bytes - self.rank.slept if self.shared else 0.0
         return self.worker.share_bytes + beside
-
-
-def engines_sleep(recipe: Recipe) -> bool:
-    """Whether vLLM gives its GPUs to the learner while that steps."""
-    shared = recipe.rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared
-    return shared and recipe.rollout.sleep
 
 
 def gpus_needed(recipe: Recipe, *, on_gpus: bool = True) -> int:

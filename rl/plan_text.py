@@ -9,11 +9,11 @@ from rl.config import Placement, Recipe
 from rl.fit import check_plan, problems
 from rl.hardware import GIB
 from rl.learner_memory import Item
+from rl.placement import engines_sleep
 from rl.plan import (
     Plan,
     Seat,
     assumed_hardware,
-    engines_sleep,
     make_plan,
     recipe_costs,
 )

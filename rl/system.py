@@ -20,13 +20,13 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from model import load_config
+from model import ModelConfig, empty_model
 from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox
 from rl.cluster import cluster_hardware
-from rl.config import EngineKind, Placement, Recipe, Sampling
+from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
 from rl.fit import ESTIMATE_SLACK, check_plan
@@ -110,15 +110,27 @@ def prepare_model(recipe: Recipe, run_path: Path) -> Path:
 def check_model(recipe: Recipe) -> None:
     """Raises RecipeError when the starting model cannot be, without loading it."""
     if recipe.model.init is not None:
-        initial_config(recipe.model.init, recipe.model.max_context)
+        config = initial_config(recipe.model.init, recipe.model.max_context)
+        _check_indexer(recipe, has_indexer=isinstance(config, ModelConfig))
         return
     path = Path(recipe.model.path or "")
     if not (path / "config.json").is_file():
         raise RecipeError(f"model.path: {path} is not a model directory; it has no config.json")
     try:
-        load_config(path)
+        model = empty_model(path)
     except ValueError as error:
         raise RecipeError(f"model.path: {error}") from error
+    _check_indexer(recipe, has_indexer=model.has_indexer)
+
+
+def _check_indexer(recipe: Recipe, *, has_indexer: bool) -> None:
+    wants = {
+        "learner.indexer": recipe.learner.indexer == IndexerTraining.kl,
+        "supervised.dense_warmup_steps": recipe.supervised.dense_warmup_steps > 0,
+    }
+    for key, wanted in wants.items():
+        if wanted and not has_indexer:
+            raise RecipeError(f"{key} trains a lightning indexer, which this model does not have; leave it out")
 
 
 def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Conversation:

@@ -109,6 +109,7 @@ async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress:
         progress.enter(Stage.TRAINING)
         await train(recipe, data, system, run, progress)
         progress.enter(Stage.SAVING)
+        await system.pool.sleep()
         await system.learner.save_model(run.model)
         conversation.tokenizer.save_pretrained(run.model)
 

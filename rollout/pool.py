@@ -15,9 +15,9 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from model.tokenizer import load_tokenizer
-from rl.config import EngineKind, Placement, Recipe, Sampling
+from rl.config import EngineKind, Recipe, Sampling
 from rl.errors import RecipeError, RunStopped
-from rl.placement import gpu_shares
+from rl.placement import engines_sleep, gpu_shares
 from rl.sample import NDArray, Prompt, Sample
 from rollout.actor import EngineActor
 from rollout.conversation import Conversation
@@ -80,7 +80,7 @@ class EnginePool:
             conversation=conversation,
             max_context=recipe.model.max_context,
             workers_per_engine=recipe.rollout.tensor_parallel,
-            sleeps=sleeps(recipe),
+            sleeps=engines_sleep(recipe),
             shutdown_s=_SHUTDOWN_S[recipe.rollout.engine],
         )
         directory = str(Path(model_path).absolute())
@@ -287,7 +287,7 @@ def _vllm_engines(
             gpu_memory=rollout.gpu_memory,
             cuda_graphs=rollout.cuda_graphs,
             kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
-            sleeps=sleeps(recipe),
+            sleeps=engines_sleep(recipe),
             seed=recipe.seed + index,  # engines of one seed would draw the same for requests without one
             gpus=gpus[index] if gpus else None,
         )
@@ -304,12 +304,6 @@ def _vllm_engines(
         )
         for index in range(rollout.engines)
     ]
-
-
-def sleeps(recipe: Recipe) -> bool:
-    """Whether engines give their memory up while the learner steps."""
-    rollout = recipe.rollout
-    return rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared and rollout.sleep
 
 
 def _check_room(recipe: Recipe) -> None:

@@ -150,7 +150,7 @@ class Learner:
         return [gpus for _, gpus in await self._all("node")]
 
     async def sleep(self) -> None:
-        """Leaves the GPU to the engines, as far as ``learner.sleep`` says."""
+        """Leaves its GPUs to the engines that share them; optimizer state too where ``learner.sleep`` says so."""
         await self._all("sleep")
 
     async def wake(self) -> None:
@@ -158,7 +158,7 @@ class Learner:
         await self._all("wake")
 
     async def peak_memory_gb(self) -> float:
-        """The most that any rank's GPU has had reserved since the last call, in units of 1e9 bytes."""
+        """The most that any rank has had reserved on its GPU so far, in units of 1e9 bytes."""
         return max(await self._all("peak_memory_gb"))
 
     async def _host(self) -> str:

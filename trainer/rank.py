@@ -20,7 +20,7 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 
 from model import load_model
 from model.checksum import Checksums
-from rl.config import Offload, Recipe
+from rl.config import Offload, Placement, Recipe
 from rl.errors import DataError, RecipeError
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
 from trainer.pack import Minibatch
@@ -50,6 +50,7 @@ class LearnerRank:
         self.reference: Reference | None = None
         self._store: Store | None = None
         self._sender: WeightSender | None = None
+        self._asleep = False
         self._engine: DeepSpeedEngine | None = None
 
     def open_store(self, host: str) -> int:
@@ -73,6 +74,7 @@ class LearnerRank:
         RL with any KL also loads the reference from there: the policy that RL starts from.
         """
         if self._engine is not None:
+            self.wake()
             self._engine.close()
             self._engine = self.reference = None
         self.phase = phase
@@ -140,15 +142,20 @@ class LearnerRank:
     def sleep(self) -> None:
         """Moves to host memory what only an optimizer step needs, where ``learner.sleep`` asks for it.
 
-        Weights stay on the device, so that they can be sent and saved.
+        Weights stay on the device, so that they can be sent and saved. Memory that a step has reserved and no longer
+        uses goes back to the device, where an engine waits for it.
         """
-        if self.recipe.learner.sleep:
+        if self.recipe.learner.sleep and not self._asleep:
             self.engine.sleep()
+            self._asleep = True
+        if self.device.type == "cuda" and self.recipe.placement == Placement.shared:
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Undoes :meth:`sleep`; comes before the next step, checkpoint or phase."""
-        if self.recipe.learner.sleep:
+        if self._asleep:
             self.engine.wake()
+            self._asleep = False
 
     def weight_buckets(self, max_bytes: int) -> tuple[list[Any], Sent]:
         """On rank 0: Ray references to dicts of CPU tensors, and what they amount to. Nothing on the other ranks."""
@@ -182,12 +189,8 @@ class LearnerRank:
         return ray.util.get_node_ip_address(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
     def peak_memory_gb(self) -> float:
-        """The most that this rank's GPU has had reserved since the last call, in units of 1e9 bytes; 0 without one."""
-        if self.device.type != "cuda":
-            return 0.0
-        peak = torch.cuda.max_memory_reserved(self.device) / 1e9
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+        """The most that this rank has had reserved on its GPU so far, in units of 1e9 bytes; 0 without one."""
+        return torch.cuda.max_memory_reserved(self.device) / 1e9 if self.device.type == "cuda" else 0.0
 
     def checksums(self) -> dict[str, int]:
         """Of the tensors that ``weight_buckets`` sends."""

@@ -67,6 +67,22 @@ def test_what_no_model_can_be_is_named(changes: dict[str, Any], sentence: str):
         initial_config({**INIT, **changes}, max_context=40)
 
 
+@pytest.mark.parametrize(
+    ("init", "sentence"),
+    [
+        ({"model_type": "qwen3", "hiden_size": 64}, r"qwen3 has no key 'hiden_size'; did you mean 'hidden_size'\?"),
+        ({"model_type": "qwen3", "hidden_size": "wide"}, r"model\.init: .*hidden_size"),
+        ({"model_type": "qwen4000"}, r"transformers knows no model_type 'qwen4000'"),
+        ({"model_type": "qwen3", "vocab_size": 100}, r"model\.init: vocab_size \(100\) is too small"),
+        ({"model_type": "gemma2"}, r"model\.init: Gemma2ForCausalLM cannot be run: .*softcap"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_no_model_of_transformers_can_be_is_named(init: dict[str, Any], sentence: str):
+    with pytest.raises(RecipeError, match=sentence):
+        initial_config(init, max_context=40)
+
+
 def test_a_key_that_is_missing_is_named():
     with pytest.raises(RecipeError, match=r"model\.init: .*kv_lora_rank"):
         initial_config({key: value for key, value in INIT.items() if key != "kv_lora_rank"}, max_context=40)

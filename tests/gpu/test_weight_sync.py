@@ -1,0 +1,326 @@
+"""Weight updates on GPUs: how fast they are beside a plain copy, what their verification costs, and what sleep frees.
+
+Measures, and writes to KEEL_FIGURES_SYNC when that names a file:
+
+* one GPU: bytes, seconds and GB/s of an update through GPU memory that two processes share, the seconds of its
+  verification, and of a plain device-to-device copy of the same bytes; memory of the GPU before, in and after sleep;
+* two GPUs: an update by broadcast through a real learner rank, a plain NCCL broadcast of the same bytes, and an engine
+  of two workers, tensor parallel and expert parallel;
+* three GPUs: two engines at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from model import DeepseekV32, checksums, save_model
+from model.tokenizer import save_byte_tokenizer
+from model.transport import BroadcastGroup, open_store
+from rl.config import Learner as LearnerSettings
+from rl.config import Model, Placement, Recipe, Rollout, Sampling
+from rl.sync import connect, publish
+from rl.system import reserve
+from rollout.engine import Finish, Request
+from rollout.pool import EnginePool
+from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.test_vllm_engine import CONFIG, endless, make_module, make_requests
+from trainer.learner import Learner
+from trainer.sender import Offer, Sent, WeightSender
+
+BUCKET_BYTES = 64 << 20
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+needs_three = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
+
+
+@dataclass
+class Seen:
+    """What the scenario with one engine in this process saw."""
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    sums: list[dict[str, int]] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
+    flight: list[Any] = field(default_factory=list)
+    used_gb: dict[str, float] = field(default_factory=dict)
+
+
+def record(name: str, figures: dict[str, Any]) -> None:
+    """Adds to the file of figures, which several tests write."""
+    if target := os.environ.get("KEEL_FIGURES_SYNC"):
+        path = Path(target)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | {name: figures}, indent=2))
+
+
+def used_gb() -> float:
+    """Of the whole GPU, all processes together."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e9
+
+
+def buckets(module: DeepseekV32) -> Iterator[dict[str, torch.Tensor]]:
+    """As `trainer.weights.whole_weights` cuts them."""
+    bucket, room = {}, BUCKET_BYTES
+    for name, tensor in module.state_dict().items():
+        if bucket and tensor.nbytes > room:
+            yield bucket
+            bucket, room = {}, BUCKET_BYTES
+        bucket[name] = tensor
+        room -= tensor.nbytes
+    yield bucket
+
+
+async def update(actor: VllmEngineActor, sender: WeightSender, module: DeepseekV32, version: int) -> dict[str, Any]:
+    """One update as `rl.sync.SharedMemory` makes it, with the seconds of its parts."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    await actor.begin_update()
+    ready = time.perf_counter()
+    offer = sender.offer(buckets(module))
+    while isinstance(offer, Offer):
+        await actor.receive(asdict(offer))
+        offer = sender.offer(None)
+    loaded = time.perf_counter()
+    sums = await actor.commit(version)
+    done = time.perf_counter()
+    verified = time.perf_counter()
+    await actor.checksums()
+    verify_s = time.perf_counter() - verified
+    return {
+        "sums": sums,
+        "sent": offer,
+        "pause_s": ready - began,
+        "load_s": loaded - ready,
+        "finish_s": done - loaded,
+        "verify_s": verify_s,
+        "total_s": done - began,
+    }
+
+
+async def scenario(path: Path) -> Seen:
+    seen = Seen()
+    actor, sender = VllmEngineActor(), WeightSender(rank=0, device=torch.device("cuda", 0))
+    modules = [make_module(seed).to("cuda") for seed in (1, 2)]
+    settings = EngineSettings(
+        dtype="bfloat16", max_num_seqs=64, max_context=2048, gpu_memory=0.4, sleeps=True, cuda_graphs=True
+    )
+    await actor.load(str(path), settings)
+    try:
+        for version, module in enumerate([*modules, modules[0]], start=1):
+            outcome = await update(actor, sender, module, version)
+            seen.sums.append(outcome.pop("sums"))
+            seen.sent.append(outcome.pop("sent"))
+            num_bytes = seen.sent[-1].num_bytes
+            seen.figures[f"update_{version}"] = outcome | {
+                "bytes": num_bytes,
+                "gb_per_s": num_bytes / outcome["total_s"] / 1e9,
+                "verify_share": outcome["verify_s"] / outcome["total_s"],
+            }
+        seen.figures["copy_s"] = copy_seconds(modules[0])
+        await sleep_amid_generation(actor, sender, modules[1], seen)
+        seen.figures["used_gb"] = seen.used_gb | {"engine_reserved": await actor.peak_memory_gb()}
+    finally:
+        await actor.shutdown()
+    return seen
+
+
+async def sleep_amid_generation(actor: VllmEngineActor, sender: WeightSender, module: DeepseekV32, seen: Seen) -> None:
+    """Sequences in flight through a sleep without weights and the update that ends it, then one that keeps them."""
+    requests = [endless(request) for request in make_requests("sleepy", 8, 40, max_tokens=800)]
+    steps = (await actor.stats()).num_decode_steps
+    flight = asyncio.ensure_future(actor.generate(requests))
+    while (await actor.stats()).num_decode_steps < steps + 50:
+        await asyncio.sleep(0.005)
+    seen.used_gb["awake"] = used_gb()
+    began = time.perf_counter()
+    await actor.sleep()
+    seen.figures["sleep_s"] = time.perf_counter() - began
+    seen.used_gb["asleep"] = used_gb()
+    asleep_at = (await actor.stats()).num_decode_steps
+    await asyncio.sleep(0.5)
+    assert (await actor.stats()).num_decode_steps == asleep_at
+    began = time.perf_counter()
+    outcome = await update(actor, sender, module, 4)
+    seen.figures["wake_with_update_s"] = time.perf_counter() - began
+    seen.sums.append(outcome["sums"])
+    seen.used_gb["awake_again"] = used_gb()
+    await actor.sleep(keep_weights=True)
+    seen.used_gb["asleep_keeping_weights"] = used_gb()
+    await actor.wake()
+    assert await actor.checksums() == outcome["sums"]
+    seen.flight = await flight
+
+
+def copy_seconds(module: DeepseekV32) -> float:
+    """The best of five copies of the same bytes within the GPU."""
+    source = torch.empty(sum(t.nbytes for t in module.state_dict().values()), dtype=torch.uint8, device="cuda")
+    target, seconds = torch.empty_like(source), []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_model(make_module(0), path)
+    save_byte_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def seen(model_path: Path) -> Seen:
+    observed = asyncio.run(scenario(model_path))
+    record("shared_memory", observed.figures)
+    return observed
+
+
+def test_every_update_through_shared_memory_arrives(seen: Seen):
+    expected = [checksums(make_module(seed).state_dict().items()) for seed in (1, 2, 1, 2)]
+    assert seen.sums == expected
+    assert [sent.checksums for sent in seen.sent] == expected[:3]
+
+
+def test_verification_is_a_small_part_of_an_update(seen: Seen):
+    assert min(seen.figures[f"update_{version}"]["verify_share"] for version in (2, 3)) < 0.05
+
+
+def test_sleep_frees_what_the_engine_had(seen: Seen):
+    freed = seen.used_gb["awake"] - seen.used_gb["asleep"]
+    assert freed > 0.8 * (seen.figures["used_gb"]["engine_reserved"])
+    assert seen.used_gb["awake_again"] <= seen.used_gb["awake"] + 1
+    assert seen.used_gb["asleep_keeping_weights"] < seen.used_gb["awake"] - 0.7 * freed
+
+
+def test_sequences_go_on_after_the_sleep_with_the_next_weights(seen: Seen):
+    for completion in seen.flight:
+        assert completion.finish == Finish.LENGTH and len(completion.token_ids) == 800
+        assert (completion.versions[0], completion.versions[-1]) == (3, 4)
+        assert completion.routed is not None and completion.routed[:-1].all()
+
+
+def broadcast_seconds(rank: int, port: int, num_bytes: int) -> float | None:
+    """A plain broadcast of so many bytes between two processes on two GPUs; rank 0's best of five."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    settings = {"rank": rank, "size": 2, "device": device, "timeout_s": 120.0}
+    group = BroadcastGroup.join("127.0.0.1", port, **settings)
+    buffer, seconds = torch.empty(num_bytes, dtype=torch.uint8, device=device), []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        group._wait(group._broadcast(buffer))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as rl.system.join_cluster
+    ray.init(address="local", include_dashboard=False, num_cpus=16)
+    yield
+    ray.shutdown()
+
+
+def recipe_for(model_path: Path, **rollout: Any) -> Recipe:
+    return Recipe(
+        name="sync",
+        model=Model(path=str(model_path), dtype="bfloat16", max_context=1024),
+        sampling=Sampling(max_tokens=64),
+        rollout=Rollout(engine="vllm", max_num_seqs=64, gpu_memory=0.4, cuda_graphs=False, **rollout),  # type: ignore
+        learner=LearnerSettings(ranks=1, zero_stage=2),
+        placement=Placement.split,
+    )
+
+
+def request_of(name: str) -> Request:
+    return make_requests(name, 1, 40, max_tokens=32)[0]
+
+
+async def publish_twice(recipe: Recipe, model_path: Path) -> dict[str, Any]:
+    """Two verified updates by broadcast from a real learner rank; the second one is measured."""
+    reservation = await reserve(recipe)
+    learner = await Learner.start(recipe, model_path, actor_options=reservation.ranks)
+    pool = await EnginePool.start(recipe, model_path, actor_options=reservation.engines)
+    try:
+        transport = await connect(recipe, learner, pool)
+        await publish(transport, 0)
+        sync = await publish(transport, 1)
+        request = request_of("probe")
+        completions = [(await engine.generate.remote([request]))[0] for engine in pool._engines]
+        assert all(set(completion.versions.tolist()) == {1} for completion in completions)
+        figures = {"bytes": sync.num_bytes, "seconds": sync.seconds, "gb_per_s": sync.num_bytes / sync.seconds / 1e9}
+        return figures | {"memory_gb": sync.memory_gb, "num_tensors": sync.num_tensors}
+    finally:
+        pool.close()
+        learner.close()
+        reservation.release()
+
+
+@needs_two
+def test_an_update_by_broadcast_beside_a_plain_one(cluster: None, model_path: Path):
+    figures = asyncio.run(publish_twice(recipe_for(model_path), model_path))
+    store = open_store("127.0.0.1")
+    actor = ray.remote(num_gpus=0)(broadcast_seconds)
+    environment = {"env_vars": {"CUDA_VISIBLE_DEVICES": "0,1"}}
+    both = [actor.options(runtime_env=environment).remote(r, store.port, figures["bytes"]) for r in (0, 1)]
+    plain = ray.get(both, timeout=300)[0]
+    record("broadcast", figures | {"plain_s": plain, "plain_gb_per_s": figures["bytes"] / plain / 1e9})
+    assert figures["num_tensors"] == len(DeepseekV32(CONFIG).state_dict())
+
+
+@needs_three
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_an_engine_of_two_workers_holds_what_was_sent(cluster: None, model_path: Path, expert_parallel: bool):
+    recipe = recipe_for(model_path, tensor_parallel=2, expert_parallel=expert_parallel)
+    figures = asyncio.run(publish_twice(recipe, model_path))
+    record(f"two_workers_{'experts' if expert_parallel else 'tensors'}", figures)
+
+
+@needs_three
+def test_two_engines_at_once(cluster: None, model_path: Path):
+    record("two_engines", asyncio.run(publish_twice(recipe_for(model_path, engines=2), model_path)))
+
+
+@needs_two
+def test_two_workers_share_their_gpus_with_two_ranks(cluster: None, model_path: Path):
+    """Tensor parallel and sleep together, through the shared memory of both GPUs."""
+    from dataclasses import replace
+
+    recipe = recipe_for(model_path, tensor_parallel=2)
+    recipe = replace(recipe, placement=Placement.shared, learner=LearnerSettings(ranks=2, zero_stage=3))
+
+    async def run() -> dict[str, Any]:
+        from rl.placement import shared_gpus
+
+        reservation = await reserve(recipe)
+        learner = await Learner.start(recipe, model_path, actor_options=reservation.ranks)
+        gpus = shared_gpus(await learner.gpus(), 2)
+        pool = await EnginePool.start(recipe, model_path, actor_options=reservation.engines, gpus=gpus)
+        try:
+            transport = await connect(recipe, learner, pool)
+            await publish(transport, 0)
+            await pool.sleep()
+            sync = await publish(transport, 1)
+            return {"bytes": sync.num_bytes, "seconds": sync.seconds, "memory_gb": sync.memory_gb}
+        finally:
+            pool.close()
+            learner.close()
+            reservation.release()
+
+    record("two_workers_shared", asyncio.run(run()))
