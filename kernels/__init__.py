@@ -26,6 +26,7 @@ R = TypeVar("R")
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cuda": {
         "decode_sparse_attention": "kernels.sparse_mla",
+        "dense_attention": "kernels.varlen",
         "grouped_linear": "kernels.grouped",
         "indexer_scores": "kernels.indexer",
         "kept_logprobs": "kernels.logprob",
@@ -68,6 +69,7 @@ packed_attention = _by_device(reference.packed_attention)
 selection_bitmask = _by_device(reference.selection_bitmask)
 sparse_attention = _by_device(reference.sparse_attention)
 packed_sparse_attention = _by_device(reference.packed_sparse_attention)
+dense_attention = _by_device(reference.dense_attention)
 decode_sparse_attention = _by_device(reference.decode_sparse_attention)
 mean_attention = _by_device(reference.mean_attention)
 indexer_kl = _by_device(reference.indexer_kl)
@@ -81,6 +83,7 @@ kept_logprobs = _by_device(reference.kept_logprobs)
 
 __all__ = [
     "decode_sparse_attention",
+    "dense_attention",
     "grouped_linear",
     "indexer_kl",
     "indexer_scores",

@@ -153,11 +153,11 @@ class Attention(nn.Module):
             latents, _ = kernels.packed_sparse_attention(queries, keys, selected, self.scale, self.latent_dim)
             heads = torch.einsum("nhr,hvr->nhv", latents, to_value)
             keys = keys.unsqueeze(1).expand(-1, self.num_heads, -1)
+        elif selected is None:
+            heads = kernels.dense_attention(queries, keys, values, batch.cu_seqlens, self.scale)
         else:
-            bitmask = None
-            if selected is not None:
-                places = torch.where(selected >= 0, selected - batch.starts.unsqueeze(1), -1)
-                bitmask = kernels.selection_bitmask(places, batch.longest)
+            places = torch.where(selected >= 0, selected - batch.starts.unsqueeze(1), -1)
+            bitmask = kernels.selection_bitmask(places, batch.longest)
             heads, _ = kernels.packed_attention(queries, keys, values, batch.cu_seqlens, self.scale, bitmask)
         loss = None
         if how.indexer_loss is not None and index is not None:

@@ -97,7 +97,7 @@ def load_deepseek_v32(
         module = DeepseekV32(config).to(dtype)
     module.to_empty(device=device)
     module.tie_weights()
-    with _Checkpoint(directory) as checkpoint, torch.no_grad():
+    with CheckpointReader(directory) as checkpoint, torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():
             if config.tie_word_embeddings and name == "lm_head.weight":
                 checkpoint.ignore(name)
@@ -208,7 +208,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
     shutil.rmtree(replaced)
 
 
-class _Checkpoint:
+class CheckpointReader:
     """The tensors of a checkpoint directory, read one at a time and ticked off."""
 
     def __init__(self, directory: Path) -> None:
@@ -224,7 +224,7 @@ class _Checkpoint:
         rows, columns = quantization.get("weight_block_size") or (128, 128)
         self._block = (int(rows), int(columns))
 
-    def __enter__(self) -> _Checkpoint:
+    def __enter__(self) -> CheckpointReader:
         index = self._directory / _INDEX
         if index.exists():
             weight_map = read_json(index).get("weight_map")
@@ -250,16 +250,24 @@ class _Checkpoint:
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """The tensor `name`, dequantised if need be; ValueError when it is missing or its shape is not `shape`."""
+        self.check(name, shape)
         tensor = self._tensor(name)
-        if tensor.shape != shape:
-            found, wanted = tuple(tensor.shape), tuple(shape)
-            raise ValueError(f"{self._directory}: tensor {name} has shape {found}, but config.json asks for {wanted}")
         if tensor.dtype not in _FP8:
             return tensor
         try:
             return dequantise(tensor, self._tensor(f"{name}_scale_inv"), self._block)
         except ValueError as error:
             raise ValueError(f"{self._directory}: FP8 tensor {name}: {error}") from None
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Raises ValueError when the tensor `name` is missing or its shape is not `shape`; ticks it off, unread."""
+        header = self._file_of(name).get_slice(name)
+        self._read.add(name)
+        if header.get_dtype().startswith("F8"):
+            self._read.add(f"{name}_scale_inv")
+        found, wanted = tuple(header.get_shape()), tuple(shape)
+        if found != wanted:
+            raise ValueError(f"{self._directory}: tensor {name} has shape {found}, but config.json asks for {wanted}")
 
     def refuse_leftovers(self, num_layers: int) -> None:
         """Raises ValueError when the checkpoint holds tensors that the model has no place for."""
@@ -268,13 +276,17 @@ class _Checkpoint:
             raise ValueError(f"{self._directory}: tensor {leftovers[0]}{_and_more(leftovers)} is not part of the model")
 
     def _tensor(self, name: str) -> torch.Tensor:
-        if name not in self._files:
-            raise ValueError(f"{self._directory}: tensor {name} is missing from the checkpoint")
+        file = self._file_of(name)
         self._read.add(name)
         try:
-            return self._files[name].get_tensor(name)
+            return file.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self._directory}: tensor {name} cannot be read: {error}") from None
+
+    def _file_of(self, name: str) -> Any:
+        if name not in self._files:
+            raise ValueError(f"{self._directory}: tensor {name} is missing from the checkpoint")
+        return self._files[name]
 
     def _open_file(self, file: str) -> Any:
         path = self._directory / file

@@ -86,6 +86,9 @@ class LanguageModel(nn.Module, ABC):
     def recompute_activations(self) -> None:
         """Keeps only the input of each layer for the backward pass, which computes the layer again (same bits)."""
 
+    def fill_constants(self) -> None:
+        """Computes the buffers that checkpoints do not hold, in a model that was on the meta device."""
+
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All parameters and persistent buffers, tied ones once, in the order of `outline.tensors`."""
         live = self.state_dict(keep_vars=True)

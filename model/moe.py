@@ -11,6 +11,7 @@ from torch import nn
 
 import kernels
 from model.config import ModelConfig
+from model.expert_exchange import exchange_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +125,18 @@ def run_experts(
     """Weighted sum of each token's experts: x [N, hidden], experts int64 [N, k], weights [N, k].
 
     up_proj [E, 2 * inner, hidden], whose outputs `activation` takes to [.., inner], and down_proj [E, hidden, inner].
+    Where `share_experts` has dealt them out, they are this rank's, and tokens travel.
     """
+    exchange = exchange_of(up_proj)
     num_tokens, top_k = experts.shape
-    place, ends = _places(experts.flatten(), up_proj.shape[0])
+    place, ends = _places(experts.flatten(), exchange.num_experts if exchange else up_proj.shape[0])
     copies = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
     routed = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, place, copies)
-    inner = activation(kernels.grouped_linear(routed, up_proj, ends))
-    outputs = kernels.grouped_linear(inner, down_proj, ends)
+
+    def apply(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return kernels.grouped_linear(activation(kernels.grouped_linear(rows, up_proj, ends)), down_proj, ends)
+
+    outputs = apply(routed, ends) if exchange is None else exchange(routed, ends, apply)
     outputs = outputs.index_select(0, place).view(num_tokens, top_k, -1)
     return (outputs * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 

@@ -124,6 +124,11 @@ class TransformersModel(LanguageModel):
     def checkpoint_names(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         yield from revert_weight_conversion(self._module[0], {name: tensor}).items()
 
+    def fill_constants(self) -> None:
+        for part in self.modules():
+            if part._non_persistent_buffers_set:
+                self._module[0]._init_weights(part)
+
     def recompute_activations(self) -> None:
         self._module[0].gradient_checkpointing_enable()
         for part in self.modules():

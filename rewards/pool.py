@@ -18,8 +18,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from rewards.judge import JudgeAddress
 from rewards.protocol import Fault, Outcome, check_names, part_name
-from rewards.worker import ConcurrentWorker, SerialWorker, Traits, late, most_s
+from rewards.worker import ConcurrentWorker, SerialWorker, Surroundings, Traits, late, most_s
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError, RunStopped, UserError
 from rl.plugin import describe
@@ -48,26 +49,36 @@ class Failure:
 class RewardPool:
     """Scores samples with the rewards of their domain. Made by :meth:`start`, ended by :meth:`close`."""
 
-    def __init__(self, uses: Mapping[str, Sequence[RewardUse]], num_workers: int) -> None:
+    def __init__(self, uses: Mapping[str, Sequence[RewardUse]], num_workers: int, surroundings: Surroundings) -> None:
         self._uses = uses
-        directory = os.getcwd()
         serial = ray.remote(SerialWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
         concurrent = ray.remote(ConcurrentWorker).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
-        self._serial = [_Process(serial, uses, directory, exclusive=True) for _ in range(num_workers)]
-        self._concurrent = _Process(concurrent, uses, directory, exclusive=False)
+        self._serial = [_Process(serial, uses, surroundings, exclusive=True) for _ in range(num_workers)]
+        self._concurrent = _Process(concurrent, uses, surroundings, exclusive=False)
         self._idle: asyncio.LifoQueue[_Process] = asyncio.LifoQueue()
         self._traits: dict[str, list[Traits]] = {}
         self._turns: dict[tuple[str, int], asyncio.Semaphore] = {}
 
     @classmethod
-    async def start(cls, domains: Mapping[str, Domain], *, num_workers: int = 1) -> RewardPool:
+    async def start(
+        cls,
+        domains: Mapping[str, Domain],
+        *,
+        num_workers: int = 1,
+        judge: JudgeAddress | None = None,
+        env: Sequence[str] = (),
+    ) -> RewardPool:
         """Starts the workers and imports every reward in them.
+
+        ``judge`` is for rewards that ask one, and ``env`` names environment variables that rewards may read.
 
         Raises RecipeError for a reward that cannot be used, a domain without rewards, and two parts of one name.
         """
         for name, domain in domains.items():
             check_names(name, domain)
-        pool = cls({name: list(domain.rewards) for name, domain in domains.items()}, max(1, num_workers))
+        surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=tuple(env))
+        uses = {name: list(domain.rewards) for name, domain in domains.items()}
+        pool = cls(uses, max(1, num_workers), surroundings)
         try:
             traits, *_ = await asyncio.gather(*(process.start() for process in pool._serial))
             if any(trait.is_async for members in traits.values() for trait in members):
@@ -198,10 +209,15 @@ class _Process:
     """
 
     def __init__(
-        self, actor_class: Any, uses: Mapping[str, Sequence[RewardUse]], directory: str, *, exclusive: bool
+        self,
+        actor_class: Any,
+        uses: Mapping[str, Sequence[RewardUse]],
+        surroundings: Surroundings,
+        *,
+        exclusive: bool,
     ) -> None:
         self._actor_class = actor_class
-        self._opening = (uses, directory)
+        self._opening = (uses, surroundings)
         self._exclusive = exclusive
         self._actor: Any = None
         self._lock = asyncio.Lock()

@@ -36,7 +36,11 @@ BUILT_IN = {
     "language_consistency": "rewards.language_consistency:LanguageConsistency",
     "length_penalty": "rewards.length_penalty:LengthPenalty",
     "math_answer": "rewards.math_answer:math_answer",
+    "proof_generator": "rewards.proof:ProofGenerator",
+    "proof_verifier": "rewards.proof:ProofVerifier",
     "reasoning_gym": "rewards.reasoning_gym:reasoning_gym_score",
+    "rubric": "rewards.rubric:Rubric",
+    "rubric_comparison": "rewards.rubric:RubricComparison",
     "state_check": "rewards.state_check:StateCheck",
     "test_suite": "rewards.test_suite:TestSuite",
     "tool_protocol": "rewards.tool_protocol:tool_protocol",
@@ -106,6 +110,8 @@ def resolve(use: RewardUse) -> RewardFunction:
         check_arguments(function, args, given=0, place=place)
         try:
             function = function(**args)
+        except RecipeError:
+            raise
         except Exception as error:
             raise RecipeError(f"{place} refuses its arguments {dict(args)} ({describe(error)})") from error
         if not callable(function):

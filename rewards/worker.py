@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
+import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.judge import JudgeAddress, appoint
 from rewards.protocol import Fault, Outcome, RewardFunction, read_result, read_results, resolve
 from rl.config import RewardUse
 from rl.plugin import describe
@@ -28,6 +32,13 @@ from rl.sample import Sample
 
 CANCEL_GRACE_S = 1.0
 """How much longer than its timeout an async call may take on a serial worker, to be cancelled before it is killed."""
+
+
+KEPT_VARIABLES = re.compile(
+    "PATH|HOME|USER|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|SHELL|PWD|VIRTUAL_ENV|LD_LIBRARY_PATH|PYTHON.*|RAY_.*|OMP_.*|MKL_.*"
+    "|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|HF_HOME|HF_HUB_OFFLINE|XDG_.*|NLTK_DATA"
+)
+"""Environment variables that say where things are. A driver's environment holds keys and tokens beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +50,25 @@ class Traits:
     concurrency: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What rewards find in their process."""
+
+    directory: str
+    """Joins the import path."""
+    judge: JudgeAddress | None = None
+    env: tuple[str, ...] = ()
+    """Environment variables that stay, beside those of ``KEPT_VARIABLES``."""
+
+
 class _Functions:
     """The reward functions of every domain, in the recipe's order."""
 
-    def __init__(self, uses: Mapping[str, Sequence[RewardUse]], directory: str) -> None:
-        if directory not in sys.path:
-            sys.path.insert(0, directory)
+    def __init__(self, uses: Mapping[str, Sequence[RewardUse]], surroundings: Surroundings) -> None:
+        if surroundings.directory not in sys.path:
+            sys.path.insert(0, surroundings.directory)
+        forget_environment(keep=surroundings.env)
+        appoint(surroundings.judge)
         self._by_domain = {domain: [resolve(use) for use in members] for domain, members in uses.items()}
         self._places = {
             id(function): asyncio.Semaphore(function.concurrency)
@@ -76,9 +100,9 @@ class SerialWorker:
     It must not have an async method, private ones included: Ray would run all of them off the main thread.
     """
 
-    def open(self, uses: Mapping[str, Sequence[RewardUse]], directory: str) -> dict[str, list[Traits]]:
-        """Imports every reward; ``directory`` joins the import path. Raises RecipeError as :func:`resolve` does."""
-        self._functions = _Functions(uses, directory)
+    def open(self, uses: Mapping[str, Sequence[RewardUse]], surroundings: Surroundings) -> dict[str, list[Traits]]:
+        """Imports every reward. Raises RecipeError as :func:`resolve` does."""
+        self._functions = _Functions(uses, surroundings)
         self._loop = asyncio.new_event_loop()
         self._nowhere = open(os.devnull, "w")  # noqa: SIM115  the watchdog writes to it for as long as the process lives
         return self._functions.traits()
@@ -124,9 +148,11 @@ class SerialWorker:
 class ConcurrentWorker:
     """Awaits async functions, any number at the same time."""
 
-    async def open(self, uses: Mapping[str, Sequence[RewardUse]], directory: str) -> dict[str, list[Traits]]:
+    async def open(
+        self, uses: Mapping[str, Sequence[RewardUse]], surroundings: Surroundings
+    ) -> dict[str, list[Traits]]:
         """As :meth:`SerialWorker.open`."""
-        self._functions = _Functions(uses, directory)
+        self._functions = _Functions(uses, surroundings)
         return self._functions.traits()
 
     async def score(self, domain: str, numbers: Sequence[int], samples: Sequence[Sample]) -> list[list[Outcome]]:
@@ -173,3 +199,22 @@ async def _once_async(function: RewardFunction, samples: Sequence[Sample], funct
 def late(timeout_s: float) -> str:
     """The reason of a call that outstayed its timeout."""
     return f"took longer than its timeout of {timeout_s:g} s"
+
+
+def forget_environment(*, keep: Sequence[str]) -> None:
+    """Removes every environment variable but those of ``KEPT_VARIABLES`` and ``keep`` from this process.
+
+    Also from the memory that ``/proc/<pid>/environ`` shows, which outlives ``unsetenv``.
+    """
+    names = [name for name in os.environ if name not in keep and not KEPT_VARIABLES.fullmatch(name)]
+    libc = ctypes.CDLL(None)
+    entries = ctypes.POINTER(ctypes.c_void_p).in_dll(libc, "environ")
+    for index in itertools.count():
+        address = entries[index]
+        if address is None:
+            break
+        name, _, value = ctypes.string_at(address).partition(b"=")
+        if os.fsdecode(name) in names:
+            ctypes.memset(address + len(name) + 1, 0, len(value))
+    for name in names:
+        del os.environ[name]

@@ -262,6 +262,45 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judge:
+    """The generative reward model that ``rubric`` and the proof rewards ask: an endpoint (``url``) or a model that the
+    run serves itself (``path``)."""
+
+    url: Optional[str] = None
+    """Base of an OpenAI-compatible endpoint, such as ``http://judge:8000/v1``."""
+    model: Optional[str] = None
+    """The model's name at ``url``."""
+    api_key: Optional[str] = None
+    """Name of the environment variable that holds the endpoint's key."""
+    structured: bool = True
+    """Whether verdicts are asked for by JSON schema; turn it off for an endpoint that refuses ``response_format``."""
+    path: Optional[str] = None
+    """A Hugging Face directory, served by engines of its own."""
+    engine: EngineKind = EngineKind.torch
+    engines: int = 1
+    tensor_parallel: int = 1
+    dtype: str = "bfloat16"
+    max_context: int = 16384
+    max_num_seqs: int = 64
+    threads: int = 1
+    """CPU threads of one torch engine."""
+    thinking: bool = False
+    """Whether the model served from ``path`` thinks before its verdict."""
+    temperature: float = 1.0
+    max_tokens: int = 2048
+    """Tokens of one verdict, thought included."""
+    timeout_s: float = 120.0
+    """Seconds that one call may take."""
+    attempts: int = 3
+    """Calls that are made before a judge that cannot be reached fails the sample."""
+    concurrency: int = 64
+    """Calls that each worker process may have open."""
+    usd_per_million_input: float = 0.0
+    """Price of a million tokens read, for the metric ``judge_usd``."""
+    usd_per_million_output: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every: int = 0
     """Steps between resumable checkpoints; 0 writes one after the last step only."""
@@ -293,4 +332,7 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log_samples: int = 16
     """Trajectories written to ``samples/`` each step."""
+    judge: Judge = field(default_factory=Judge)
+    reward_env: list[str] = field(default_factory=list)
+    """Environment variables that rewards may read, beside those that say where programs and libraries are."""
     reward_workers: int = 1

@@ -13,6 +13,7 @@ from rl.config import (
     EngineKind,
     EnvironmentUse,
     Evaluation,
+    Judge,
     Learner,
     Model,
     Objective,
@@ -109,6 +110,21 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "threads": _AT_LEAST_1,
     },
     Evaluation: {"every": _AT_LEAST_0, "num_prompts": _AT_LEAST_0, "samples_per_prompt": _AT_LEAST_1},
+    Judge: {
+        "engines": _AT_LEAST_1,
+        "tensor_parallel": _AT_LEAST_1,
+        "dtype": _Range("float32 or bfloat16", lambda name: name in ("float32", "bfloat16")),
+        "max_context": _AT_LEAST_2,
+        "max_num_seqs": _AT_LEAST_1,
+        "threads": _AT_LEAST_1,
+        "temperature": _POSITIVE,
+        "max_tokens": _AT_LEAST_1,
+        "timeout_s": _POSITIVE,
+        "attempts": _AT_LEAST_1,
+        "concurrency": _AT_LEAST_1,
+        "usd_per_million_input": _AT_LEAST_0,
+        "usd_per_million_output": _AT_LEAST_0,
+    },
     Checkpoint: {"every": _AT_LEAST_0, "keep": _AT_LEAST_1},
 }
 
@@ -174,6 +190,7 @@ def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         f"rollout.tensor_parallel is {rollout.tensor_parallel}, but the torch engine runs in one process; use vllm",
     )
     yield from _sharding_rules(recipe)
+    yield from _judge_rules(recipe)
     yield from _vllm_rules(recipe)
     yield (
         "supervised.demonstrations",
@@ -222,6 +239,22 @@ def _sharding_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         experts == 1 or stage >= least,
         f"learner.expert_parallel {experts} with model.dtype {recipe.model.dtype} needs learner.zero_stage {least} "
         f"or more, not {stage}",
+    )
+
+
+def _judge_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
+    judge = recipe.judge
+    yield "judge", judge.url is None or judge.path is None, "give either judge.url or judge.path, not both"
+    yield (
+        "judge.model",
+        judge.url is None or judge.model is not None,
+        "judge.model is missing; name the model that the endpoint shall judge with",
+    )
+    yield (
+        "judge.max_tokens",
+        judge.path is None or judge.max_tokens < judge.max_context,
+        f"judge.max_tokens is {judge.max_tokens}, which leaves no room for what is judged in judge.max_context "
+        f"{judge.max_context}",
     )
 
 

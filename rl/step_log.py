@@ -75,6 +75,7 @@ class StepLog:
         metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
         metrics |= {"time/step_s": clock.total, "time/reward_s": float(tally.scoring)}
         metrics["tokens_per_s"] = metrics["tokens/generated"] / clock.total
+        metrics |= {f"time/{part}_s": seconds for part, seconds in result.seconds.items()}
         metrics |= speeds
         metrics |= values(result.metrics) | sync.metrics() | (evaluation.metrics() if evaluation else {})
         self._write(metrics)

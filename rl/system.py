@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rl.data import RunData
 from rl.errors import DataError, RecipeError
 from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
+from rl.judge import start_judge
 from rl.placement import seats, shared_gpus
 from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
@@ -153,9 +154,10 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     cancel_on_sigterm()
     plan = check_plan(recipe, model_costs(model_dir), await cluster_hardware(), slack=ESTIMATE_SLACK)
     reservation = await reserve(recipe)
+    judge = AsyncExitStack()
     learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase, actor_options=reservation.ranks))
     starting = (
-        asyncio.create_task(RewardPool.start(recipe.domains, num_workers=recipe.reward_workers)),
+        asyncio.create_task(_start_rewards(recipe, judge)),
         learning,
         asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation)),
     )
@@ -175,6 +177,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
+        await judge.aclose()
         reservation.release()
 
 
@@ -196,6 +199,14 @@ def check_environments(recipe: Recipe) -> None:
                 resolve(domain.environment.use, domain.environment.args)
             except RecipeError as error:
                 raise RecipeError(f"domains.{name}.environment: {error}") from error
+
+
+async def _start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
+    """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
+    address = await judge.enter_async_context(start_judge(recipe, host=ray.util.get_node_ip_address()))
+    return await RewardPool.start(
+        recipe.domains, num_workers=recipe.reward_workers, judge=address, env=recipe.reward_env
+    )
 
 
 async def _start_pool(

@@ -69,6 +69,7 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                 micro_tokens=recipe.learner.micro_tokens,
                 rng=shuffle,
                 aggregation=recipe.objective.aggregation,
+                attention_span=system.learner.attention_span,
             )
             await system.learners_turn()
             result = await system.learner.step(minibatches)

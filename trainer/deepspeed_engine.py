@@ -22,8 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
+from model.expert_exchange import exchange_of
 from rl.errors import RecipeError
+from trainer.expert_parallel import announce
 from trainer.parking import Parking
+from trainer.stopwatch import Stopwatch
 
 CHECKPOINT_TAG = "state"
 
@@ -62,6 +65,8 @@ class Sharding:
     """fp32 weights and optimizer state live in host memory, and the optimizer runs there."""
     offload_parameters: bool = False
     """Parameters live in host memory outside their own layer's computation (stage 3)."""
+    expert_parallel: int = 1
+    """Consecutive ranks that share the routed experts of a layer."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -153,11 +158,13 @@ class DeepSpeedEngine:
         self.applied_steps = 0
         self._stage0_norm = math.nan
         optimizer = torch.optim.AdamW(
-            _decay_groups(module, optimization.weight_decay),
+            _parameter_groups(module, optimization.weight_decay),
             lr=optimization.lr,
             betas=optimization.betas,
             fused=torch.cuda.is_available() or sharding.offload_optimizer,
         )
+        if sharding.expert_parallel > 1 and sharding.zero_stage < 3:
+            announce(module)
         # DeepSpeed clips at stage 0 without telling the norm, so there the optimizer's own hook does both.
         if sharding.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_at_stage0)
@@ -166,11 +173,15 @@ class DeepSpeedEngine:
             optimizer=optimizer,
             config=sharding.config(grad_clip=optimization.grad_clip if sharding.zero_stage else 0.0),
         )
+        # From here on our experts are saved like all other parameters, each rank's shard of the optimizer its own.
+        engine.has_moe_layers = False
         self._engine: Any = engine
         self._parking = Parking()
+        self._watch = Stopwatch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
+        with self._watch("forward"):
+            return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> bool:
         """Accumulates the gradient of this rank's part of a loss whose parts add up over ranks and micro-batches.
@@ -180,7 +191,8 @@ class DeepSpeedEngine:
         finite = bool(torch.isfinite(loss))
         # DeepSpeed averages gradients over the ranks; the loss is a sum.
         scale = dist.get_world_size() if finite else math.nan
-        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        with self._watch("backward"):
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
         return finite
 
     def step(self) -> StepOutcome:
@@ -191,12 +203,20 @@ class DeepSpeedEngine:
         if self.sharding.zero_stage == 0 and not self._finite_at_stage0():
             self._engine.zero_grad()
             return StepOutcome(applied=False, grad_norm=math.nan, lr=lr)
-        self._engine.step()
+        with self._watch("optimizer"):
+            self._engine.step()
         if not self._engine.was_step_applied():
             return StepOutcome(applied=False, grad_norm=math.nan, lr=lr)
         self.applied_steps += 1
         norm = self._stage0_norm if self.sharding.zero_stage == 0 else float(self._engine.get_global_grad_norm())
         return StepOutcome(applied=True, grad_norm=norm, lr=lr)
+
+    def seconds(self) -> dict[str, float]:
+        """What ``forward``, ``backward`` and ``optimizer`` took on this rank since the last call.
+
+        Waiting for other ranks is part of it; forward passes of the reference are not.
+        """
+        return self._watch.lap()
 
     def _finite_at_stage0(self) -> bool:
         """Stages 1 to 3 look for themselves; stage 0 would apply NaN."""
@@ -218,6 +238,9 @@ class DeepSpeedEngine:
         """Restores what :meth:`save` wrote. All ranks call it, on an engine that has not stepped yet."""
         _, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
         self.applied_steps = state["applied_steps"]
+        if self.sharding.expert_parallel > 1 and self.sharding.zero_stage < 3:
+            # Rank 0's experts were loaded everywhere; the fp32 weights are each rank's own.
+            self._engine.optimizer.update_lp_params()
 
     def sleep(self) -> None:
         """Moves fp32 weights, optimizer state and gradient buffers to host memory; the module stays where it is.
@@ -283,11 +306,16 @@ def full_shape(tensor: Tensor) -> torch.Size:
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
-def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay shrinks matrices; norms and biases keep their scale."""
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay shrinks matrices; norms and biases keep their scale. Shared-out experts are apart, as ZeRO asks."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    everywhere = [parameter for parameter in trained if exchange_of(parameter) is None]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in everywhere if len(full_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in everywhere if len(full_shape(p)) < 2], "weight_decay": 0.0},
     ]
+    shared = [parameter for parameter in trained if exchange_of(parameter) is not None]
+    if shared:
+        name = getattr(shared[0], "group_name")  # noqa: B009
+        groups.append({"params": shared, "weight_decay": weight_decay, "moe": True, "name": name})
     return [group for group in groups if group["params"]]

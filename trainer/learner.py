@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from model.outline import outline
 from rl.config import Recipe, Supervised
 from rl.errors import RecipeError, RunStopped, UserError
 from rl.metrics import Mean, merge
 from rl.placement import gpu_shares
 from rl.sample import NDArray
-from trainer.pack import Minibatch
+from trainer.pack import ATTENTION_SPAN, Minibatch, span_of
 from trainer.phase import Phase
 from trainer.rank import LOOPBACK, LearnerRank
 from trainer.sender import Offer, Sent
@@ -41,6 +42,8 @@ class StepResult:
     skipped: tuple[SkippedStep, ...]
     learner_logprobs: Mapping[str, NDArray]
     """By sample: float32 [T], each just before its own optimizer step; without samples of equal names."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What ``forward``, ``backward`` and ``optimizer`` took on a rank, over all of the batch's optimizer steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,7 @@ class Learner:
         self.num_steps = 0  # optimizer steps of this phase, skipped ones included
         self._actors = list(actors)
         self._skipped_in_a_row = 0
+        self.attention_span = ATTENTION_SPAN  # of the model, once a phase has begun; see trainer.pack
 
     @classmethod
     async def start(
@@ -99,6 +103,7 @@ class Learner:
         """Starts a phase from the weights in ``model_dir`` with a fresh optimizer; see :class:`Phase`."""
         self.num_steps = self._skipped_in_a_row = 0
         await self._all("begin", phase, Path(model_dir).absolute())
+        self.attention_span = span_of(outline(model_dir).hidden_size)
 
     async def step(self, minibatches: Sequence[Minibatch]) -> StepResult:
         """One GRPO optimizer step per mini-batch, in order.
@@ -112,7 +117,10 @@ class Learner:
     async def supervised_step(self, demonstrations: Sequence[EncodedDemonstration]) -> StepResult:
         """One optimizer step over demonstrations; raises like :meth:`step`."""
         minibatch = pack_demonstrations(
-            demonstrations, ranks=len(self._actors), micro_tokens=self.recipe.learner.micro_tokens
+            demonstrations,
+            ranks=len(self._actors),
+            micro_tokens=self.recipe.learner.micro_tokens,
+            attention_span=self.attention_span,
         )
         steps = await self._each("supervised_step", [(minibatch.share(rank),) for rank in range(len(self._actors))])
         return self._result([minibatch], [[step] for step in steps])
@@ -216,7 +224,12 @@ class Learner:
             "tokens/trained": Mean(sum(minibatch.num_tokens for minibatch in minibatches), 1),
             "learn/skipped": Mean(len(skipped), 1),
         }
-        return StepResult(metrics=merge(tallies) | counts, skipped=tuple(skipped), learner_logprobs=logprobs)
+        return StepResult(
+            metrics=merge(tallies) | counts,
+            skipped=tuple(skipped),
+            learner_logprobs=logprobs,
+            seconds=_mean_seconds(ranks),
+        )
 
     def _skip(self, minibatch: Minibatch, steps: Sequence[RankStep]) -> SkippedStep:
         suspects = [name for step in steps for name in step.suspects]
@@ -303,6 +316,15 @@ def _raise_cause(method: str, errors: Mapping[int, BaseException | None]) -> Non
 def _first_line(error: BaseException) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+
+
+def _mean_seconds(ranks: Sequence[Sequence[RankStep]]) -> dict[str, float]:
+    """Of each part: over all optimizer steps, the mean over the ranks."""
+    seconds: dict[str, float] = {}
+    for step in (step for rank in ranks for step in rank):
+        for part, spent in step.seconds.items():
+            seconds[part] = seconds.get(part, 0.0) + spent / len(ranks)
+    return seconds
 
 
 def _step_metrics(steps: Sequence[RankStep]) -> dict[str, Mean]:

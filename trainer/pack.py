@@ -9,8 +9,10 @@ the whole optimizer step, so nothing that happens here changes a gradient.
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -96,6 +98,23 @@ class WeightedSample:
     share: float = 1.0  # of its episode's sampled tokens; the shares of an episode add up to 1
 
 
+def span_of(hidden_size: int) -> float:
+    """The length, in tokens, of a sequence whose attention costs as much as all its other matrix products.
+
+    A layer of a usual transformer has about 12 * hidden_size ** 2 active weights, one multiplication a token each; its
+    attention takes hidden_size for a query-key product and as many for the value, with half the sequence on average.
+    """
+    return 12.0 * hidden_size
+
+
+ATTENTION_SPAN = span_of(2048)
+
+
+def cost(length: int, span: float) -> float:
+    """What a sequence costs a rank, in tokens of a very short one."""
+    return length * (1.0 + length / span)
+
+
 def pack(
     groups: Sequence[Group],
     advantages: Sequence[NDArray],
@@ -106,12 +125,14 @@ def pack(
     micro_tokens: int,
     rng: np.random.Generator,
     aggregation: Aggregation = Aggregation.sequence_mean,
+    attention_span: float = ATTENTION_SPAN,
 ) -> list[Minibatch]:
     """Cuts a rollout batch into optimizer steps and packs each of them.
 
     ``advantages[g]`` is [G] for the samples of ``groups[g]``; ``kl_betas`` is per domain. Whole groups are shuffled
     into the steps, so the advantages of a step sum to zero like those of its groups. Samples without a sampled token
-    have nothing to train and are left out. Fewer groups than ``minibatches`` give fewer steps.
+    have nothing to train and are left out. Fewer groups than ``minibatches`` give fewer steps. ``attention_span``
+    is the model's (:func:`span_of`), and decides how the ranks' shares are balanced.
 
     The sequences of one episode are packed each for itself. With ``sequence_mean`` their advantages and ``kl_beta`` are
     scaled by their shares, so that 1/|o_i| runs over the whole episode: the surrogate is homogeneous in the advantage.
@@ -125,7 +146,7 @@ def pack(
     for part in np.array_split(rng.permutation(len(groups)), max(1, min(minibatches, len(groups)))):
         samples = [s for g in part for s in _weighted(groups[g], advantages[g], kl_betas, aggregation)]
         if samples:
-            steps.append(pack_step(samples, ranks=ranks, micro_tokens=micro_tokens))
+            steps.append(pack_step(samples, ranks=ranks, micro_tokens=micro_tokens, attention_span=attention_span))
     return steps
 
 
@@ -153,44 +174,76 @@ def _weighted(
     return weighted
 
 
-def pack_step(samples: Sequence[WeightedSample], *, ranks: int, micro_tokens: int) -> Minibatch:
-    """Balances the samples of one optimizer step over the ranks by tokens and packs each rank's share."""
-    shares = [_fill(share, micro_tokens) for share in _balance(samples, ranks)]
-    rounds = max(len(share) for share in shares)
+def pack_step(
+    samples: Sequence[WeightedSample], *, ranks: int, micro_tokens: int, attention_span: float = ATTENTION_SPAN
+) -> Minibatch:
+    """Packs the samples of one optimizer step so that all ranks have about as much to compute, in every round."""
+    rounds = _deal(_rows(samples, ranks, micro_tokens, attention_span), ranks)
     return Minibatch(
         num_samples=round(sum(weighted.share for weighted in samples)),
         num_tokens=sum(weighted.sample.num_sampled for weighted in samples),
         num_positions=sum(len(weighted.sample) for weighted in samples),
-        ranks=tuple(tuple(_concatenate(row) for row in share) + (idle(),) * (rounds - len(share)) for share in shares),
+        ranks=tuple(
+            tuple(_concatenate(row.samples) if row.samples else idle() for row in rank)
+            for rank in zip(*rounds, strict=True)
+        ),
     )
 
 
-def _balance(samples: Sequence[WeightedSample], ranks: int) -> list[list[WeightedSample]]:
-    """Longest first, each to the rank with the fewest tokens so far; every share comes out longest first."""
-    shares: list[list[WeightedSample]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for weighted in sorted(samples, key=lambda weighted: -len(weighted.sample)):
-        rank = loads.index(min(loads))
-        shares[rank].append(weighted)
-        loads[rank] += len(weighted.sample)
-    return shares
+@dataclass(slots=True)
+class _Row:
+    """A micro-batch while it is being filled, longest sample first."""
+
+    samples: list[WeightedSample] = field(default_factory=list)
+    tokens: int = 0
+    cost: float = 0.0
 
 
-def _fill(share: list[WeightedSample], micro_tokens: int) -> list[list[WeightedSample]]:
-    """Cuts a sorted share where the next sample would pass the bound.
-
-    Neighbours in length stay together, as attention pads to the longest sequence of a micro-batch.
-    """
-    rows: list[list[WeightedSample]] = []
-    room = 0
-    for weighted in share:
-        length = len(weighted.sample)
-        if not rows or length > room:
-            rows.append([])
-            room = micro_tokens
-        rows[-1].append(weighted)
-        room -= length
+def _rows(samples: Sequence[WeightedSample], ranks: int, micro_tokens: int, span: float) -> list[_Row]:
+    """As few rows as the bound on tokens allows, a multiple of ``ranks``, of about equal cost."""
+    longest_first = sorted(samples, key=lambda weighted: -len(weighted.sample))
+    tokens = sum(min(len(weighted.sample), micro_tokens) for weighted in samples)
+    num_rounds = max(1, math.ceil(tokens / (ranks * micro_tokens)))
+    while (rows := _fill(longest_first, num_rounds * ranks, micro_tokens, span)) is None:
+        num_rounds += 1
     return rows
+
+
+def _fill(longest_first: Sequence[WeightedSample], num_rows: int, micro_tokens: int, span: float) -> list[_Row] | None:
+    """Each sample into the cheapest row with room for it; None where a sample finds none.
+
+    A sample longer than the bound has a row of its own.
+    """
+    rows = [_Row() for _ in range(num_rows)]
+    by_cost = [(0.0, number) for number in range(num_rows)]
+    for weighted in longest_first:
+        length, full = len(weighted.sample), []
+        while by_cost and rows[by_cost[0][1]].tokens and rows[by_cost[0][1]].tokens + length > micro_tokens:
+            full.append(heapq.heappop(by_cost))
+        if not by_cost:
+            return None
+        _, number = heapq.heappop(by_cost)
+        row = rows[number]
+        row.samples.append(weighted)
+        row.tokens += length
+        row.cost += cost(length, span)
+        for entry in (*full, (row.cost, number)):
+            heapq.heappush(by_cost, entry)
+    return rows
+
+
+def _deal(rows: Sequence[_Row], ranks: int) -> list[list[_Row]]:
+    """Rounds of one row a rank, of similar cost, as ranks wait for each other; the totals of the ranks even out too."""
+    ordered = sorted(rows, key=lambda row: -row.cost)
+    totals = [0.0] * ranks
+    rounds = []
+    for start in range(0, len(ordered), ranks):
+        least_first = sorted(range(ranks), key=lambda rank: totals[rank])
+        dealt = dict(zip(least_first, ordered[start : start + ranks], strict=True))
+        for rank, row in dealt.items():
+            totals[rank] += row.cost
+        rounds.append([dealt[rank] for rank in range(ranks)])
+    return rounds
 
 
 def idle() -> Microbatch:

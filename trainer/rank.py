@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from model import load_model
 from model.checksum import Checksums
 from rl.config import Offload, Placement, Recipe
 from rl.errors import DataError, RecipeError
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
+from trainer.loading import load_sharded
 from trainer.pack import Minibatch
 from trainer.phase import Phase, freeze, optimization, trains_indexer
 from trainer.policy import Policy
@@ -85,11 +85,14 @@ class LearnerRank:
         self._engine = DeepSpeedEngine(policy, optimization(self.recipe, phase), self.sharding)
         if phase == Phase.REINFORCEMENT and any(domain.kl_beta != 0 for domain in self.recipe.domains.values()):
             frozen = shard_frozen(self._policy(model_dir, temperature), self.sharding)
-            self.reference = Reference(frozen, partitioned=self.sharding.zero_stage == 3)
+            together = self.sharding.zero_stage == 3 or self.sharding.expert_parallel > 1
+            self.reference = Reference(frozen, partitioned=together)
 
     def _policy(self, model_dir: Path, temperature: float) -> Policy:
         try:
-            model = load_model(model_dir, dtype=self.sharding.dtype, device=self.device)
+            model = load_sharded(model_dir, self.sharding, self.device)
+        except RecipeError:
+            raise
         except (ValueError, OSError) as error:
             raise DataError(f"the model in {model_dir} cannot be loaded: {error}") from error
         # Ranks may disagree on whether a micro-batch outgrows index_topk, but must gather the same parameters.
@@ -232,6 +235,7 @@ class LearnerRank:
         return {
             "learner.ranks": self.world_size,
             "learner.zero_stage": self.sharding.zero_stage,
+            "learner.expert_parallel": self.sharding.expert_parallel,
             "model.dtype": str(self.sharding.dtype).removeprefix("torch."),
         }
 
@@ -247,6 +251,7 @@ def sharding_of(recipe: Recipe) -> Sharding:
         dtype=dtype,
         offload_optimizer=learner.offload_optimizer == Offload.cpu,
         offload_parameters=learner.offload_parameters == Offload.cpu,
+        expert_parallel=learner.expert_parallel,
     )
 
 

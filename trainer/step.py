@@ -27,6 +27,7 @@ class RankStep:
     metrics: dict[str, Mean]
     suspects: tuple[str, ...] = ()  # samples of the micro-batches whose loss was not finite
     learner_logprobs: dict[str, NDArray] = field(default_factory=dict)  # by sample: float32 [T], before the step
+    seconds: dict[str, float] = field(default_factory=dict)  # of forward, backward and optimizer, on this rank
 
 
 class Reference:
@@ -100,6 +101,7 @@ def grpo_step(
         metrics=merge(tallies),
         suspects=tuple(suspects),
         learner_logprobs=logprobs,
+        seconds=engine.seconds(),
     )
 
 

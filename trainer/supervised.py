@@ -13,7 +13,7 @@ from rl.errors import DataError
 from rl.metrics import Mean, merge
 from rl.sample import NDArray, Prompt, Sample
 from trainer.deepspeed_engine import DeepSpeedEngine
-from trainer.pack import Minibatch, WeightedSample, pack_step
+from trainer.pack import ATTENTION_SPAN, Minibatch, WeightedSample, pack_step
 from trainer.phase import Phase
 from trainer.policy import PackedTokens
 from trainer.step import RankStep, indexer_term
@@ -36,11 +36,16 @@ class EncodedDemonstration:
             raise DataError(f"demonstration {self.id} must have a trained token, and not as its first one")
 
 
-def pack_demonstrations(demonstrations: Sequence[EncodedDemonstration], *, ranks: int, micro_tokens: int) -> Minibatch:
+def pack_demonstrations(
+    demonstrations: Sequence[EncodedDemonstration],
+    *,
+    ranks: int,
+    micro_tokens: int,
+    attention_span: float = ATTENTION_SPAN,
+) -> Minibatch:
     """One optimizer step over all of them."""
-    return pack_step(
-        [WeightedSample(sample=_as_sample(one)) for one in demonstrations], ranks=ranks, micro_tokens=micro_tokens
-    )
+    samples = [WeightedSample(sample=_as_sample(one)) for one in demonstrations]
+    return pack_step(samples, ranks=ranks, micro_tokens=micro_tokens, attention_span=attention_span)
 
 
 def _as_sample(demonstration: EncodedDemonstration) -> Sample:
@@ -79,4 +84,10 @@ def supervised_step(
             suspects += micro.sample_ids
         total += float(loss.detach())
         tallies.append(tally)
-    return RankStep(outcome=engine.step(), loss=total, metrics=merge(tallies), suspects=tuple(suspects))
+    return RankStep(
+        outcome=engine.step(),
+        loss=total,
+        metrics=merge(tallies),
+        suspects=tuple(suspects),
+        seconds=engine.seconds(),
+    )

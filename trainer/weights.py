@@ -1,6 +1,7 @@
-"""Reading the weights of a model that ZeRO may have partitioned, a bounded number of bytes at a time.
+"""Reading the weights of a model that ranks may hold together, a bounded number of bytes at a time.
 
-Everything here is collective at stage 3: all ranks call it together and go through it to the end.
+Everything here is collective at ZeRO stage 3 and under expert parallelism: all ranks call it together and go through it
+to the end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from model import LanguageModel, checksums, write_checkpoint
+from model.expert_exchange import exchange_of
 from trainer.deepspeed_engine import full_shape, gathered
 
 
@@ -23,6 +25,8 @@ def whole_weights(model: LanguageModel, max_bytes: int) -> Iterator[dict[str, Te
     room = max_bytes
     for name, tensor in model.named_weights():
         num_bytes = full_shape(tensor).numel() * tensor.element_size()
+        if exchange := exchange_of(tensor):
+            num_bytes *= exchange.num_ranks
         if bucket and num_bytes > room:
             yield from _whole(bucket)
             bucket, room = {}, max_bytes
@@ -33,7 +37,12 @@ def whole_weights(model: LanguageModel, max_bytes: int) -> Iterator[dict[str, Te
 
 def _whole(bucket: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     with gathered(bucket.values()):
-        yield {name: tensor.detach() for name, tensor in bucket.items()}
+        yield {name: _with_all_experts(tensor) for name, tensor in bucket.items()}
+
+
+def _with_all_experts(tensor: Tensor) -> Tensor:
+    exchange = exchange_of(tensor)
+    return tensor.detach() if exchange is None else exchange.gather(tensor.detach())
 
 
 def weight_checksums(model: LanguageModel, max_bytes: int) -> dict[str, int]:

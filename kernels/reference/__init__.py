@@ -2,6 +2,7 @@
 
 from kernels.reference.attention import (
     decode_sparse_attention,
+    dense_attention,
     latent_attention,
     masked_attention,
     mean_attention,
@@ -26,6 +27,7 @@ from kernels.reference.logprob import kept_logprobs
 
 __all__ = [
     "decode_sparse_attention",
+    "dense_attention",
     "grouped_linear",
     "indexer_kl",
     "indexer_scores",

@@ -188,6 +188,13 @@ def packed_attention(
     return torch.cat(outs), torch.cat(lses)
 
 
+def dense_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """`packed_attention` to all earlier keys, without the log-sum-exp: [N, H, v]."""
+    return packed_attention(queries, keys, values, cu_seqlens, scale)[0]
+
+
 def _unpacked(bitmask: torch.Tensor, num_keys: int) -> torch.Tensor:
     """bool [N, num_keys]."""
     places = torch.arange(num_keys, device=bitmask.device)

@@ -140,6 +140,9 @@ async def async_ranks(samples, *, best=1.0):
 def too_few(samples):
     return [1.0]
 
+def sees(sample, *, name):
+    return Reward(float(name in os.environ), {"path": float("PATH" in os.environ)})
+
 def where(sample):
     return Reward(1.0, {"pid": os.getpid(), "main": threading.current_thread() is threading.main_thread()})
 

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from rewards.judge import JudgeAddress, appoint
 from rewards.protocol import BUILT_IN, Fault, Reward, check_names, part_name, read_result, read_results, resolve
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError
@@ -19,10 +20,13 @@ def error(use: str, **settings) -> str:
 
 def test_every_built_in_resolves():
     args = {"length_penalty": {"target": 1, "limit": 2}}
-    are_async = {"code_tests", "state_check"}
+    asking = {"rubric", "rubric_comparison", "proof_generator", "proof_verifier"}
+    appoint(JudgeAddress(url="http://judge", model="m"))
     for name in BUILT_IN:
         function = resolve(RewardUse(use=name, args=args.get(name, {})))
-        assert (function.name, function.is_async, function.is_batched) == (name, name in are_async, False)
+        assert (function.name, function.is_batched) == (name, name == "rubric_comparison")
+        assert function.is_async == (name in asking | {"code_tests", "state_check"})
+    appoint(None)
 
 
 def test_a_dotted_path_from_the_current_directory(user_rewards, make_sample):

@@ -1,8 +1,12 @@
 import asyncio
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,6 +173,27 @@ def test_sync_functions_run_on_main_threads_of_several_processes(user_rewards, m
     parts = [outcome.parts for group in groups for outcome in group]
     assert all(part["where/main"] == 1.0 for part in parts)
     assert len({part["where/pid"] for part in parts}) == 2
+
+
+def test_rewards_do_not_see_the_environment_of_the_run(user_rewards, make_sample):
+    assert "PYTEST_VERSION" in os.environ  # as it was when the cluster started
+    uses = [RewardUse(use=f"{user_rewards}:sees", args={"name": "PYTEST_VERSION"})]
+    (outcome,) = score(uses, [make_sample()])
+    assert isinstance(outcome, Scored) and outcome.parts["sees"] == 0.0 and outcome.parts["sees/path"] == 1.0
+
+
+def test_forgotten_variables_are_gone_from_memory_too():
+    script = """
+import os
+from rewards.worker import forget_environment
+forget_environment(keep=["KEPT"])
+with open("/proc/self/environ", "rb") as file:
+    initial = file.read()
+print("SECRET_KEY" in os.environ, b"s3cret" in initial, os.environ["KEPT"], b"stays" in initial, "PATH" in os.environ)
+"""
+    env = {**os.environ, "SECRET_KEY": "s3cret", "KEPT": "stays", "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert ended.stdout == "False False stays True True\n", ended.stderr
 
 
 def test_samples_that_did_not_end_properly_are_failures(make_sample):

@@ -52,6 +52,9 @@ class GradientOnly:
     def step(self) -> StepOutcome:
         return StepOutcome(applied=True, grad_norm=0.0, lr=0.0)
 
+    def seconds(self) -> dict[str, float]:
+        return {}
+
 
 @pytest.fixture
 def model(model_dir: Path) -> LanguageModel:

@@ -96,6 +96,9 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
             assert metrics["lr"] == pytest.approx(1e-3 * (0.25 + 0.5) / 2)  # fresh optimizer, two steps of its warm-up
             assert metrics["grad_norm"] > 0
             assert metrics["learn/skipped"] == 0
+            assert result.seconds.keys() == {"forward", "backward", "optimizer"}
+            assert all(spent > 0 for spent in result.seconds.values())
+            assert learner.attention_span == 12 * 32
             assert metrics["tokens/trained"] == sum(step.num_tokens for step in steps)
 
             buckets = await learner.weight_buckets(max_bytes=16384)

@@ -47,7 +47,6 @@ SAVINGS = {
     "asleep, stage 3": (3, "bfloat16", {"sleep": True}),
     "offloaded, stage 1": (1, "float32", {"offload_optimizer": Offload.cpu}),
     "offloaded, stage 2": (2, "bfloat16", {"offload_optimizer": Offload.cpu}),
-    "offloaded, stage 3": (3, "bfloat16", {"offload_optimizer": Offload.cpu}),
     "all offloaded": (3, "bfloat16", {"offload_optimizer": Offload.cpu, "offload_parameters": Offload.cpu}),
 }
 

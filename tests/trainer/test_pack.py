@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rl.config import Aggregation
 from rl.loss import grpo_loss
 from rl.sample import Group, Kept, Prompt, Sample, Scored
-from trainer.pack import Microbatch, Minibatch, pack
+from trainer.pack import Microbatch, Minibatch, WeightedSample, pack, pack_step
 
 MOE_LAYERS, TOP_K = 2, 3
 
@@ -143,23 +143,56 @@ def test_counts_are_those_of_the_whole_step_and_ranks_run_in_step(sizes, ranks, 
             assert (share.num_samples, share.num_tokens) == (step.num_samples, step.num_tokens)
 
 
-def test_ranks_get_about_the_same_number_of_tokens():
-    rng = np.random.default_rng(0)
-    groups = random_groups(rng, [list(rng.integers(2, 400, size=8)) for _ in range(16)])
-    zeros = [np.zeros(8) for _ in groups]
-    (step,) = pack(groups, zeros, kl_betas={"a": 0, "b": 0}, ranks=4, minibatches=1, micro_tokens=800, rng=rng)
-    loads = [sum(len(micro) for micro in rank) for rank in step.ranks]
-    assert max(loads) - min(loads) < 0.02 * max(loads)
+def waiting(step: Minibatch, span: float) -> float:
+    """Time of a step over what it would be if no rank ever waited: in every round all wait for the slowest."""
+
+    def seconds(micro: Microbatch) -> float:
+        lengths = np.diff(micro.cu_seqlens)
+        return float((lengths + lengths.astype(float) ** 2 / span).sum())
+
+    costs = np.array([[seconds(micro) for micro in rank] for rank in step.ranks])
+    return float(costs.max(axis=0).sum() / costs.mean(axis=0).sum())
 
 
-def test_neighbours_in_length_share_a_micro_batch():
+def skewed(seed: int, num: int) -> list[WeightedSample]:
+    """Many short answers and a few that are very long."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(6.0, 1.2, size=num), 2, 8000).astype(int)
+    return [WeightedSample(sample=plain_sample(rng, length)) for length in lengths]
+
+
+def plain_sample(rng: np.random.Generator, length: int) -> Sample:
+    return Sample(
+        prompt=Prompt(id=str(rng.integers(1 << 40)), domain="a", token_ids=np.zeros(1, np.int32)),
+        token_ids=np.zeros(length, np.int32),
+        sampled=np.arange(length) > 0,
+        rollout_logprobs=np.zeros(length, np.float32),
+        versions=np.zeros(length, np.int32),
+    )
+
+
+def test_ranks_hardly_wait_for_each_other_when_lengths_are_skewed():
+    span = 6000.0
+    for seed in range(3):
+        samples = skewed(seed, 1024)
+        step = pack_step(samples, ranks=8, micro_tokens=16384, attention_span=span)
+        assert waiting(step, span) < 1.02
+        # Equal tokens alone leave the ranks with the long answers behind.
+        unaware = pack_step(samples, ranks=8, micro_tokens=16384, attention_span=1e12)
+        assert waiting(unaware, span) > 1.04
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 300), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 200))
+def test_rows_keep_to_the_bound_and_no_rank_idles_needlessly(lengths, ranks, micro_tokens):
     rng = np.random.default_rng(0)
-    groups = random_groups(rng, [list(rng.integers(2, 400, size=8)) for _ in range(16)])
-    zeros = [np.zeros(8) for _ in groups]
-    (step,) = pack(groups, zeros, kl_betas={"a": 0, "b": 0}, ranks=1, minibatches=1, micro_tokens=800, rng=rng)
-    tokens = sum(len(micro) for micro in step.ranks[0])
-    padded = sum(np.diff(micro.cu_seqlens).max() * len(micro.sample_ids) for micro in step.ranks[0])
-    assert padded < 1.15 * tokens
+    samples = [WeightedSample(sample=plain_sample(rng, length)) for length in lengths]
+    step = pack_step(samples, ranks=ranks, micro_tokens=micro_tokens)
+    for micro in (micro for rank in step.ranks for micro in rank if micro.sampled.any()):
+        assert len(micro) <= micro_tokens or len(micro.sample_ids) == 1
+        assert list(np.diff(micro.cu_seqlens)) == sorted(np.diff(micro.cu_seqlens), reverse=True)
+    idling = sum(not micro.sampled.any() for rank in step.ranks for micro in rank)
+    assert idling < ranks or len(lengths) < ranks
 
 
 def test_the_generator_decides_which_groups_share_a_step():

@@ -35,8 +35,8 @@ def pair() -> Iterator[Ranks]:
 
 
 def steps_of(model_dir: Path, *, ranks: int, kl_beta: float = 0.0, num_steps: int = 2) -> list[Minibatch]:
-    """Lengths on both sides of index_topk, and an odd number of micro-batches, so that one rank idles once."""
-    groups = groups_of(load_model(model_dir), lengths=((40, 13, 5), (12, 4, 9)))
+    """Lengths on both sides of index_topk, and an odd number of micro-batches, so that one rank idles once a step."""
+    groups = groups_of(load_model(model_dir), lengths=((40, 29, 5),))
     betas, rng = {"math": kl_beta}, np.random.default_rng(0)
     advantages = advantages_of(groups)
     return [

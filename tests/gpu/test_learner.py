@@ -1,0 +1,270 @@
+"""The learner on one GPU, and on two over nccl: ZeRO, memory, flash attention, speed.
+
+What is measured goes to KEEL_FIGURES when that names a file; RESULTS.md holds the figures of the last run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+from model import DeepseekV32, ModelConfig, save_model
+from model.costs import model_costs
+from rl.config import Domain, Learner, Model, Offload, Recipe
+from rl.hardware import peak_flops
+from rl.sample import Prompt, Sample
+from trainer.pack import Minibatch, WeightedSample, pack_step
+from trainer.phase import Phase
+from trainer.rank import LOOPBACK, LearnerRank
+from trainer.weights import weight_checksums
+
+CONFIG = ModelConfig(
+    vocab_size=4096,
+    hidden_size=768,
+    intermediate_size=2048,
+    moe_intermediate_size=256,
+    num_hidden_layers=8,
+    first_k_dense_replace=1,
+    num_attention_heads=16,
+    q_lora_rank=512,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    index_n_heads=32,
+    index_head_dim=128,
+    index_topk=2048,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+    max_position_embeddings=4096,
+    initializer_range=0.02,
+)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    save_model(DeepseekV32(CONFIG).to(torch.bfloat16), path)
+    return path
+
+
+def recipe_of(*, ranks: int = 1, **learner: Any) -> Recipe:
+    settings: dict[str, Any] = {"lr": 1e-4, "micro_tokens": 16384, "zero_stage": 2, "ranks": ranks} | learner
+    return Recipe(
+        name="test",
+        model=Model(path="unused", dtype="bfloat16"),
+        domains={"a": Domain(prompts="unused")},
+        learner=Learner(**settings),
+    )
+
+
+def minibatch(ranks: int = 1, *, lengths: tuple[int, ...] = (1500, 1200, 900, 1024, 700, 600)) -> Minibatch:
+    """Random tokens with advantages of both signs, all but the first 32 of a sequence trained."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for number, length in enumerate(lengths):
+        sampled = np.arange(length) >= 32
+        sample = Sample(
+            prompt=Prompt(id=str(number), domain="a", token_ids=np.zeros(1, np.int32)),
+            token_ids=rng.integers(0, CONFIG.vocab_size, length).astype(np.int32),
+            sampled=sampled,
+            rollout_logprobs=np.where(sampled, -np.log(CONFIG.vocab_size), 0).astype(np.float32),
+            versions=np.where(sampled, 0, -1).astype(np.int32),
+        )
+        samples.append(WeightedSample(sample=sample, advantage=1.0 if number % 2 else -1.0))
+    return pack_step(samples, ranks=ranks, micro_tokens=4096)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Any]:
+    """Makes the only rank of a learner, on the first GPU."""
+    joined: list[torch.device] = []
+
+    def make(recipe: Recipe, model_dir: Path) -> LearnerRank:
+        rank = LearnerRank(recipe, rank=0, world_size=1)
+        if joined:
+            rank.device = joined[0]
+        else:
+            rank.join(LOOPBACK, rank.open_store(LOOPBACK), 120.0)
+            joined.append(rank.device)
+        rank.begin(Phase.REINFORCEMENT, model_dir)
+        return rank
+
+    yield make
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
+
+
+def finish(rank: LearnerRank) -> None:
+    rank.engine.close()
+    torch.cuda.empty_cache()
+
+
+def report(**figures: Any) -> None:
+    print(figures)
+    if path := os.environ.get("KEEL_FIGURES"):
+        with Path(path).open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+
+def test_zero_stages_agree(alone: Any, model_dir: Path):
+    norms = {}
+    for stage in (1, 2, 3):
+        rank = alone(recipe_of(zero_stage=stage), model_dir)
+        norms[stage] = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
+        finish(rank)
+    report(grad_norms=norms)
+    for stage in (2, 3):
+        assert norms[stage] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_recomputed_layers_give_the_same_norm_from_less_memory(alone: Any, model_dir: Path):
+    norms, peaks, seconds = {}, {}, {}
+    for recompute in (False, True):
+        rank = alone(recipe_of(activation_checkpointing=recompute), model_dir)
+        rank.step([minibatch().share(0)])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step = rank.step([minibatch().share(0)])[0]
+        norms[recompute], seconds[recompute] = step.outcome.grad_norm, step.seconds
+        peaks[recompute] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        finish(rank)
+    report(recompute_peak_gb=peaks, recompute_seconds=seconds)
+    assert norms[True] == pytest.approx(norms[False], rel=0.02)
+    assert peaks[True] < 0.6 * peaks[False]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_sleeping_learner_leaves_the_gpu_and_goes_on(alone: Any, model_dir: Path, stage: int):
+    rank = alone(recipe_of(zero_stage=stage, sleep=True), model_dir)
+    rank.step([minibatch().share(0)])
+    torch.cuda.empty_cache()
+    awake, began = torch.cuda.memory_allocated(), time.perf_counter()
+    rank.sleep()
+    asleep, fell_asleep = torch.cuda.memory_allocated(), time.perf_counter()
+    rank.wake()
+    woke = time.perf_counter()
+    report(
+        stage=stage,
+        awake_gb=awake / 1e9,
+        asleep_gb=asleep / 1e9,
+        sleep_s=fell_asleep - began,
+        wake_s=woke - fell_asleep,
+    )
+    parameters = sum(tensor.numel() for _, tensor in rank.policy.model.named_weights())
+    if stage == 2:
+        assert awake - asleep > 11.5 * parameters  # fp32 weights and two moments
+    assert asleep < 0.5 * awake
+    assert rank.step([minibatch().share(0)])[0].outcome.applied
+    finish(rank)
+
+
+def test_the_optimizer_can_run_in_host_memory(alone: Any, model_dir: Path):
+    norms = {}
+    for offload in Offload:
+        rank = alone(recipe_of(offload_optimizer=offload), model_dir)
+        norms[offload] = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(2)]
+        finish(rank)
+    assert norms[Offload.cpu] == pytest.approx(norms[Offload.none], rel=0.02)
+
+
+def test_dense_attention_is_that_of_double_precision():
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 700, 701, 1500, 1500, 2048], device="cuda")
+    streams = [torch.randn(2048, 16, dim, device="cuda", dtype=torch.float64) for dim in (192, 192, 128)]
+    grad = torch.randn(2048, 16, 128, device="cuda", dtype=torch.float64)
+
+    def run(dtype: torch.dtype, function: Any) -> list[torch.Tensor]:
+        leaves = [stream.to(dtype).requires_grad_() for stream in streams]
+        out = function(*leaves, bounds, 192**-0.5)
+        out.backward(grad.to(dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    exact = run(torch.float64, reference.dense_attention)
+    plain = run(torch.bfloat16, reference.dense_attention)
+    flash = run(torch.bfloat16, kernels.dense_attention)
+    errors = {}
+    for name, want, ours, simple in zip(("out", "dq", "dk", "dv"), exact, flash, plain, strict=True):
+        errors[name] = [float((found.double() - want).norm() / want.norm()) for found in (ours, simple)]
+    report(dense_attention_errors=errors)
+    for name, (ours, simple) in errors.items():
+        assert ours <= max(2 * simple, 1e-2), name
+
+
+def test_the_speed_of_a_step(alone: Any, model_dir: Path):
+    lengths = (2048,) * 16
+    costs = model_costs(model_dir)
+    for recompute in (False, True):
+        rank = alone(recipe_of(activation_checkpointing=recompute), model_dir)
+        step = minibatch(lengths=lengths).share(0)
+        rank.step([step])
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        seconds = rank.step([step])[0].seconds
+        torch.cuda.synchronize()
+        spent = time.perf_counter() - began
+        finish(rank)
+        flops = sum(costs.training_flops(length) for length in lengths)
+        peak = peak_flops(torch.cuda.get_device_name())
+        report(
+            recompute=recompute,
+            step_s=spent,
+            parts=seconds,
+            tokens_per_s=sum(lengths) / spent,
+            tflops=flops / spent / 1e12,
+            mfu=flops / spent / peak if peak else None,
+        )
+        assert seconds["forward"] < seconds["backward"] < spent
+
+
+def train_one(rank: int, port: int, model_dir: Path, settings: dict[str, Any], results: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    learner = LearnerRank(recipe_of(ranks=2, **settings), rank=rank, world_size=2)
+    if rank == 0:
+        results.put(learner.open_store(LOOPBACK))
+    learner.join(LOOPBACK, port or 0, 120.0)
+    learner.begin(Phase.REINFORCEMENT, model_dir)
+    norms = [learner.step([minibatch(2).share(rank)])[0].outcome.grad_norm for _ in range(3)]
+    results.put((rank, norms, weight_checksums(learner.policy.model, 1 << 30)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 2},
+        {"zero_stage": 3, "activation_checkpointing": True},
+        {"zero_stage": 2, "expert_parallel": 2},
+        {"zero_stage": 3, "expert_parallel": 2, "activation_checkpointing": True},
+    ],
+)
+def test_two_ranks_over_nccl_step_like_one(alone: Any, model_dir: Path, settings: dict[str, Any]):
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    first = context.Process(target=train_one, args=(0, 0, model_dir, settings, results), daemon=True)
+    first.start()
+    port = results.get(timeout=120)
+    second = context.Process(target=train_one, args=(1, port, model_dir, settings, results), daemon=True)
+    second.start()
+    ranks = sorted(results.get(timeout=300) for _ in range(2))
+    for process in (first, second):
+        process.join(60)
+    assert ranks[0][1:] == ranks[1][1:]
+    rank = alone(recipe_of(), model_dir)
+    norms = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
+    finish(rank)
+    report(settings=settings, two_ranks=ranks[0][1], one_rank=norms)
+    assert ranks[0][1] == pytest.approx(norms, rel=0.02)

@@ -1,0 +1,87 @@
+"""Judges made of a few lines, behind the endpoint that a run's own judge has."""
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from rewards.judge import JudgeAddress, appoint
+from rl.judge import Completion, serve
+
+T = TypeVar("T")
+
+_CRITERION = re.compile(r"^- (\w+) \(0 to (\d+)\): (.*)$", re.MULTILINE)
+_QUOTED = re.compile(r"^(\w+)-([0-9a-f]{16}): (\".*\")$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a judge was given, taken apart."""
+
+    code: str
+    criteria: list[tuple[str, int, str]]  # label, maximum, text
+    quoted: dict[str, str]
+    seed: int
+
+    @classmethod
+    def read(cls, messages: Sequence[Mapping[str, Any]], seed: int) -> "Form":
+        text = messages[-1]["content"]
+        codes = {code for _, code, _ in _QUOTED.findall(text)}
+        assert len(codes) == 1, text
+        criteria = [(label, int(most), what) for label, most, what in _CRITERION.findall(text)]
+        quoted = {name: json.loads(string) for name, _, string in _QUOTED.findall(text)}
+        return cls(codes.pop(), criteria, quoted, seed)
+
+    def verdict(self, score: Callable[[str, int], int], **more: Any) -> str:
+        scores = {label: score(what, most) for label, most, what in self.criteria}
+        return json.dumps({"ballot": self.code, "scores": scores, **more})
+
+
+@dataclass
+class Asked:
+    """Every form that a judge was given."""
+
+    forms: list[Form] = field(default_factory=list)
+
+
+def with_judge(says: Callable[[Form], str], body: Callable[[Asked], Awaitable[T]], **settings: Any) -> T:
+    """Runs `body` where `says` is the judge."""
+    asked = Asked()
+
+    async def complete(messages: Sequence[Mapping[str, Any]], seed: int) -> Completion:
+        form = Form.read(messages, seed)
+        asked.forms.append(form)
+        return Completion(text=says(form), finished=True, prompt_tokens=100, completion_tokens=20)
+
+    async def run() -> T:
+        async with serve(complete) as (url, token):
+            appoint(JudgeAddress(url=url, api_key=token, model="judge", **settings))
+            try:
+                return await body(asked)
+            finally:
+                appoint(None)
+
+    return asyncio.run(run())
+
+
+def honest(form: Form) -> str:
+    """Gives a criterion its maximum if every word in quotation marks in it stands in the answer."""
+
+    def score(what: str, most: int) -> int:
+        words = re.findall(r"'([^']+)'", what)
+        return most if words and all(word in form.quoted["answer"] for word in words) else 0
+
+    return form.verdict(score)
+
+
+def parrot(form: Form) -> str:
+    """Repeats whatever looks like a verdict in the answer, as a judge does that was taken in."""
+    found = re.findall(r"\{.*\}", form.quoted["answer"], re.DOTALL)
+    return found[0] if found else form.verdict(lambda what, most: 0)
+
+
+def obedient(form: Form) -> str:
+    """Does as the answer says."""
+    return form.verdict(lambda what, most: most if "full marks" in form.quoted["answer"] else 0)
