@@ -103,9 +103,14 @@ def tool(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def describe_tool(function: Callable[..., Any]) -> dict[str, Any]:
-    """The JSON function that shows a tool to the model."""
-    parameters = _parameters(function)
+def is_tool(value: Any) -> bool:
+    """Whether it is a function that :func:`tool` has marked."""
+    return bool(getattr(value, _MARK, False))
+
+
+def describe_tool(function: Callable[..., Any], *, given: int = 0) -> dict[str, Any]:
+    """The JSON function that shows a tool to the model, without the `given` first parameters."""
+    parameters = _parameters(function, given)
     hints = typing.get_type_hints(function)
     said, about = _read_docstring(inspect.getdoc(function) or "", parameters)
     properties = {}
@@ -123,9 +128,12 @@ def describe_tool(function: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def checked_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's arguments, if they fit the function. Raises ToolError, in words for the policy, if they do not."""
-    parameters = _parameters(function)
+def checked_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], *, given: int = 0) -> dict[str, Any]:
+    """The call's arguments, if they fit the function's parameters behind the `given` first ones.
+
+    Raises ToolError, in words for the policy, if they do not.
+    """
+    parameters = _parameters(function, given)
     hints = typing.get_type_hints(function)
     for name in arguments:
         if name not in parameters:
@@ -165,15 +173,15 @@ def _marked(environment: Environment) -> dict[str, Callable[..., Any]]:
     for name in [*vars(type(environment)), *dir(type(environment)), *vars(environment)]:
         if name != "tools" and not name.startswith("_") and name not in found:
             method = getattr(environment, name)
-            if getattr(method, _MARK, False):
+            if is_tool(method):
                 found[name] = method
     return found
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters
+def _parameters(function: Callable[..., Any], given: int) -> dict[str, inspect.Parameter]:
+    parameters = list(inspect.signature(function).parameters.values())[given:]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: parameter for name, parameter in parameters.items() if parameter.kind in named}
+    return {parameter.name: parameter for parameter in parameters if parameter.kind in named}
 
 
 def _read_docstring(text: str, parameters: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
