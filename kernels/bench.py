@@ -44,6 +44,7 @@ class Case:
     name: str  # kernel.what, e.g. sparse_mla.forward
     shape: str  # e.g. "N=4096 M=32768 H=128 K=2048"
     build: Callable[[], Setup]
+    on_request: bool = False  # left out unless a name on the command line selects it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ def relative_error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor])
 
 
 def _tensors(outputs: Outputs) -> list[torch.Tensor]:
-    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    return [tensor.detach() for tensor in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
 
 
 def _peak_mib(call: Call) -> float:
@@ -168,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     options = parser.parse_args(arguments)
-    cases = [case for case in all_cases() if not options.names or case.name.startswith(tuple(options.names))]
+    chosen = tuple(options.names)
+    cases = [case for case in all_cases() if (case.name.startswith(chosen) if chosen else not case.on_request)]
     if not cases:
         print(f"no case begins with {' or '.join(options.names)}; --list shows them all", file=sys.stderr)
         return 2

@@ -34,7 +34,7 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Launches:
+class Launches:
     """The tiles of the three passes."""
 
     forward: Tiles
@@ -45,17 +45,17 @@ class _Launches:
 _CHECK = Tiles(own=32, other=32, warps=4, stages=1)
 
 
-def _launches(dim: int, value_dim: int, element_size: int) -> _Launches:
+def _launches(dim: int, value_dim: int, element_size: int) -> Launches:
     """H100/H200: what fits in 255 registers a thread and 227 KB of shared memory. fp32 is for checks."""
     if element_size > 2:
-        return _Launches(forward=_CHECK, grad_queries=_CHECK, grad_keys=_CHECK)
+        return Launches(forward=_CHECK, grad_queries=_CHECK, grad_keys=_CHECK)
     if dim + value_dim <= 320:
-        return _Launches(
+        return Launches(
             forward=Tiles(own=128, other=128, warps=8, stages=2),
             grad_queries=Tiles(own=128, other=64, warps=8, stages=2),
             grad_keys=Tiles(own=128, other=32, warps=8, stages=2),
         )
-    return _Launches(
+    return Launches(
         forward=Tiles(own=128, other=64, warps=8, stages=2),
         grad_queries=Tiles(own=64, other=32, warps=8, stages=2),
         grad_keys=Tiles(own=64, other=32, warps=8, stages=2),
@@ -405,16 +405,34 @@ def _launch(
     value_dim, num_sequences = values.shape[-1], cu_seqlens.shape[0] - 1
     if not (queries.numel() and values.numel()):
         return
-    first = 1 << (dim.bit_length() - 1)  # 192 columns are 128 and 64
-    rest_dim = dim - first
     # Every sequence wastes less than one block, so this many programs are enough without knowing the lengths.
     grid = (num_rows // tiles.own + num_sequences, num_heads)
     kernel[grid](
         queries, keys, values, cu_seqlens if bitmask is None else bitmask, cu_seqlens, *rest, num_heads,
         num_sequences, 0 if bitmask is None else bitmask.shape[1], *queries.stride()[:2], *keys.stride()[:2],
-        *values.stride()[:2], FIRST=first, REST=rest_dim, VALUE=value_dim, BLOCK_FIRST=max(16, first),
-        BLOCK_REST=max(16, triton.next_power_of_2(rest_dim)) if rest_dim else 0,
-        BLOCK_V=max(16, triton.next_power_of_2(value_dim)), BLOCK_M=tiles.own, BLOCK_N=tiles.other,
-        BLOCK_S=triton.next_power_of_2(num_sequences), MASKED=bitmask is not None, STAGES=tiles.stages,
-        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=tiles.warps,
+        *values.stride()[:2],
+        **_blocks(dim, value_dim, tiles, queries.dtype, num_sequences=num_sequences, masked=bitmask is not None),
+        num_warps=tiles.warps,
     )  # fmt: skip
+
+
+def _blocks(
+    dim: int, value_dim: int, tiles: Tiles, dtype: torch.dtype, *, num_sequences: int, masked: bool
+) -> dict[str, Any]:
+    """The kernels' constants."""
+    first = 1 << (dim.bit_length() - 1)  # 192 columns are 128 and 64
+    rest = dim - first
+    return {
+        "FIRST": first,
+        "REST": rest,
+        "VALUE": value_dim,
+        "BLOCK_FIRST": max(16, first),
+        "BLOCK_REST": max(16, triton.next_power_of_2(rest)) if rest else 0,
+        "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+        "BLOCK_M": tiles.own,
+        "BLOCK_N": tiles.other,
+        "BLOCK_S": max(16, triton.next_power_of_2(num_sequences)),
+        "MASKED": masked,
+        "STAGES": tiles.stages,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }

@@ -24,6 +24,8 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 # Bytes of pair gradients that exist at a time. Fixed: the order of the sums over pairs depends on it.
 _PARTIALS_LIMIT = 5 << 28
+# Blocks of queries are whole waves of programs on an H100 or H200, and the same on any other GPU for the same bits.
+_SMS = 132
 # With more queries a sequence than this there is parallelism enough without splitting their keys.
 _DECODE_QUERIES = 8
 
@@ -425,6 +427,7 @@ def _backward(
     grad_queries = torch.zeros(queries.shape, dtype=queries.dtype, device=queries.device)
     grad_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
     block = max(1, _PARTIALS_LIMIT // max(1, num_selected * dim * keys.element_size()))
+    block = block // _SMS * _SMS or block
     starts = range(0, num_queries, block) if num_selected and out.numel() else ()
     for part in (slice(start, start + block) for start in starts):
         _backward_block(

@@ -71,6 +71,9 @@ class RewardUse:
     """Seconds one call may take before its worker is killed."""
     retries: int = 1
     """How often a call that raised or hung is tried again before its sample counts as failed."""
+    cache: bool = False
+    """Whether a sample that says the same to the same prompt as an earlier one gets the earlier outcome without a call;
+    not for functions of a whole group."""
 
 
 @dataclass(frozen=True, kw_only=True)

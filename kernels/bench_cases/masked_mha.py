@@ -16,13 +16,16 @@ from kernels.bench import Call, Case, Setup
 from kernels.bench_cases.sparse_mla import SCALE, causal_selection
 
 DIM, VALUE_DIM = 192, 128
-_BACKENDS = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
+_BACKENDS = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash, padded": SDPBackend.FLASH_ATTENTION}
 
 
 def _sdpa(leaves: list[torch.Tensor], backend: SDPBackend) -> torch.Tensor:
     q, k, v = (leaf.transpose(0, 1).unsqueeze(0) for leaf in leaves)
+    if backend is SDPBackend.FLASH_ATTENTION:  # which wants values as wide as keys
+        v = F.pad(v, (0, DIM - VALUE_DIM))
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)[0].transpose(0, 1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+    return out[0].transpose(0, 1)[..., :VALUE_DIM]
 
 
 def _setup(length: int, heads: int, *, masked: bool, backward: bool) -> Setup:

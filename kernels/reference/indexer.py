@@ -15,7 +15,7 @@ NEG_INF = float("-inf")
 
 _E4M3_MAX = 448.0
 
-# Scores that `select_keys` holds at a time, in elements.
+# Scores of single heads that exist at a time where no gradient is wanted, in elements.
 SCORES_LIMIT = 1 << 27
 
 # Attention probabilities of all heads that `packed_indexer_loss` holds at a time, in elements.
@@ -75,11 +75,21 @@ def indexer_scores(
     queries [B, Q, J, d], keys [B, T, d], weights [B, Q, J] (all constant scales already in the weights);
     visible bool, broadcastable to [B, Q, T]: keys outside it score -inf. Returns fp32 [B, Q, T].
     """
+    num_sequences, num_queries, heads, _ = queries.shape
+    block = max(1, SCORES_LIMIT // max(1, num_sequences * heads * keys.shape[1]))
+    if num_queries <= block:
+        scores = _scores_block(queries, keys, weights)
+    else:
+        parts = zip(queries.split(block, dim=1), weights.split(block, dim=1), strict=True)
+        scores = torch.cat([_scores_block(q, keys, w) for q, w in parts], dim=1)
+    return scores if visible is None else scores.masked_fill(~visible, NEG_INF)
+
+
+def _scores_block(queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     num_sequences, num_queries, heads, dim = queries.shape
     rows = queries.float().reshape(num_sequences, num_queries * heads, dim)
     dots = torch.matmul(rows, keys.float().transpose(-1, -2)).view(num_sequences, num_queries, heads, -1)
-    scores = (F.relu(dots, inplace=True) * weights.float().unsqueeze(-1)).sum(dim=2)
-    return scores if visible is None else scores.masked_fill(~visible, NEG_INF)
+    return (F.relu(dots, inplace=True) * weights.float().unsqueeze(-1)).sum(dim=2)
 
 
 def packed_index_scores(

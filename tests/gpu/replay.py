@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from model import DeepseekV32
+from model import LanguageModel
 from rl.sample import NDArray, Prompt
 from rollout.engine import Completion, Request
 from rollout.samples import to_sample
@@ -18,12 +18,13 @@ MICRO_TOKENS = 4096
 
 
 def log_ratios(
-    module: DeepseekV32,
+    module: LanguageModel,
     requests: Sequence[Request],
     completions: Sequence[Completion],
     *,
     routes: bool = True,
     kept: bool = True,
+    device: str = "cuda",
 ) -> NDArray:
     """float32 [sampled tokens]: learner minus engine, with what the engine recorded replayed or not."""
     samples = [
@@ -34,7 +35,7 @@ def log_ratios(
     minibatch = pack_step([WeightedSample(sample=sample) for sample in samples], ranks=1, micro_tokens=MICRO_TOKENS)
     ratios = []
     for micro in minibatch.ranks[0]:
-        tokens = PackedTokens.of(micro, "cuda", keep_routing=routes, keep_sampling_mask=kept)
+        tokens = PackedTokens.of(micro, device, keep_routing=routes, keep_sampling_mask=kept)
         with torch.no_grad():
             learned = policy(tokens).logprobs.float().cpu().numpy()
         ratios.append((learned - micro.rollout_logprobs)[micro.sampled])

@@ -48,8 +48,7 @@ def gradients(attend, inputs: list[torch.Tensor], upstream: torch.Tensor, dtype:
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
 
-@pytest.mark.parametrize("heads", [1, 16, 24, 64, 128])
-@pytest.mark.parametrize("local", [False, True], ids=["random", "local"])
+@pytest.mark.parametrize(("heads", "local"), [(1, False), (24, True), (64, False), (128, True)])
 def test_sparse_mla(heads: int, local: bool) -> None:
     torch.manual_seed(heads)
     queries, keys = torch.randn(131, heads, DIM, device="cuda"), torch.randn(900, DIM, device="cuda")
@@ -103,8 +102,9 @@ def test_decode(heads: int) -> None:
     assert torch.equal(alone, whole[3:4])
 
 
-@pytest.mark.parametrize("dims", [(192, 128), (256, 256), (128, 128)], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+@pytest.mark.parametrize(
+    ("dims", "masked"), [((192, 128), False), ((192, 128), True), ((256, 256), True), ((128, 128), False)], ids=str
+)
 def test_packed_attention(dims: tuple[int, int], masked: bool) -> None:
     torch.manual_seed(0)
     lengths = [700, 1, 129, 270]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,12 @@ def test_relative_error_takes_the_worst_output_and_shows_nan() -> None:
 def test_cases_are_found_by_the_beginning_of_their_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "all_cases", lambda: [make_case(), make_case("mul.forward")])
+    slow = replace(make_case("tiles.add"), on_request=True)
+    monkeypatch.setattr(bench, "all_cases", lambda: [make_case(), make_case("mul.forward"), slow])
+    assert bench.main(["--list"]) == 0
+    assert "tiles" not in capsys.readouterr().out
+    assert bench.main(["tiles", "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["tiles.add", "N=4"]
     assert bench.main(["mul", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["mul.forward", "N=4"]
     assert bench.main(["div"]) == 2
@@ -92,6 +98,6 @@ def test_a_run_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     }
 
 
-def test_every_module_has_well_named_cases() -> None:
-    names = {case.name.partition(".")[0] for case in bench.all_cases()}
-    assert names and all(case.name.count(".") == 1 for case in bench.all_cases())
+def test_no_two_cases_are_called_the_same() -> None:
+    names = [(case.name, case.shape) for case in bench.all_cases()]
+    assert names and len(set(names)) == len(names)

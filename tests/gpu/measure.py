@@ -1,0 +1,299 @@
+"""Figures of a GPU machine, one command each, as JSON and as rows for RESULTS.md.
+
+    python -m tests.gpu.measure throughput            # tokens/s with routes and kept sets recorded, against bare vLLM
+    python -m tests.gpu.measure mismatch              # engine against learner on the same weights
+    python -m tests.gpu.measure sync [placement=split]   # a weight update, against a plain copy of the same bytes
+    python -m tests.gpu.measure loop RECIPE           # a whole run: where its seconds go, MFU, accuracy, the curve
+
+Settings come from a recipe (``--recipe``, by default the one for a single GPU) and ``key.path=value`` overrides, as in
+``rl.train``. With ``rollout.engine=torch`` everything runs on a CPU too, as a rehearsal: the figures then say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import load_model
+from model.outline import ModelOutline, outline
+from model.tokenizer import load_tokenizer
+from rl.config import EngineKind, Recipe
+from rl.recipe import load_recipe
+from rl.system import prepare_model, start
+from rollout.conversation import Conversation
+from rollout.engine import Completion, Engine, Request
+from tests.gpu.loop_figures import figures_of_run
+from tests.gpu.plain_copy import copy_speed
+from tests.gpu.replay import figures, log_ratios
+
+ONE_GPU = "recipes/gpu/dsv32_shared_1gpu.yaml"
+Figures = dict[str, Any]
+
+
+def requests_of(recipe: Recipe, model: ModelOutline, name: str, count: int, length: int, tokens: int) -> list[Request]:
+    """Random prompts, the same for the same arguments, that are continued for exactly ``tokens`` tokens."""
+    generator = np.random.default_rng(list(name.encode()))
+    sampling = replace(recipe.sampling, max_tokens=tokens)
+    return [
+        Request(
+            id=f"{name}{number}",
+            token_ids=generator.integers(0, model.vocab_size, length).astype(np.int32),
+            sampling=sampling,
+            seed=int(generator.integers(2**31)),
+        )
+        for number in range(count)
+    ]
+
+
+async def open_engine(recipe: Recipe, path: Path) -> Any:
+    """The recipe's engine in this process, recording what the recipe records."""
+    model, rollout = recipe.model, recipe.rollout
+    if rollout.engine == EngineKind.torch:
+        from rollout.actor import EngineActor
+
+        engine = EngineActor()
+        settings = {"dtype": model.dtype, "device": "cpu", "threads": 1}
+        await engine.load(str(path), **settings, max_num_seqs=rollout.max_num_seqs, max_context=model.max_context)
+        return engine
+    from rollout.vllm_engine import VllmEngineActor
+
+    engine = VllmEngineActor()
+    await engine.load(str(path), vllm_settings(recipe))
+    return engine
+
+
+def vllm_settings(recipe: Recipe) -> Any:
+    from rollout.engine import truncates
+    from rollout.vllm_engine import EngineSettings
+
+    rollout = recipe.rollout
+    return EngineSettings(
+        dtype=recipe.model.dtype,
+        max_num_seqs=rollout.max_num_seqs,
+        max_context=recipe.model.max_context,
+        tensor_parallel=rollout.tensor_parallel,
+        expert_parallel=rollout.expert_parallel,
+        gpu_memory=rollout.gpu_memory,
+        cuda_graphs=rollout.cuda_graphs,
+        kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
+        seed=recipe.seed,
+    )
+
+
+def bare_arguments(ours: Mapping[str, Any]) -> Figures:
+    """vLLM's arguments without those that record, update weights or give memory away."""
+    added = ("weight_transfer_config", "worker_extension_cls", "logprobs_mode")
+    off = {"enable_return_routed_experts": False, "return_sampling_mask": False, "enable_sleep_mode": False}
+    assert {*added, *off} <= ours.keys(), "the engine's arguments have other names now"
+    return {name: value for name, value in ours.items() if name not in added} | off
+
+
+class BareVllm:
+    """vLLM with the same settings and prompts, and nothing recorded."""
+
+    def __init__(self, recipe: Recipe, path: Path) -> None:
+        import os
+
+        from vllm import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+        from rollout.vllm_engine import _ENVIRONMENT, engine_arguments
+        from rollout.vllm_requests import Recording
+
+        os.environ.update(_ENVIRONMENT)
+        model = outline(path)
+        self.recording = Recording.of(model, kept=False, max_context=recipe.model.max_context)
+        arguments = bare_arguments(engine_arguments(str(path), model, vllm_settings(recipe)))
+        self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+    async def generate(self, requests: Sequence[Request]) -> list[Any]:
+        return list(await asyncio.gather(*map(self._one, requests)))
+
+    async def _one(self, request: Request) -> Any:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        from rollout.vllm_requests import sampling_arguments
+
+        chosen = sampling_arguments(request, self.recording)
+        chosen |= {"logprobs": None, "flat_logprobs": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        prompt = {"prompt_token_ids": request.token_ids.tolist()}
+        outputs = [one async for one in self.engine.generate(prompt, SamplingParams(**chosen), request.id)]
+        return outputs[-1].outputs[0]
+
+    async def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+async def throughput(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figures:
+    """Tokens a second of a warm engine: the median of the passes, bare and recording, each in an engine of its own."""
+    seen: Figures = {}
+    for kind in options.only or ("bare", "recording"):
+        began = time.perf_counter()
+        bare = kind == "bare" and recipe.rollout.engine == EngineKind.vllm
+        engine = BareVllm(recipe, path) if bare else await open_engine(recipe, path)
+        started = time.perf_counter() - began
+        try:
+            seen[kind] = {"start_s": started, **await tokens_per_s(engine, recipe, outline(path), options)}
+        finally:
+            await close(engine)
+    if len(seen) == 2:
+        seen["ratio"] = seen["recording"]["tokens_per_s"] / seen["bare"]["tokens_per_s"]
+    return seen
+
+
+async def tokens_per_s(engine: Any, recipe: Recipe, model: ModelOutline, options: argparse.Namespace) -> Figures:
+    speeds = []
+    for turn in range(options.passes + 1):
+        requests = requests_of(recipe, model, f"turn{turn}-", options.requests, options.prompt, options.tokens)
+        began = time.perf_counter()
+        outputs = await engine.generate(requests)
+        seconds = time.perf_counter() - began
+        tokens = sum(len(output.token_ids) for output in outputs)
+        assert tokens == options.requests * options.tokens, f"{tokens} tokens came back"
+        speeds.append(tokens / seconds)
+    # The first pass compiles kernels.
+    return {"tokens_per_s": statistics.median(speeds[1:]), "passes": speeds[1:], "first_pass": speeds[0]}
+
+
+async def close(engine: Any) -> None:
+    if hasattr(engine, "shutdown"):
+        await engine.shutdown()
+    gc.collect()
+
+
+async def mismatch(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figures:
+    """Learner minus engine per token on the same weights; ``long`` prompts are beyond what attention selects."""
+    model = outline(path)
+    room = recipe.model.max_context - options.tokens - 1
+    lengths = {"short": min(options.prompt, room), "long": room}
+    requests = {
+        name: requests_of(recipe, model, name, options.requests, n, options.tokens) for name, n in lengths.items()
+    }
+    engine: Engine = await open_engine(recipe, path)
+    try:
+        completions: dict[str, list[Completion]] = {n: await engine.generate(r) for n, r in requests.items()}
+    finally:
+        await close(engine)
+    device = "cuda" if recipe.rollout.engine == EngineKind.vllm else "cpu"
+    module = load_model(path, dtype=getattr(torch, recipe.model.dtype), device=device).eval()
+    seen: Figures = {}
+    for name in lengths:
+        for routes, kept in ((True, True), (False, True), (True, False)):
+            replayed = " and ".join(what for what, on in (("routes", routes), ("kept sets", kept)) if on)
+            ratios = log_ratios(module, requests[name], completions[name], routes=routes, kept=kept, device=device)
+            seen[f"{name}, {lengths[name]} + {options.tokens} tokens, {replayed}"] = figures(ratios)
+    return seen
+
+
+async def sync(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figures:
+    """Weight updates of the real actors, verified as ever, after a first one that opens connections."""
+    recipe = replace(recipe, supervised=replace(recipe.supervised, steps=0))  # the learner begins with RL
+    async with start(recipe, path, Conversation(load_tokenizer(path))) as system:
+        updates = []
+        for version in range(options.passes + 1):
+            await system.learners_turn()
+            updates.append(await system.publish(version))
+    seconds = [update.seconds for update in updates[1:]]
+    num_bytes = updates[0].num_bytes
+    gpus = recipe.rollout.engine == EngineKind.vllm
+    plain = copy_speed(num_bytes, across=recipe.placement.value == "split", on_gpu=gpus)
+    speed = num_bytes / statistics.median(seconds) / 1e9
+    return {
+        "bytes": num_bytes,
+        "first_s": updates[0].seconds,
+        "seconds": seconds,
+        "gb_per_s": speed,
+        "plain_gb_per_s": plain,
+        "share_of_plain": speed / plain,
+    }
+
+
+def loop(arguments: Sequence[str], out: Path | None) -> Figures:
+    """Runs a recipe as a user would; the curve goes next to ``out`` as CSV."""
+    from rl.train import main as train
+
+    recipe = load_recipe(arguments[0], list(arguments[1:]))
+    began = time.perf_counter()
+    code = train(list(arguments))
+    if code:
+        raise SystemExit(code)
+    run = Path(recipe.runs) / recipe.name
+    seen, curve = figures_of_run(run)
+    if out:
+        out.with_suffix(".csv").write_text(curve)
+    return {"wall_s": time.perf_counter() - began, **seen}
+
+
+def rows(command: str, seen: Figures) -> str:
+    """Markdown: a row a figure, or a row a case where every case has the same figures."""
+    cases = {name: case for name, case in seen.items() if isinstance(case, dict)}
+    lines = []
+    if cases:
+        columns = [name for name, value in next(iter(cases.values())).items() if not isinstance(value, list)]
+        lines += [f"| {command} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+        lines += [
+            f"| {name} | {' | '.join(number(case[column]) for column in columns)} |" for name, case in cases.items()
+        ]
+    single = {name: value for name, value in seen.items() if name not in cases}
+    if single:
+        lines += ["", f"| {command} | |", "| --- | --- |"] if not cases else [""]
+        lines += [f"| {name} | {number(value)} |" for name, value in single.items()]
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def number(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(number, value))
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.measure", description="Figures of a GPU machine.")
+    parser.add_argument("command", choices=["throughput", "mismatch", "sync", "loop"])
+    parser.add_argument("arguments", nargs="*", default=[], help="loop: RECIPE; all: key.path=value")
+    parser.add_argument("--recipe", default=ONE_GPU)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, help="tokens generated a request (throughput: 256, mismatch: 64)")
+    parser.add_argument("--passes", type=int, default=3, help="measured passes, after one that is not")
+    parser.add_argument("--only", action="append", choices=["bare", "recording"], help="throughput: one of the two")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_intermixed_args(argv)
+    options.tokens = options.tokens or (64 if options.command == "mismatch" else 256)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if options.command == "loop":
+        seen = loop(options.arguments, options.out)
+    else:
+        measured = {"throughput": throughput, "mismatch": mismatch, "sync": sync}[options.command]
+        recipe = load_recipe(options.recipe, options.arguments)
+        with TemporaryDirectory() as folder:
+            path = prepare_model(recipe, Path(folder))
+            seen = asyncio.run(measured(recipe, path, options))
+    print(rows(options.command, seen), end="")
+    if options.out:
+        options.out.write_text(json.dumps(seen, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

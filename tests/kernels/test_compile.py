@@ -1,0 +1,70 @@
+"""The attention kernels compiled for an H100 or H200, which needs no GPU, at DeepSeek-V3.2's dimensions.
+
+The interpreter knows neither shared memory nor tensor cores; this does.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels import masked_mha, sparse_mla  # noqa: E402
+
+SHARED_MEMORY = 227 * 1024
+FP32 = {"lse", "delta"}
+INT32 = {"indices", "bitmask", "cu_seqlens"}
+TENSORS = {
+    "queries", "keys", "values", "out", "grad_out", "grad_queries", "grad_keys", "grad_values", "probs_out",
+    "d_scores_out", *FP32, *INT32,
+}  # fmt: skip
+
+
+def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
+    """bf16 tensors aligned to 16 bytes; numbers that are multiples of 16, as the strides of whole rows are."""
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        kind = "*fp32" if name in FP32 else "*i32" if name in INT32 else "*bf16" if name in TENSORS else "i32"
+        signature[name] = "fp32" if name == "scale" else kind
+        if name != "scale":
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def sparse_constants(tiles: sparse_mla.Tiles) -> dict[str, Any]:
+    return sparse_mla._blocks(512, 576, 2048, tiles, torch.empty(0, dtype=torch.bfloat16))
+
+
+def masked_constants(tiles: masked_mha.Tiles) -> dict[str, Any]:
+    return masked_mha._blocks(192, 128, tiles, torch.bfloat16, num_sequences=4, masked=True)
+
+
+SPARSE, MASKED = sparse_mla, masked_mha
+LAUNCHES = MASKED._launches(192, 128, 2)
+CASES = {
+    "sparse forward": (SPARSE._forward_kernel, SPARSE._forward_tiles(128, 2), sparse_constants),
+    "sparse grad queries": (SPARSE._grad_queries_kernel, SPARSE._backward_tiles(128, 2), sparse_constants),
+    "masked forward": (MASKED._forward_kernel, LAUNCHES.forward, masked_constants),
+    "masked grad keys": (MASKED._grad_keys_kernel, LAUNCHES.grad_keys, masked_constants),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_fits_an_sm_and_uses_its_tensor_cores(name: str) -> None:
+    kernel, tiles, constants = CASES[name]
+    found = compiled(kernel, constants(tiles), tiles.warps)
+    assert found.metadata.shared <= SHARED_MEMORY
+    assert "wgmma.mma_async" in found.asm["ptx"] and "mma.sync" not in found.asm["ptx"]
+    assert "cp.async" in found.asm["ptx"]
