@@ -44,6 +44,7 @@ class ModelCosts:
     layers: tuple[LayerWidths, ...]
     index_topk: int | None  # keys that a query attends to at most; None for all before it
     kv_heads: int | None  # of grouped-query attention; None for MLA, whose cache all heads share
+    quantized: bool = False  # whether config.json says that the weights are stored in fewer bits
 
     @property
     def active_parameters(self) -> int:
@@ -132,7 +133,8 @@ def model_costs(path: str | os.PathLike[str]) -> ModelCosts:
     """The costs of a checkpoint directory, from its config.json. Raises ValueError as `model.outline.outline` does."""
     config = read_json(Path(path) / "config.json")
     text = config.get("text_config") or config
-    return costs_of(outline(path), index_topk=text.get("index_topk"), kv_heads=text.get("num_key_value_heads") or 1)
+    costs = costs_of(outline(path), index_topk=text.get("index_topk"), kv_heads=text.get("num_key_value_heads") or 1)
+    return dataclasses.replace(costs, quantized=bool(config.get("quantization_config")))
 
 
 def costs_of(spec: ModelOutline, *, index_topk: int | None, kv_heads: int) -> ModelCosts:

@@ -38,6 +38,8 @@ def check_plan(recipe: Recipe, costs: ModelCosts, hardware: Hardware, *, slack: 
 def problems(plan: Plan, *, slack: float = 0.0) -> Iterator[tuple[str, str]]:
     """Everything that does not fit, as the key at fault and a sentence."""
     recipe, hardware = plan.recipe, plan.hardware
+    if plan.worker is not None and plan.costs.quantized:
+        yield "model.path", "the weights are stored quantized, but engines are updated in bfloat16; convert them first"
     if plan.worker is not None and hardware.num_gpus == 0:
         yield "rollout.engine", "vllm needs a GPU, but there is none; use rollout.engine=torch on CPUs"
         return

@@ -22,6 +22,7 @@ from rl.fit import check_plan, problems, with_keys
 from rl.hardware import GIB, Hardware, parse_nvidia_smi, peak_flops
 from rl.initial_model import initial_config
 from rl.plan import assumed_hardware, gpus_needed, make_plan, recipe_costs
+from rl.plan_text import render
 from rl.prompts import load_prompts
 from rl.recipe import load_recipe
 from rl.system import encode
@@ -31,7 +32,7 @@ from tests.model.published import DEEPSEEK_V32, QWEN3_8B
 from tests.rl.tiny_runs import REPOSITORY, tiny_recipe
 
 RECIPES = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("*.yaml"))
-PUBLISHED = {"Qwen3-8B": QWEN3_8B, "DeepSeek-V3.2": DEEPSEEK_V32}
+PUBLISHED = {"Qwen3-8B": QWEN3_8B, "DeepSeek-V3.2-bf16": DEEPSEEK_V32}
 Write = Callable[[dict[str, Any]], ModelCosts]
 
 
@@ -63,9 +64,28 @@ def shipped(path: str, folder: Path, *overrides: str) -> tuple[Recipe, ModelCost
 
 @pytest.mark.parametrize("path", RECIPES)
 def test_every_recipe_fits_what_it_asks_for(path: str, tmp_path: Path):
+    """On GPUs of 80 GiB, or of as many as its first lines say."""
     recipe, model = shipped(path, tmp_path)
-    hardware = assumed_hardware(recipe, num_gpus=None, num_nodes=None, gpu_bytes=80 * GIB)
+    said = re.search(r"--gpu-memory (\d+)", (REPOSITORY / path).read_text())
+    gpu_bytes = (int(said[1]) if said else 80) * GIB
+    hardware = assumed_hardware(recipe, num_gpus=None, num_nodes=None, gpu_bytes=gpu_bytes)
     assert check_plan(recipe, model, hardware).num_gpus == hardware.num_gpus
+
+
+def test_the_arithmetic_in_the_671b_recipe_is_what_the_plan_prints(tmp_path: Path):
+    path = "recipes/gpu/dsv32_671b.yaml"
+    recipe, model = shipped(path, tmp_path)
+    hardware = assumed_hardware(recipe, num_gpus=None, num_nodes=None, gpu_bytes=268 * GIB)
+    printed = render(make_plan(recipe, model, hardware))
+    comments = [line[2:] for line in (REPOSITORY / path).read_text().splitlines() if line.startswith("#")]
+    first = comments.index(printed.partition("\n")[0])
+    assert "\n".join(comments[first:]) + "\n" == printed
+
+
+def test_weights_that_are_stored_quantized_are_refused(tmp_path: Path, costs: Write):
+    model = costs(DEEPSEEK_V32 | {"quantization_config": {"quant_method": "fp8"}})
+    (first, *_) = problems(make_plan(vllm_recipe(tmp_path), model, node(8)))
+    assert first[0] == "model.path" and "convert them first" in first[1]
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if "dsv32_shared" in path or "quickstart" in path])
