@@ -24,6 +24,7 @@ from model import ModelConfig, empty_model
 from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
+from rewards.sandbox import Sandbox
 from rl.cluster import cluster_hardware
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
 from rl.data import RunData
@@ -37,6 +38,8 @@ from rl.sample import NDArray, Prompt, Sample
 from rl.sync import Sync, Transport, connect, publish
 from rollout.conversation import Conversation
 from rollout.engine import check_window
+from rollout.environments.registry import resolve
+from rollout.episodes import Episodes
 from rollout.pool import EnginePool
 from trainer.learner import Learner
 from trainer.phase import Phase
@@ -56,6 +59,7 @@ class System:
     transport: Transport
     conversation: Conversation
     sampling: Sampling
+    episodes: Episodes
     plan: Plan
 
     async def learners_turn(self) -> None:
@@ -78,7 +82,9 @@ class System:
         await self.pool.wake()
 
     async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
-        """One sample per seed, with the recipe's sampling."""
+        """One sample per seed, with the recipe's sampling: a reply, or an episode where the domain has tools."""
+        if prompt.domain in self.episodes:
+            return await self.episodes.generate_group(prompt, self.sampling, seeds)
         return await self.pool.generate_group(prompt, encode(self.conversation, prompt), self.sampling, seeds)
 
 
@@ -157,20 +163,42 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     )
     try:
         rewards, learner, pool = await asyncio.gather(*starting)
-        yield System(
-            learner=learner,
-            pool=pool,
-            rewards=rewards,
-            transport=await connect(recipe, learner, pool),
-            conversation=conversation,
-            sampling=recipe.sampling,
-            plan=plan,
-        )
+        async with closing_episodes(recipe, pool, conversation) as episodes:
+            yield System(
+                learner=learner,
+                pool=pool,
+                rewards=rewards,
+                transport=await connect(recipe, learner, pool),
+                conversation=conversation,
+                sampling=recipe.sampling,
+                episodes=episodes,
+                plan=plan,
+            )
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
         await judge.aclose()
         reservation.release()
+
+
+@asynccontextmanager
+async def closing_episodes(recipe: Recipe, pool: EnginePool, conversation: Conversation) -> AsyncIterator[Episodes]:
+    """The environments of the recipe's domains, whose processes end with the block."""
+    episodes = Episodes(recipe.domains, pool, conversation, sandbox=Sandbox())
+    try:
+        yield episodes
+    finally:
+        await episodes.close()
+
+
+def check_environments(recipe: Recipe) -> None:
+    """Raises RecipeError, naming the domain, for an environment that cannot be."""
+    for name, domain in recipe.domains.items():
+        if domain.environment is not None:
+            try:
+                resolve(domain.environment.use, domain.environment.args)
+            except RecipeError as error:
+                raise RecipeError(f"domains.{name}.environment: {error}") from error
 
 
 async def _start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
