@@ -207,7 +207,7 @@ class Learner:
     """Ranks that share a layer's routed experts: each keeps its part whole, and tokens travel to their experts."""
     activation_checkpointing: bool = False
     """Keeps only the input of every layer for the backward pass and computes the rest again, which takes about a third
-    more arithmetic and far less memory."""
+    more arithmetic and far less memory. ZeRO stage 3 needs it to let go of gathered parameters in between."""
     offload_optimizer: Offload = Offload.none
     """``cpu`` keeps fp32 weights and optimizer state in host memory and updates them there."""
     offload_parameters: Offload = Offload.none
