@@ -163,12 +163,49 @@ def describe(row: Row) -> str:
     return "\n".join(lines)
 
 
+def table(rows: Sequence[Row]) -> str:
+    """Rows as Markdown, the cases of one kernel under each other."""
+    lines = ["| case | implementation | ms | TFLOP/s | TB/s | MiB | error | time over ours |", "| --- " * 8 + "|"]
+    for row in rows:
+        case = f"{row.name}, {row.shape}"
+        for name, timing in row.timings.items():
+            ratio = row.ratio(name)
+            cells = [
+                case,
+                name,
+                f"{timing.ms:.3f}",
+                f"{timing.tflops:.0f}" if timing.tflops else "",
+                f"{timing.tb_per_s:.2f}" if timing.tb_per_s else "",
+                f"{timing.peak_mib:.0f}",
+                f"{timing.error:.1e}" if timing.error is not None else "",
+                f"{ratio:.2f}" if name != "ours" and ratio is not None else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+            case = ""
+        lines += [f"| {case} | {name} | failed: {reason} | | | | | |" for name, reason in row.failures.items()]
+    return "\n".join(lines)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What `--json` wrote."""
+    return [
+        Row(**{**row, "timings": {name: Timing(**timing) for name, timing in row["timings"].items()}})
+        for row in json.loads(path.read_text())["rows"]
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Keel's kernels beside their peers.")
     parser.add_argument("names", nargs="*", help="only cases whose names begin with one of these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print what --json wrote to FILE as a table and stop"
+    )
     options = parser.parse_args(arguments)
+    if options.table is not None:
+        print(table(read_rows(options.table)))
+        return 0
     chosen = tuple(options.names)
     cases = [case for case in all_cases() if (case.name.startswith(chosen) if chosen else not case.on_request)]
     if not cases:

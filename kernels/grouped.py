@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from kernels.products import product
 
-__all__ = ["grouped_linear"]
+__all__ = ["grouped_linear", "triton_grouped_linear"]
 
 
 @triton.jit
@@ -155,5 +156,15 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """As `kernels.reference.grouped_linear`; the last entry of `ends` must be the number of rows."""
+    """As `kernels.reference.grouped_linear`; the last entry of `ends` must be the number of rows.
+
+    torch's own product, where it serves and is faster (kernels/BENCHMARKS.md).
+    """
+    if rows.dtype == torch.bfloat16 and all(dim % 8 == 0 for dim in weights.shape[1:]):
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+    return triton_grouped_linear(rows, weights, ends)
+
+
+def triton_grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` by the kernels of this module, for any dtype and any sizes."""
     return _GroupedLinear.apply(rows, weights, ends)

@@ -32,7 +32,10 @@ _DECODE_QUERIES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """How a launch is cut. On H100/H200 a tile's operands must fit in 227 KB of shared memory."""
+    """How a launch is cut. On H100/H200 a tile's operands must fit in 227 KB of shared memory.
+
+    Of three stages the first loads a tile's indices, the second its keys: two tiles of keys exist at a time.
+    """
 
     heads: int
     keys: int
@@ -45,16 +48,16 @@ def _forward_tiles(num_heads: int, element_size: int) -> Tiles:
     if element_size > 2:
         return Tiles(heads=16, keys=16, warps=4, stages=1)
     if num_heads > 32:
-        return Tiles(heads=64, keys=64, warps=8, stages=2)
-    return Tiles(heads=16 if num_heads <= 16 else 32, keys=64, warps=4, stages=2)
+        return Tiles(heads=64, keys=64, warps=8, stages=3)
+    return Tiles(heads=16 if num_heads <= 16 else 32, keys=64, warps=4, stages=3)
 
 
 def _backward_tiles(num_heads: int, element_size: int) -> Tiles:
     if element_size > 2:
         return Tiles(heads=16, keys=16, warps=4, stages=1)
     if num_heads > 32:
-        return Tiles(heads=64, keys=32, warps=8, stages=2)
-    return Tiles(heads=16 if num_heads <= 16 else 32, keys=32, warps=8, stages=2)
+        return Tiles(heads=64, keys=32, warps=8, stages=3)
+    return Tiles(heads=16 if num_heads <= 16 else 32, keys=32, warps=8, stages=3)
 
 
 @triton.jit
@@ -201,7 +204,7 @@ def _grad_queries_kernel(
         d_probs = tl.dot(d_out, tl.trans(k_latent), input_precision=PRECISION)
         probs = tl.where(exists[None, :], tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None]), 0.0)
         d_scores = (probs * (d_probs - row_delta[:, None]) * scale).to(k_latent.dtype)
-        there = head_there[:, None] & (columns < stop)[None, :]
+        there = head_there[:, None] & (columns < num_selected)[None, :]
         tl.store(probs_out + written + columns[None, :], probs.to(k_latent.dtype), mask=there)
         tl.store(d_scores_out + written + columns[None, :], d_scores, mask=there)
         dq_latent = tl.dot(d_scores, k_latent, dq_latent, input_precision=PRECISION)
@@ -216,35 +219,65 @@ def _grad_queries_kernel(
 def _grad_pairs_kernel(
     queries, indices, grad_out, probs, d_scores, grad_pairs, num_heads, num_selected, stride_query, stride_head,
     LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, key blocks, N). What each (query, key) pair adds to the key's gradient, [N, K, D].
+    """Grid (column blocks, N). What each (query, key) pair adds to the key's gradient, [N, K, D].
 
     The sum over all heads of d_score * query, and in the latent columns of prob * grad_out: a matrix product a query.
+    ONE_BLOCK: one block holds all heads, so that queries and upstream gradients are read once for all pairs. Weights
+    are read up to num_selected, beyond what was written: a bound that divides by 16 lets loads be wide, and the rows
+    that it brings are not stored.
     """
-    token = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
     stop = _count(indices, token, num_selected, BLOCK_ALL)
-    pairs = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if tl.program_id(1) * BLOCK_K >= stop:
-        return
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    for start in tl.range(0, num_heads, BLOCK_H, num_stages=STAGES):
-        heads = start + tl.arange(0, BLOCK_H)
-        head_there = (heads < num_heads)[:, None]
-        weight_there = head_there & (pairs < stop)[None, :]
-        weight_place = (token * num_heads + heads)[:, None] * num_selected + pairs[None, :]
-        weight = tl.load(d_scores + weight_place, mask=weight_there, other=0.0)
-        q_place = token * stride_query + heads[:, None] * stride_head + columns[None, :]
-        q = tl.load(queries + q_place, mask=head_there & (columns < LATENT + ROPE)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(weight), q, acc, input_precision=PRECISION)
-        weight = tl.load(probs + weight_place, mask=weight_there, other=0.0)
-        upstream_place = (token * num_heads + heads)[:, None] * LATENT + columns[None, :]
-        upstream = tl.load(grad_out + upstream_place, mask=head_there & (columns < LATENT)[None, :], other=0.0)
-        acc = tl.dot(tl.trans(weight), upstream, acc, input_precision=PRECISION)
-    place = (token * num_selected + pairs)[:, None] * (LATENT + ROPE) + columns[None, :]
-    there = (pairs < stop)[:, None] & (columns < LATENT + ROPE)[None, :]
-    tl.store(grad_pairs + place, acc.to(grad_pairs.dtype.element_ty), mask=there)
+    query = queries + token * stride_query
+    upstream = grad_out + token * num_heads * LATENT
+    weights = token * num_heads * num_selected
+    out = grad_pairs + token * num_selected * (LATENT + ROPE)
+    if ONE_BLOCK:
+        heads = tl.arange(0, BLOCK_H)
+        q, d = _pair_factors(query, upstream, heads, columns, num_heads, stride_head, LATENT, ROPE)
+        for first in tl.range(0, stop, BLOCK_K, num_stages=STAGES):
+            pairs = first + tl.arange(0, BLOCK_K)
+            there = (heads < num_heads)[:, None] & (pairs < num_selected)[None, :]
+            place = weights + heads[:, None] * num_selected + pairs[None, :]
+            d_score = tl.load(d_scores + place, mask=there, other=0.0)
+            prob = tl.load(probs + place, mask=there, other=0.0)
+            acc = tl.dot(tl.trans(d_score), q, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(prob), d, acc, input_precision=PRECISION)
+            _store_pairs(out, pairs, stop, columns, acc, LATENT + ROPE)
+    else:
+        for first in tl.range(0, stop, BLOCK_K):
+            pairs = first + tl.arange(0, BLOCK_K)
+            acc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+            for start in tl.range(0, num_heads, BLOCK_H, num_stages=STAGES):
+                heads = start + tl.arange(0, BLOCK_H)
+                q, d = _pair_factors(query, upstream, heads, columns, num_heads, stride_head, LATENT, ROPE)
+                there = (heads < num_heads)[:, None] & (pairs < num_selected)[None, :]
+                place = weights + heads[:, None] * num_selected + pairs[None, :]
+                d_score = tl.load(d_scores + place, mask=there, other=0.0)
+                prob = tl.load(probs + place, mask=there, other=0.0)
+                acc = tl.dot(tl.trans(d_score), q, acc, input_precision=PRECISION)
+                acc = tl.dot(tl.trans(prob), d, acc, input_precision=PRECISION)
+            _store_pairs(out, pairs, stop, columns, acc, LATENT + ROPE)
+
+
+@triton.jit
+def _pair_factors(query, upstream, heads, columns, num_heads, stride_head, LATENT: tl.constexpr, ROPE: tl.constexpr):
+    """A column block of the queries and of the upstream gradient (0 in the rope columns), [heads, columns] each."""
+    there = (heads < num_heads)[:, None]
+    q_place = heads[:, None] * stride_head + columns[None, :]
+    q = tl.load(query + q_place, mask=there & (columns < LATENT + ROPE)[None, :], other=0.0)
+    d_place = heads[:, None] * LATENT + columns[None, :]
+    d = tl.load(upstream + d_place, mask=there & (columns < LATENT)[None, :], other=0.0)
+    return q, d
+
+
+@triton.jit
+def _store_pairs(out, pairs, stop, columns, acc, DIM: tl.constexpr):
+    there = (pairs < stop)[:, None] & (columns < DIM)[None, :]
+    tl.store(out + pairs[:, None] * DIM + columns[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -408,6 +441,15 @@ def _blocks(value_dim: int, dim: int, num_selected: int, tiles: Tiles, keys: tor
     }
 
 
+def _pair_blocks(num_heads: int, element_size: int) -> dict[str, Any]:
+    """The constants of `_grad_pairs_kernel`: up to 128 heads are one block, of 224 KB in shared memory."""
+    if element_size > 2:
+        return {"BLOCK_D": 32, "BLOCK_K": 32, "BLOCK_H": 16, "ONE_BLOCK": num_heads <= 16, "STAGES": 1}
+    heads = max(16, triton.next_power_of_2(num_heads))
+    whole = heads <= 128
+    return {"BLOCK_D": 128, "BLOCK_K": 128, "BLOCK_H": heads if whole else 64, "ONE_BLOCK": whole, "STAGES": 2}
+
+
 def precision(dtype: torch.dtype) -> str:
     """Triton's name for how `tl.dot` treats its inputs; it only matters for fp32, which must not become TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -452,12 +494,11 @@ def _backward_block(queries, keys, indices, out, lse, grad_out, scale, grad_quer
         *strides, keys.stride(0), **blocks, num_warps=tiles.warps,
     )  # fmt: skip
     grad_pairs = torch.empty(num_queries, num_selected, dim, dtype=keys.dtype, device=keys.device)
-    small = keys.element_size() > 2
-    pairs = {"BLOCK_D": 32 if small else 64, "BLOCK_K": 32 if small else 128, "BLOCK_H": max(16, tiles.heads)}
-    _grad_pairs_kernel[(_ceil_div(dim, pairs["BLOCK_D"]), _ceil_div(num_selected, pairs["BLOCK_K"]), num_queries)](
+    pairs = _pair_blocks(num_heads, keys.element_size())
+    _grad_pairs_kernel[(_ceil_div(dim, pairs["BLOCK_D"]), num_queries)](
         queries, indices, grad_out, probs, d_scores, grad_pairs, num_heads, num_selected, *strides,
-        LATENT=value_dim, ROPE=dim - value_dim, BLOCK_ALL=blocks["BLOCK_ALL"], STAGES=1 if small else 2,
-        PRECISION=blocks["PRECISION"], **pairs, num_warps=4 if small else 8,
+        LATENT=value_dim, ROPE=dim - value_dim, BLOCK_ALL=blocks["BLOCK_ALL"], PRECISION=blocks["PRECISION"], **pairs,
+        num_warps=8,
     )  # fmt: skip
     del probs, d_scores
     # -1 sorts before every key, so the pairs of key s are order[bounds[s]:bounds[s + 1]], ascending for being stable.

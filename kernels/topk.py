@@ -25,7 +25,7 @@ _NONE = tl.constexpr(-0x80000000)
 _NAN = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)
 
-MAX_TILE = 16384
+MAX_TILE = 8192
 
 
 @triton.jit

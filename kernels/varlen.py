@@ -10,7 +10,12 @@ _WIDEST_HEAD = 256
 
 
 def dense_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    longest: int,
 ) -> torch.Tensor:
     """As `kernels.reference.dense_attention`; what torch's kernel does not take, `packed_attention` does.
 
@@ -22,7 +27,6 @@ def dense_attention(
         from kernels.masked_mha import packed_attention
 
         return packed_attention(queries, keys, values, cu_seqlens, scale)[0]
-    longest = int(cu_seqlens.diff().max())
     bounds = cu_seqlens.to(torch.int32)
     # The kernel has one dimension for all heads; MLA's values have fewer.
     padded = F.pad(values, (0, dim - value_dim)) if value_dim < dim else values

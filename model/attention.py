@@ -154,7 +154,7 @@ class Attention(nn.Module):
             heads = torch.einsum("nhr,hvr->nhv", latents, to_value)
             keys = keys.unsqueeze(1).expand(-1, self.num_heads, -1)
         elif selected is None:
-            heads = kernels.dense_attention(queries, keys, values, batch.cu_seqlens, self.scale)
+            heads = kernels.dense_attention(queries, keys, values, batch.cu_seqlens, self.scale, batch.longest)
         else:
             places = torch.where(selected >= 0, selected - batch.starts.unsqueeze(1), -1)
             bitmask = kernels.selection_bitmask(places, batch.longest)

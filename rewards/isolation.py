@@ -162,6 +162,7 @@ class Launch:
             "copied": {"from": _STAGED, "to": BOX} if self.in_memory else None,
             "owned": [BOX, "/tmp", "/dev/shm"] if self.in_memory else [] if isolation.shares_host else ["/dev/shm"],
             "watched": [] if self.in_memory else [work, tmp],
+            "unwatched": [] if isolation.shares_host else list(self.readable),
             "control_fd": control,
             "status_fd": status,
         }

@@ -112,7 +112,7 @@ class RewardPool:
         return [
             self._combine(sample, next(columns))
             if sample.status in (Status.FINISHED, Status.TRUNCATED)
-            else Failure(sample=sample, reward="generation", reason=f"ended as {sample.status}")
+            else Failure(sample=sample, reward="generation", reason=sample.fault or f"ended as {sample.status}")
             for sample in samples
         ]
 

@@ -81,6 +81,7 @@ class RewardFunction:
     retries: int
     concurrency: int | None = None
     """How many calls of an async function may be awaited at the same time."""
+    cache: bool = False
 
 
 def part_name(use: RewardUse) -> str:
@@ -126,6 +127,7 @@ def resolve(use: RewardUse) -> RewardFunction:
         timeout_s=use.timeout_s,
         retries=use.retries,
         concurrency=_concurrency(function, place),
+        cache=use.cache and _first_parameter(function) != "samples",
     )
 
 

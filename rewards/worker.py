@@ -19,13 +19,14 @@ import itertools
 import os
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from rewards.judge import JudgeAddress, appoint
-from rewards.protocol import Fault, Outcome, RewardFunction, read_result, read_results, resolve
+from rewards.protocol import Fault, Outcome, Reward, RewardFunction, read_result, read_results, resolve
 from rl.config import RewardUse
 from rl.plugin import describe
 from rl.sample import Sample
@@ -61,6 +62,10 @@ class Surroundings:
     """Environment variables that stay, beside those of ``KEPT_VARIABLES``."""
 
 
+MAX_KNOWN = 100_000
+"""Outcomes that a process remembers for functions with a cache, over all of them."""
+
+
 class _Functions:
     """The reward functions of every domain, in the recipe's order."""
 
@@ -76,6 +81,20 @@ class _Functions:
             for function in functions
             if function.concurrency is not None
         }
+        self._known: OrderedDict[tuple[Any, ...], Reward] = OrderedDict()
+
+    def known(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome] | None:
+        """The outcome of an earlier call that the function is allowed to be spared."""
+        found = self._known.get(_key(function, samples[0])) if function.cache else None
+        return None if found is None else [found]
+
+    def remember(self, function: RewardFunction, samples: Sequence[Sample], outcomes: list[Outcome]) -> list[Outcome]:
+        """The outcomes again; a fault is not remembered."""
+        if function.cache and isinstance(outcomes[0], Reward):
+            self._known[_key(function, samples[0])] = outcomes[0]
+            while len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
+        return outcomes
 
     def traits(self) -> dict[str, list[Traits]]:
         return {
@@ -120,12 +139,14 @@ class SerialWorker:
         return [self._persist(function, [sample])[0] for sample in samples]
 
     def _persist(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+        if (known := self._functions.known(function, samples)) is not None:
+            return known
         outcomes = self._once(function, samples)
         for _ in range(function.retries):
             if not any(isinstance(outcome, Fault) for outcome in outcomes):
                 break
             outcomes = self._once(function, samples)
-        return outcomes
+        return self._functions.remember(function, samples, outcomes)
 
     def _once(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
         try:
@@ -176,12 +197,14 @@ def most_s(timing: RewardUse | RewardFunction, traits: Traits | RewardFunction, 
 
 
 async def _persist_async(function: RewardFunction, samples: Sequence[Sample], functions: _Functions) -> list[Outcome]:
+    if (known := functions.known(function, samples)) is not None:
+        return known
     outcomes = await _once_async(function, samples, functions)
     for _ in range(function.retries):
         if not any(isinstance(outcome, Fault) for outcome in outcomes):
             break
         outcomes = await _once_async(function, samples, functions)
-    return outcomes
+    return functions.remember(function, samples, outcomes)
 
 
 async def _once_async(function: RewardFunction, samples: Sequence[Sample], functions: _Functions) -> list[Outcome]:
@@ -194,6 +217,12 @@ async def _once_async(function: RewardFunction, samples: Sequence[Sample], funct
                 return [Fault(late(function.timeout_s))] * len(samples)
             return [Fault(f"raised {describe(error)}")] * len(samples)
     return read_results(result, len(samples)) if function.is_batched else [read_result(result)]
+
+
+def _key(function: RewardFunction, sample: Sample) -> tuple[Any, ...]:
+    """All of a sample that a reward of its text can depend on."""
+    prompt = sample.prompt
+    return id(function), prompt.id, sample.reply, sample.status, repr(sample.turns), repr(sample.final_state)
 
 
 def late(timeout_s: float) -> str:

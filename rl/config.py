@@ -43,6 +43,20 @@ class Offload(StrEnum):
     cpu = "cpu"
 
 
+class PromptStyle(StrEnum):
+    none = "none"
+    reasoning = "reasoning"
+    tools = "tools"
+    thinking_tools = "thinking_tools"
+
+
+class ContextStrategy(StrEnum):
+    none = "none"
+    summary = "summary"
+    discard_75 = "discard_75"
+    discard_all = "discard_all"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardUse:
     """One reward of a domain: ``{use: math_answer, weight: 1.0, args: {...}}``."""
@@ -57,6 +71,40 @@ class RewardUse:
     """Seconds one call may take before its worker is killed."""
     retries: int = 1
     """How often a call that raised or hung is tried again before its sample counts as failed."""
+    cache: bool = False
+    """Whether a sample that says the same to the same prompt as an earlier one gets the earlier outcome without a call;
+    not for functions of a whole group."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentUse:
+    """The tools of a domain and the budgets of its episodes: ``{use: code_interpreter, max_turns: 20, args: {...}}``.
+
+    An episode that has used up a budget ends there, counts as truncated, and is scored and trained like any other.
+    """
+
+    use: str = MISSING
+    """Name of an environment that ships with Keel, or the dotted path of a class or a function."""
+    args: dict[str, Any] = field(default_factory=dict)
+    max_turns: int = 32
+    """Replies of one episode, those that call tools included."""
+    max_tokens: Optional[int] = None
+    """Tokens sampled in one episode; null leaves it to ``sampling.max_tokens``, which bounds each reply."""
+    max_seconds: float = 1800.0
+    max_tool_errors: Optional[int] = None
+    """Results that were errors, calls that could not be read included; null does not count them."""
+    max_result: int = 16_000
+    """Characters of one result; what is longer loses its middle."""
+    tool_timeout_s: float = 180.0
+    """Seconds after which a tool that has not answered has cost its episode; environments have shorter limits of their
+    own, whose passing the policy reads as a result."""
+    concurrency: int = 64
+    """Episodes of this domain with an open environment at the same time; others wait for a place."""
+    context: ContextStrategy = ContextStrategy.none
+    """What becomes of an episode whose context is nearly full: it ends (``none``), goes on from a summary of its own,
+    or from the task with the first 75 % or all of its calls and results discarded."""
+    context_threshold: float = 0.8
+    """The share of ``model.max_context`` from which the context counts as nearly full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +121,10 @@ class Domain:
     """Whether the reply starts inside ``<think>``."""
     system: Optional[str] = None
     """System message put before every prompt of this domain."""
+    prompt_style: PromptStyle = PromptStyle.none
+    """A ready-made system message for a cold start: to reason first, to use tools, or to use them while thinking."""
+    environment: Optional[EnvironmentUse] = None
+    """Tools that replies may call; null for a domain of single replies."""
     group_size: int = 16
     kl_beta: float = 0.0
     """Strength of the KL to the reference model; 0 for every domain means that no reference model is loaded."""
@@ -155,7 +207,7 @@ class Learner:
     """Ranks that share a layer's routed experts: each keeps its part whole, and tokens travel to their experts."""
     activation_checkpointing: bool = False
     """Keeps only the input of every layer for the backward pass and computes the rest again, which takes about a third
-    more arithmetic and far less memory."""
+    more arithmetic and far less memory. ZeRO stage 3 needs it to let go of gathered parameters in between."""
     offload_optimizer: Offload = Offload.none
     """``cpu`` keeps fp32 weights and optimizer state in host memory and updates them there."""
     offload_parameters: Offload = Offload.none

@@ -199,7 +199,8 @@ async def _serve_until_interrupted(arguments: Sequence[str]) -> None:
     cancel_on_sigterm()
     async with start_judge(recipe) as address:
         assert address is not None
-        print(f"--url {address.url} --model {address.model}\nexport JUDGE_KEY={address.api_key}", flush=True)
+        print(f"export JUDGE_KEY={address.api_key}")
+        print(f"--judge-url {address.url} --judge-model {address.model} --judge-key JUDGE_KEY", flush=True)
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 

@@ -100,9 +100,10 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
     slept = optimizer.num_bytes + gradients.num_bytes if learner.sleep and not optimizer_on_host else 0.0
     if slept:
         on_host.append(Item(name="asleep", num_bytes=slept, how="optimizer and gradients while engines generate"))
+    whole = _collectives(counts, stage, element, learner.activation_checkpointing)
     return RankMemory(
         resident=tuple(resident),
-        step=(*_collectives(counts, stage, element), _activations(recipe, costs, element), _logits(costs, element)),
+        step=(*whole, _activations(recipe, costs, element), _logits(costs, element)),
         host=tuple(on_host),
         slept=slept,
     )
@@ -171,8 +172,12 @@ def _reference(counts: _Counts, stage: int, element: int) -> Item:
     return Item(name="reference model", num_bytes=copies.num_bytes, how=f"for kl_beta; {copies.how}")
 
 
-def _collectives(counts: _Counts, stage: int, element: int) -> list[Item]:
-    """What is whole for a moment. A gradient larger than the bucket is sent alone, as an fp32 copy."""
+def _collectives(counts: _Counts, stage: int, element: int, recomputes: bool) -> list[Item]:
+    """What is whole for a moment. A gradient larger than the bucket is sent alone, as an fp32 copy.
+
+    A matrix product keeps its (transposed) matrix for the backward pass. So at stage 3 what was gathered stays from the
+    forward to the backward pass, unless layers are computed again.
+    """
     sent = max(min(BUCKET_ELEMENTS, counts.local), counts.largest_tensor)
     items = [
         Item(
@@ -182,9 +187,10 @@ def _collectives(counts: _Counts, stage: int, element: int) -> list[Item]:
         )
     ]
     if stage == 3:
-        live = min(counts.local, max(LIVE_ELEMENTS, counts.largest_module))
+        live = min(counts.local, max(LIVE_ELEMENTS, counts.largest_module)) if recomputes else counts.local
+        why = "" if recomputes else ", for want of learner.activation_checkpointing"
         items.append(
-            Item(name="gathered", num_bytes=element * live, how=f"{live / 1e9:.2f}G parameters whole at a time")
+            Item(name="gathered", num_bytes=element * live, how=f"{live / 1e9:.2f}G parameters whole at a time{why}")
         )
     return items
 

@@ -27,6 +27,7 @@ import numpy as np
 from rl.config import Domain
 from rl.errors import DataError, RecipeError, did_you_mean
 from rl.procedural import entries
+from rl.prompt_styles import styled
 from rl.records import Record, read_records
 from rl.sample import Prompt
 
@@ -266,7 +267,7 @@ def _prompt(name: str, domain: Domain, prefix: str, row: _Row) -> Prompt:
     return Prompt(
         id=f"{prefix}/{row.id}",
         domain=name,
-        messages=messages,
+        messages=styled(messages, domain.prompt_style),
         tools=row.tools,
         answer=row.answer,
         thinking=domain.thinking,

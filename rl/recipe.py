@@ -2,7 +2,8 @@
 
 A recipe may build on another one, ``extends: ../base.yaml``. Mappings are merged key by key; everything else, lists
 too, is replaced. ``${key.path}`` stands for another value. Relative paths of data and models are relative to the file
-they are written in, those of an override to the current directory.
+they are written in, those of an override to the current directory; among the arguments of an environment, a text that
+begins with ``./`` or ``../`` is one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rl.errors import RecipeError
 from rl.recipe_checks import violations
 from rl.recipe_schema import conform
 from rl.recipe_source import Layer, dump, merge, parse, parse_value
+
+_LOOKS_RELATIVE = re.compile(r"\.\.?/")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -136,6 +139,11 @@ def _path_keys(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
         yield section, key
         if isinstance(section.get(key), dict):
             yield section[key], "file"
+    for domain in _sections(tree.get("domains")):
+        for environment in _sections({"": domain.get("environment")}):
+            for args in _sections({"": environment.get("args")}):
+                # What an environment's arguments mean is its own affair, so a path says that it is one.
+                yield from ((args, key) for key, value in args.items() if _LOOKS_RELATIVE.match(str(value)))
     yield from ((model, "path") for model in _sections({"": tree.get("model")}))
 
 

@@ -11,6 +11,7 @@ from rl.config import (
     Checkpoint,
     Domain,
     EngineKind,
+    EnvironmentUse,
     Evaluation,
     Judge,
     Learner,
@@ -18,6 +19,7 @@ from rl.config import (
     Objective,
     Offload,
     Placement,
+    PromptStyle,
     Recipe,
     RewardUse,
     Rollout,
@@ -53,6 +55,16 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "max_context": _AT_LEAST_2,
     },
     Domain: {"weight": _POSITIVE, "group_size": _AT_LEAST_2, "kl_beta": _AT_LEAST_0},
+    EnvironmentUse: {
+        "max_turns": _AT_LEAST_1,
+        "max_tokens": _AT_LEAST_1,
+        "max_seconds": _POSITIVE,
+        "max_tool_errors": _AT_LEAST_0,
+        "max_result": _Range("100 or more", lambda value: value >= 100),
+        "tool_timeout_s": _POSITIVE,
+        "concurrency": _AT_LEAST_1,
+        "context_threshold": _Range("above 0 and below 1", lambda share: 0 < share < 1),
+    },
     RewardUse: {"weight": _AT_LEAST_0, "timeout_s": _POSITIVE, "retries": _AT_LEAST_0},
     Sampling: {
         "temperature": _POSITIVE,
@@ -278,6 +290,23 @@ def _domain_rules(key: str, domain: Domain) -> Iterator[tuple[str, bool, str]]:
         source = getattr(domain, name)
         usable = isinstance(source, str | dict) or (name == "eval_prompts" and source is None)
         yield f"{key}.{name}", usable, f"{key}.{name} is {source!r}; it must be a file or {{reasoning_gym: task}}"
+    styled = domain.prompt_style != PromptStyle.none
+    yield (
+        f"{key}.prompt_style",
+        not styled or domain.system is None,
+        f"{key} has both a system message and a prompt_style, which is one too; keep one",
+    )
+    yield (
+        f"{key}.prompt_style",
+        domain.prompt_style in (PromptStyle.none, PromptStyle.reasoning) or domain.environment is not None,
+        f"{key}.prompt_style is {domain.prompt_style}, but {key}.environment names no tools",
+    )
+    thinks = {PromptStyle.reasoning: True, PromptStyle.thinking_tools: True, PromptStyle.tools: False}
+    yield (
+        f"{key}.prompt_style",
+        domain.thinking == thinks.get(domain.prompt_style, domain.thinking),
+        f"{key}.prompt_style {domain.prompt_style} needs {key}.thinking to be {str(not domain.thinking).lower()}",
+    )
     yield f"{key}.rewards", bool(domain.rewards), f"{key}.rewards is empty; a domain needs at least one reward"
     weighted = any(reward.weight > 0 for reward in domain.rewards)
     yield f"{key}.rewards", not domain.rewards or weighted, f"all rewards of {key} have weight 0; none would be learned"

@@ -143,6 +143,7 @@ class Sample:
     turns: tuple[Turn, ...] = ()  # of an episode with an environment, over all of its sequences; () without one
     final_state: Any = None  # what the environment says of its state at the end; plain values, for rewards
     earlier: tuple[Sample, ...] = ()  # oldest first
+    fault: str = ""  # why its status is FAILED
     part: int | None = None  # place among the earlier sequences of its episode; None for the last one
 
     def __post_init__(self) -> None:

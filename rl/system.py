@@ -24,6 +24,7 @@ from model import ModelConfig, empty_model
 from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
+from rewards.sandbox import Sandbox
 from rl.cluster import cluster_hardware
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
 from rl.data import RunData
@@ -37,6 +38,8 @@ from rl.sample import NDArray, Prompt, Sample
 from rl.sync import Sync, Transport, connect, publish
 from rollout.conversation import Conversation
 from rollout.engine import check_window
+from rollout.environments.registry import resolve
+from rollout.episodes import Episodes
 from rollout.pool import EnginePool
 from trainer.learner import Learner
 from trainer.phase import Phase
@@ -47,15 +50,28 @@ OBJECT_STORE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class System:
+class Generation:
+    """What samples and their scores come from; enough to evaluate a model."""
+
+    pool: EnginePool
+    rewards: RewardPool
+    conversation: Conversation
+    sampling: Sampling
+    episodes: Episodes
+
+    async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
+        """One sample per seed, with the recipe's sampling: a reply, or an episode where the domain has tools."""
+        if prompt.domain in self.episodes:
+            return await self.episodes.generate_group(prompt, self.sampling, seeds)
+        return await self.pool.generate_group(prompt, encode(self.conversation, prompt), self.sampling, seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System(Generation):
     """Handles on everything that runs."""
 
     learner: Learner
-    pool: EnginePool
-    rewards: RewardPool
     transport: Transport
-    conversation: Conversation
-    sampling: Sampling
     plan: Plan
 
     async def learners_turn(self) -> None:
@@ -76,10 +92,6 @@ class System:
         yield
         await self.learner.sleep()
         await self.pool.wake()
-
-    async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
-        """One sample per seed, with the recipe's sampling."""
-        return await self.pool.generate_group(prompt, encode(self.conversation, prompt), self.sampling, seeds)
 
 
 def encode(conversation: Conversation, prompt: Prompt) -> NDArray:
@@ -151,21 +163,23 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     judge = AsyncExitStack()
     learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase, actor_options=reservation.ranks))
     starting = (
-        asyncio.create_task(_start_rewards(recipe, judge)),
+        asyncio.create_task(start_rewards(recipe, judge)),
         learning,
         asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation)),
     )
     try:
         rewards, learner, pool = await asyncio.gather(*starting)
-        yield System(
-            learner=learner,
-            pool=pool,
-            rewards=rewards,
-            transport=await connect(recipe, learner, pool),
-            conversation=conversation,
-            sampling=recipe.sampling,
-            plan=plan,
-        )
+        async with closing_episodes(recipe, pool, conversation) as episodes:
+            yield System(
+                learner=learner,
+                pool=pool,
+                rewards=rewards,
+                transport=await connect(recipe, learner, pool),
+                conversation=conversation,
+                sampling=recipe.sampling,
+                episodes=episodes,
+                plan=plan,
+            )
     finally:
         # Whatever was up when one of them failed must not outlive the run.
         await asyncio.gather(*(_close(part) for part in starting))
@@ -173,7 +187,27 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
         reservation.release()
 
 
-async def _start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
+@asynccontextmanager
+async def closing_episodes(recipe: Recipe, pool: EnginePool, conversation: Conversation) -> AsyncIterator[Episodes]:
+    """The environments of the recipe's domains, whose processes end with the block."""
+    episodes = Episodes(recipe.domains, pool, conversation, sandbox=Sandbox())
+    try:
+        yield episodes
+    finally:
+        await episodes.close()
+
+
+def check_environments(recipe: Recipe) -> None:
+    """Raises RecipeError, naming the domain, for an environment that cannot be."""
+    for name, domain in recipe.domains.items():
+        if domain.environment is not None:
+            try:
+                resolve(domain.environment.use, domain.environment.args)
+            except RecipeError as error:
+                raise RecipeError(f"domains.{name}.environment: {error}") from error
+
+
+async def start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
     """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
     address = await judge.enter_async_context(start_judge(recipe, host=ray.util.get_node_ip_address()))
     return await RewardPool.start(

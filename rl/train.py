@@ -34,7 +34,7 @@ from rl.report import build_report
 from rl.rollouts import Rollouts
 from rl.run_directory import FINISHED, RunDirectory
 from rl.step_log import StepClock, StepLog
-from rl.system import System, check_model, open_conversation, prepare_model, start
+from rl.system import System, check_environments, check_model, open_conversation, prepare_model, start
 from rl.utilization import Utilization
 from trainer.pack import pack
 
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             return show_plan(recipe, arguments)
         check_model(recipe)
+        check_environments(recipe)
         data = load_data(recipe)
         return launch(recipe, data)
     except UserError as error:

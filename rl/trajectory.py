@@ -39,6 +39,8 @@ class Trajectory:
             "domain": sample.prompt.domain,
             "messages": [dict(message) for message in sample.prompt.messages],
             "answer": sample.prompt.answer,
+            "thinking": sample.prompt.thinking,
+            "index": sample.index,
             "reply": sample.reply,
             "turns": [asdict(turn) for turn in sample.turns],
             "final_state": sample.final_state,

@@ -144,6 +144,50 @@ class Conversation:
             return self._encoded(parts)[0]
         return self._encoded(dsml.results_parts(results, thinking=thinking))[0]
 
+    def encode_next_turn(
+        self,
+        token_ids: NDArray,
+        replies: Sequence[tuple[int, int]],
+        messages: Sequence[Message],
+        *,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> NDArray:
+        """int32 [P]: the prompt after one more user message, the last of `messages`.
+
+        `token_ids` are all tokens before it, the stretches ``[begin, end)`` of `replies` as they were sampled. V3.2
+        drops their reasoning and keeps every other token as it is; a chat template renders `messages` anew.
+        """
+        if self._template:
+            return self.encode(messages, thinking=thinking, tools=tools)
+        user = messages[-1]["content"]
+        parts = (Part(USER, special=True), Part(user), Part(ASSISTANT, special=True))
+        opened = Part(THINK if thinking else END_THINK, special=True)
+        history = self._without_reasoning(token_ids, replies)
+        return np.concatenate([history, self._encoded((*parts, opened))[0]])
+
+    def _without_reasoning(self, token_ids: NDArray, replies: Sequence[tuple[int, int]]) -> NDArray:
+        """Every ``<think>R</think>`` since the last user message becomes ``</think>``.
+
+        A reply begins behind the ``<think>`` of its prompt; in one that never closes its thought, all is reasoning.
+        """
+        think, end_think, assistant = self._encoded(Part(t, special=True) for t in (THINK, END_THINK, ASSISTANT))[0]
+        first = replies[0][0]
+        asked = np.flatnonzero(token_ids[:first] == assistant)[-1]
+        # A prompt that ends with results of tools holds replies of its own.
+        given = [at + 1 for at in np.flatnonzero(token_ids[: first - 1] == think) if at > asked]
+        said = [(begin, end) for begin, end in replies if token_ids[begin - 1] == think]
+        kept, stripped = np.ones(len(token_ids), bool), token_ids.copy()
+        stops = np.flatnonzero(np.isin(token_ids, self.stop_token_ids)) + 1
+        for begin, end in (*((begin, stops[stops > begin][0]) for begin in given), *said):
+            closing = np.flatnonzero(token_ids[begin:end] == end_think)
+            if len(closing):
+                kept[begin - 1 : begin + closing[0]] = False
+            else:
+                stripped[begin - 1] = end_think
+                kept[begin : end - int(token_ids[end - 1] in self.stop_token_ids)] = False
+        return stripped[kept]
+
     def parse_reply(self, text: str, *, thinking: bool) -> Reply:
         """Reads a whole reply strictly. Raises MalformedReply, whose message says what is wrong with it."""
         text = text.removesuffix(str(self.tokenizer.eos_token))

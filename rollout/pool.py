@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class EnginePool:
         self._shutdown_s = shutdown_s
         self._conversation = conversation
         self._engines = list(engines)
-        self._load = [0] * len(engines)  # sequences dispatched and not yet returned
+        self._load = [0] * len(engines)  # sequences dispatched and not yet returned, and episodes that are seated
         self._numbers = itertools.count()
 
     @classmethod
@@ -120,6 +121,25 @@ class EnginePool:
             to_sample(prompt, index, request, completion, self._conversation.decode(completion.token_ids))
             for index, (request, completion) in enumerate(zip(requests, completions, strict=True))
         ]
+
+    @contextmanager
+    def seat(self, num_sequences: int) -> Iterator[Callable[[Request], Awaitable[Completion]]]:
+        """A function that completes requests on one engine, the least loaded one when the block is entered.
+
+        For episodes: their next request begins with the tokens of the last one, which that engine may have cached. The
+        engine counts as loaded with `num_sequences` until the block is left. A request that is cancelled is aborted.
+        """
+        index = self._least_loaded()
+        self._load[index] += num_sequences
+
+        async def complete(request: Request) -> Completion:
+            (completion,) = await self._generate(index, [request])
+            return completion
+
+        try:
+            yield complete
+        finally:
+            self._load[index] -= num_sequences
 
     async def stage(self, buckets: Sequence[Any]) -> None:
         """Sends buckets of the next weights ({name: CPU tensor}, or references to such) to every engine.
@@ -198,15 +218,22 @@ class EnginePool:
             ray.kill(engine)
 
     async def _dispatch(self, requests: Sequence[Request]) -> list[Completion]:
-        index = min(range(len(self._engines)), key=self._load.__getitem__)
+        index = self._least_loaded()
         self._load[index] += len(requests)
+        try:
+            return await self._generate(index, requests)
+        finally:
+            self._load[index] -= len(requests)
+
+    def _least_loaded(self) -> int:
+        return min(range(len(self._engines)), key=self._load.__getitem__)
+
+    async def _generate(self, index: int, requests: Sequence[Request]) -> list[Completion]:
         try:
             return await self._call(index, "generate", requests)
         except asyncio.CancelledError:
             self._engines[index].abort.remote([request.id for request in requests])
             raise
-        finally:
-            self._load[index] -= len(requests)
 
     async def _call_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         calls = (self._call(index, method, *args, **kwargs) for index in range(len(self._engines)))

@@ -34,8 +34,9 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has a CUDA context, which does not survive a fork
     "VLLM_NO_USAGE_STATS": "1",
 }
-_ROUTES_IN_FP32 = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
-"""Architectures whose router vLLM runs in the gate's dtype unless config.json says otherwise."""
+_ROUTER = {"moe_router_dtype": "float32", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+_CONFIGURED_ROUTERS = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
+"""Architectures that route in one way only in the learner, but in vLLM as config.json says, which may say nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,8 +272,7 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # the directory's own would add stop tokens
         "dtype": settings.dtype,
-        # As the learner routes; else in bfloat16.
-        "hf_overrides": {"moe_router_dtype": "float32"} if model.architecture in _ROUTES_IN_FP32 else {},
+        "hf_overrides": _ROUTER if model.architecture in _CONFIGURED_ROUTERS else {},
         "seed": settings.seed,
         "max_model_len": settings.max_context,
         "max_num_seqs": settings.max_num_seqs,

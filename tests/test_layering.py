@@ -11,8 +11,9 @@ import kernels
 ROOT = Path(__file__).parents[1]
 
 LEAVES = {
-    "advantage", "buffer", "config", "demonstrations", "errors", "loss", "metrics", "placement", "plugin", "procedural",
-    "prompts", "recipe", "recipe_checks", "recipe_schema", "recipe_source", "records", "sample",
+    "advantage", "buffer", "config", "demonstrations", "errors", "junit", "loss", "metrics", "placement", "plugin",
+    "procedural", "prompt_styles", "prompts", "recipe", "recipe_checks", "recipe_schema", "recipe_source", "records",
+    "sample",
 }  # fmt: skip
 """Modules of rl/ that hold vocabulary and mathematics. Every other one there is a driver."""
 

@@ -33,7 +33,7 @@ def _setup(num_rows: int, experts: int, dim: int, width: int, *, backward: bool)
         grouped_mm = getattr(torch, "_grouped_mm")  # noqa: B009
         peers["torch._grouped_mm"] = call(lambda x, w, e: grouped_mm(x, w.transpose(1, 2), offs=e))
     return Setup(
-        ours=call(grouped.grouped_linear),
+        ours=call(grouped.triton_grouped_linear),
         peers=peers,
         flops=2.0 * num_rows * dim * width * (3 if backward else 1),
     )

@@ -61,9 +61,6 @@ def _scores(num_queries: int, num_keys: int, heads: int, dtype: torch.dtype) -> 
         return torch.cat(parts)
 
     peers: dict[str, Call] = {}
-    if dtype == FP8:
-        for tiling in _TILINGS:
-            peers[str(tiling)] = _with_tiling(ours, tiling)
     if num_queries * num_keys <= 1 << 25:
         peers["torch in bf16"] = lambda: plain(torch.bfloat16, 128)
     if dtype == FP8 and (deep_gemm := _deep_gemm()) is not None:
@@ -74,31 +71,6 @@ def _scores(num_queries: int, num_keys: int, heads: int, dtype: torch.dtype) -> 
         exact=lambda: plain(torch.float32, 64),
         flops=2.0 * _pairs(num_queries, num_keys) * heads * DIM,
     )
-
-
-_TILINGS = [
-    (128, 128, 4, 3, None),
-    (128, 128, 4, 3, 168),
-    (64, 256, 4, 3, None),
-    (64, 256, 8, 3, 128),
-    (64, 128, 4, 4, 128),
-]
-
-
-def _with_tiling(call: Call, tiling: tuple) -> Call:
-    keys, columns, warps, stages, registers = tiling
-
-    def run():
-        usual = indexer.TILINGS[1]
-        indexer.TILINGS[1] = indexer.Tiling(
-            keys=keys, columns=columns, num_warps=warps, num_stages=stages, registers=registers
-        )
-        try:
-            return call()
-        finally:
-            indexer.TILINGS[1] = usual
-
-    return run
 
 
 def _deep_gemm() -> Callable[..., torch.Tensor] | None:
@@ -138,15 +110,6 @@ def _topk(rows: int, width: int) -> Setup:
         "torch.topk and sort": lambda: scores.topk(TOPK, sorted=False).indices.sort().values,
     }
 
-    def smaller() -> torch.Tensor:
-        usual, topk.MAX_TILE = topk.MAX_TILE, 8192
-        try:
-            return topk.bounded_topk(scores, TOPK, starts, ends)
-        finally:
-            topk.MAX_TILE = usual
-
-    if width > 8192:
-        peers["tiles of 8192"] = smaller
     op = getattr(torch.ops._C, "top_k_per_row_prefill", None)
     if op is not None:
         into = torch.empty(rows, TOPK, dtype=torch.int32, device="cuda")

@@ -189,9 +189,14 @@ def packed_attention(
 
 
 def dense_attention(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    longest: int,
 ) -> torch.Tensor:
-    """`packed_attention` to all earlier keys, without the log-sum-exp: [N, H, v]."""
+    """`packed_attention` to all earlier keys, without the log-sum-exp: [N, H, v]. `longest` bounds the sequences."""
     return packed_attention(queries, keys, values, cu_seqlens, scale)[0]
 
 

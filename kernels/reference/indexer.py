@@ -13,8 +13,6 @@ import torch.nn.functional as F
 
 NEG_INF = float("-inf")
 
-_E4M3_MAX = 448.0
-
 # Scores of single heads that exist at a time where no gradient is wanted, in elements.
 SCORES_LIMIT = 1 << 27
 
@@ -53,7 +51,11 @@ def quantise_index_heads(
     if hadamard:
         x = (x @ _hadamard(x.shape[-1], x.device) * x.shape[-1] ** -0.5).to(heads.dtype).float()
     amax = x.abs().amax(dim=-1).clamp(min=1e-4)
-    scales = torch.exp2(torch.ceil(torch.log2(amax.double() / _E4M3_MAX))).float()
+    # amax = mantissa * 2 ** exponent and 448 = 0.875 * 2 ** 9. A logarithm would round, and take the scale above for
+    # some magnitudes that lie on a boundary, as bfloat16 often does.
+    mantissa, exponent = torch.frexp(amax)
+    exponent = exponent.int() - 9 + (mantissa > 0.875).int()
+    scales = ((exponent + 127) << 23).view(torch.float32)
     codes = (x / scales.unsqueeze(-1)).to(torch.float8_e4m3fn)
     return codes, scales if weights is None else weights.float() * scales
 

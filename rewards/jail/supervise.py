@@ -61,7 +61,7 @@ def _watch(tree: _Tree, config: Mapping[str, Any]) -> dict[str, Any]:
     control.register(config["control_fd"], select.POLLIN | select.POLLHUP)
     with contextlib.suppress(AttributeError, OSError):  # kernels before 5.3: an end is noticed at the next tick
         control.register(os.pidfd_open(tree.child), select.POLLIN)
-    folders = [_Folder(path) for path in config["watched"]]
+    folders = [_Folder(path, frozenset(config["unwatched"])) for path in config["watched"]]
     status: dict[str, Any] = {"code": None, "exceeded": None, "cpu_s": 0.0, "peak_memory_bytes": 0}
     while True:
         ready = control.poll(_TICK_S * 1000)
@@ -155,10 +155,11 @@ class _Tree:
 
 
 class _Folder:
-    """A folder on disk, measured as often as that costs little."""
+    """A folder on disk, measured as often as that costs little, without what is mounted below it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, mounts: frozenset[str]) -> None:
         self._path = path
+        self._mounts = mounts
         self._due = 0.0
 
     def is_over(self, max_bytes: int, max_files: int) -> bool:
@@ -176,6 +177,8 @@ class _Folder:
         while open_folders:
             with contextlib.suppress(OSError), os.scandir(open_folders.pop()) as entries:
                 for entry in entries:
+                    if entry.path in self._mounts:
+                        continue
                     found += 1
                     with contextlib.suppress(OSError):
                         used += entry.stat(follow_symlinks=False).st_blocks * 512

@@ -33,7 +33,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("hadamard", [False, True], ids=["plain", "hadamard"])
 @pytest.mark.parametrize(("tokens", "heads"), [(1001, 64), (3000, 1)], ids=str)
 def test_prepared_heads(tokens: int, heads: int, hadamard: bool, interleaved: bool) -> None:
-    """Codes differ from plain torch's only where a sum in another order crosses a rounding boundary."""
+    """Differences to plain torch: only where a fused or reordered sum crosses a rounding boundary."""
     x = cuda(tokens, heads, 128, dtype=torch.bfloat16) * torch.exp(cuda(tokens, heads, 1)).bfloat16()
     angles, weights = cuda(tokens, 32), cuda(tokens, heads)
     how = {"interleaved": interleaved, "hadamard": hadamard}
@@ -41,7 +41,7 @@ def test_prepared_heads(tokens: int, heads: int, hadamard: bool, interleaved: bo
     wanted, wanted_folded = reference.quantise_index_heads(x, angles.cos(), angles.sin(), weights, **how)
     differing = (codes.view(torch.uint8) != wanted.view(torch.uint8)).float().mean()
     print(f"codes that differ: {float(differing):.1e}")
-    assert float(differing) < 1e-2
+    assert float(differing) < 1e-3
     assert float((folded != wanted_folded).float().mean()) < 1e-3
     _, scales = indexer.quantise_index_heads(x, angles.cos(), angles.sin(), **how)
     _, wanted_scales = reference.quantise_index_heads(x, angles.cos(), angles.sin(), **how)
@@ -251,15 +251,15 @@ def test_grouped_products(sizes: list[int], dim: int, width: int) -> None:
     def by_hand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.cat([F.linear(part, weight) for part, weight in zip(x.split(sizes), w, strict=True)])
 
-    ours = run(lambda x, w: grouped.grouped_linear(x, w, ends), rows, weights)
+    ours = run(lambda x, w: grouped.triton_grouped_linear(x, w, ends), rows, weights)
     wanted = run(by_hand, rows.double(), weights.double())
     errors = [error(x, y) for x, y in zip(ours, wanted, strict=True)]
     print("relative errors", *(f"{x:.1e}" for x in errors))
     assert max(errors) < 1e-2
     for _ in range(20):
-        again = run(lambda x, w: grouped.grouped_linear(x, w, ends), rows, weights)
+        again = run(lambda x, w: grouped.triton_grouped_linear(x, w, ends), rows, weights)
         assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
     last = len(sizes) - 1
     alone_ends = torch.tensor([0] * last + [1]).int().cuda()
-    alone = grouped.grouped_linear(rows[-1:], weights, alone_ends)
+    alone = grouped.triton_grouped_linear(rows[-1:], weights, alone_ends)
     assert torch.equal(alone, ours[0][-1:]), "a row has the same bits in any batch"

@@ -96,6 +96,19 @@ def test_a_run_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "peak_mib": 1.0,
         "error": 0.0,
     }
+    assert bench.read_rows(target)[0].ratio("off by a tenth") == 1.0
+
+
+def test_a_table_of_what_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    test_a_run_writes_its_rows(monkeypatch, tmp_path)
+    capsys.readouterr()
+    assert bench.main(["--table", str(tmp_path / "rows.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split(" | ") == ["| add.forward, N=4", "ours", "2.000", "0", "0.00", "1", "0.0e+00", " |"]
+    assert lines[3].startswith("|  | off by a tenth | 2.000 |") and lines[3].endswith("| 1.00 |")
+    assert lines[4].startswith("|  | broken | failed: RuntimeError")
 
 
 def test_no_two_cases_are_called_the_same() -> None:

@@ -67,7 +67,7 @@ def learn() -> None:
 
 def multiply() -> None:
     rows, weights = zeros(256, 512).requires_grad_(), zeros(4, 384, 512).requires_grad_()
-    grouped.grouped_linear(rows, weights, int32(4)).sum().backward()
+    grouped.triton_grouped_linear(rows, weights, int32(4)).sum().backward()
 
 
 def prepare() -> None:
@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "prepare": (prepare, []),
     "fp8 scores": (lambda: score(FP8), ["_packed_kernel", "_paged_kernel"]),
     "bf16 scores": (lambda: score(BF16), ["_packed_kernel", "_paged_kernel"]),
-    "one tile": (lambda: topk.bounded_topk(zeros(2, 16384, dtype=torch.float32), 2048), []),
+    "one tile": (lambda: topk.bounded_topk(zeros(2, 8192, dtype=torch.float32), 2048), []),
     "rounds": (lambda: topk.bounded_topk(zeros(2, 32768, dtype=torch.float32), 2048, int32(2), int32(2)), []),
     "walk": (lambda: topk.bounded_topk(zeros(2, 32768, dtype=torch.float32), 20000), []),
     "loss": (learn, ["_target_kernel", "_normaliser_kernel", "_queries_kernel", "_keys_kernel"]),

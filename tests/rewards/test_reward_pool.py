@@ -153,6 +153,15 @@ def test_async_rewards_of_many_groups_overlap(user_rewards, make_sample):
     assert with_pool(uses, body) < 3.0  # one after another, 40 calls of 0.3 s take 12 s
 
 
+def test_a_cached_outcome_is_not_called_for_again(user_rewards, make_sample):
+    """Counter counts its calls."""
+    uses = [RewardUse(use=f"{user_rewards}:Counter", args={"start": 0}, cache=True)]
+    first, second, third = (make_sample("a"), make_sample("b", index=1), make_sample("a", index=2))
+    other = replace(first, final_state="another")
+    outcomes = score(uses, [first, second, third, other])
+    assert [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)] == [1, 2, 1, 3]
+
+
 def test_async_rewards_that_wait_for_their_turn(user_rewards, make_sample):
     """Never two at the same time, and the time spent waiting is not held against them."""
     uses = [RewardUse(use=f"{user_rewards}:OneAtATime", timeout_s=1.5, retries=0)]

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rl.config import Aggregation, Domain, EngineKind, Model, Recipe, RewardUse, Sampling, ZeroVariance
+from rl.config import (
+    Aggregation,
+    ContextStrategy,
+    Domain,
+    EngineKind,
+    EnvironmentUse,
+    Model,
+    Recipe,
+    RewardUse,
+    Sampling,
+    ZeroVariance,
+)
 from rl.errors import RecipeError
 from rl.recipe import load_recipe, to_yaml
 from rl.recipe_checks import _RANGES
@@ -241,7 +252,13 @@ def test_a_recipe_without_domains(write):
     assert complaint(write("name: x\nmodel: {path: /m}\n")) == "recipe.yaml: domains is empty; name at least one"
 
 
-SECTIONS = {Recipe: "", Domain: "domains.math.", RewardUse: "domains.math.rewards[0]."}
+SECTIONS = {
+    Recipe: "",
+    Domain: "domains.math.",
+    RewardUse: "domains.math.rewards[0].",
+    EnvironmentUse: "domains.math.environment.",
+}
+WITH_TOOLS = WHOLE + "    environment: {use: search}\n"
 NUMBERS = [
     (SECTIONS.get(section, f"{section.__name__.lower()}.") + name, allowed.words)
     for section, ranges in _RANGES.items()
@@ -252,7 +269,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("key", "words"), NUMBERS)
 def test_no_number_may_be_negative(write, key, words):
-    assert re.search(rf": {re.escape(key)} is -1(\.0)?; it must be {words}$", complaint(write(WHOLE), f"{key}=-1"))
+    assert re.search(rf": {re.escape(key)} is -1(\.0)?; it must be {words}$", complaint(write(WITH_TOOLS), f"{key}=-1"))
 
 
 def test_every_number_of_the_recipe_has_a_range():
@@ -269,6 +286,37 @@ def test_every_number_of_the_recipe_has_a_range():
 
     without = [f"{section.__name__}.{name}" for section, name in numbers(Recipe) if name not in _RANGES[section]]
     assert not without
+
+
+def test_environments(write):
+    recipe = load_recipe(write(WITH_TOOLS), ["domains.math.environment.context=discard_75"])
+    environment = recipe.domains["math"].environment
+    assert environment == EnvironmentUse(use="search", context=ContextStrategy.discard_75)
+    assert to_yaml(load_recipe(write(to_yaml(recipe), "again.yaml"))) == to_yaml(recipe)
+    assert load_recipe(write(WHOLE)).domains["math"].environment is None
+
+
+def test_paths_in_the_arguments_of_an_environment_are_relative_to_the_recipe(write):
+    text = WHOLE + "    environment: {use: search, args: {corpus: ./corpus.jsonl, name: corpus.jsonl, n: [../x]}}\n"
+    path = write(text, "below/recipe.yaml")
+    environment = load_recipe(path).domains["math"].environment
+    assert environment is not None
+    assert environment.args == {"corpus": str(path.parent / "corpus.jsonl"), "name": "corpus.jsonl", "n": ["../x"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "fragment"),
+    [
+        (WHOLE, ["domains.math.environment.max_turns=3"], "no value for domains.math.environment.use"),
+        (WHOLE, ["domains.math.prompt_style=tools"], "domains.math.environment names no tools"),
+        (WHOLE, ["domains.math.prompt_style=reasoning", "domains.math.thinking=false"], "thinking to be true"),
+        (WITH_TOOLS, ["domains.math.prompt_style=tools"], "prompt_style tools needs domains.math.thinking to be false"),
+        (WHOLE, ["domains.math.prompt_style=reasoning", "domains.math.system=x"], "both a system message and a prompt"),
+        (WITH_TOOLS, ["domains.math.environment.context=forget"], "one of none, summary, discard_75, discard_all"),
+    ],
+)
+def test_environments_that_cannot_work(write, text, overrides, fragment):
+    assert fragment in complaint(write(text), *overrides)
 
 
 def test_missing_and_unreadable_files(tmp_path):

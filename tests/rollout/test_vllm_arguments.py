@@ -20,6 +20,7 @@ DENSE = ModelOutline(
     max_context=64,
 )
 EXPERTS = replace(DENSE, architecture="Qwen3MoeForCausalLM", moe_layers=(0, 1), num_experts=300, experts_per_token=2)
+SIGMOID_IN_FP32 = {"moe_router_dtype": "float32", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 SETTINGS = EngineSettings(dtype="bfloat16", max_num_seqs=4, max_context=64)
 
 
@@ -35,11 +36,11 @@ def test_routes_are_recorded_where_there_are_any():
     [
         ("Qwen3MoeForCausalLM", {}),
         ("Glm4MoeForCausalLM", {}),
-        ("DeepseekV3ForCausalLM", {"moe_router_dtype": "float32"}),
-        ("DeepseekV32ForCausalLM", {"moe_router_dtype": "float32"}),
+        ("DeepseekV3ForCausalLM", SIGMOID_IN_FP32),
+        ("DeepseekV32ForCausalLM", SIGMOID_IN_FP32),
     ],
 )
-def test_routers_are_told_their_dtype_only_where_that_is_read(architecture: str, overrides: dict):
+def test_routers_are_told_how_to_route_only_where_that_is_read(architecture: str, overrides: dict):
     assert engine_arguments("m", replace(EXPERTS, architecture=architecture), SETTINGS)["hf_overrides"] == overrides
 
 

@@ -13,7 +13,7 @@ from tests.trainer.samples import fully_sharded, tiny_recipe
 from trainer.rank import LOOPBACK, LearnerRank
 
 MakeRank = Callable[[Recipe], LearnerRank]
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 
 class Ranks:

@@ -98,6 +98,20 @@ def test_every_code_and_every_midpoint() -> None:
     assert torch.equal(found.float(), heads.to(FP8).float())
 
 
+@pytest.mark.parametrize("implementation", [indexer, reference], ids=["triton", "reference"])
+def test_a_magnitude_on_the_boundary_of_two_scales(implementation) -> None:
+    """448 * 2 ** e takes 2 ** e, the next larger number 2 ** (e + 1): for bfloat16, whose numbers are few, too."""
+    exponents = torch.arange(-20, 20)
+    for dtype in (torch.float32, torch.bfloat16):
+        on = torch.ldexp(torch.tensor(448.0), exponents)
+        above = on.to(dtype).nextafter(torch.tensor(math.inf, dtype=dtype))
+        for magnitudes, wanted in ((on.to(dtype), exponents), (above, exponents + 1)):
+            heads, flat = torch.zeros(len(magnitudes), 1, 16, dtype=dtype), torch.zeros(len(magnitudes), 4)
+            heads[:, 0, 11] = magnitudes
+            _, scales = implementation.quantise_index_heads(heads, flat + 1, flat, hadamard=False)
+            assert scales.log2().flatten().tolist() == wanted.tolist()
+
+
 def test_a_nan_is_not_hidden() -> None:
     heads, flat = torch.randn(3, 2, 32), torch.zeros(3, 4)
     heads[1, 1, 20] = math.nan

@@ -1,0 +1,420 @@
+"""Episodes: every array of random ones against the learner's own forward, and the rules one by one on scripted ones."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.tokenizer import build_byte_tokenizer
+from rl.config import ContextStrategy, EnvironmentUse, Sampling
+from rl.errors import DataError
+from rl.sample import Prompt, Sample, Status, ToolCall, ToolResult
+from rollout.conversation import Conversation, MalformedReply, Reply
+from rollout.engine import Completion, Finish, Request
+from rollout.environments.protocol import Environment, EnvironmentFailed
+from rollout.episode import Attempt, Episode
+from rollout.torch_engine import TorchEngine
+from trainer.pack import WeightedSample, pack_step
+from trainer.policy import PackedTokens, Policy
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+ASK = {"role": "user", "content": "Q1"}
+
+
+class World(Environment):
+    """Answers with what the test says; ``users`` are the messages that follow final answers."""
+
+    isolated = False
+
+    def __init__(
+        self, answer: Callable[[ToolCall], Any] | None = None, users: Sequence[str] = (), *, shown: bool = True
+    ) -> None:
+        self.shown = shown
+        self.answer = answer or (lambda call: f"{call.name} says hi")
+        self.users = list(users)
+        self.called: list[ToolCall] = []
+        self.is_closed = False
+
+    @property
+    def tools(self):
+        return [{"name": "f", "description": "", "parameters": {"type": "object"}}] if self.shown else []
+
+    async def call(self, call: ToolCall) -> ToolResult | str:
+        self.called.append(call)
+        result = self.answer(call)
+        return await result if isinstance(result, Awaitable) else result
+
+    async def next_user_message(self, answer: str) -> str | None:
+        return self.users.pop(0) if self.users else None
+
+    def final_state(self) -> Any:
+        return {"calls": len(self.called)}
+
+
+def episode(
+    world: Environment,
+    complete: Callable[[Request], Awaitable[Completion]],
+    conversation: Conversation,
+    *,
+    thinking: bool = True,
+    max_context: int = 4000,
+    sampling: Sampling | None = None,
+    messages: Sequence[Any] = (ASK,),
+    seed: int = 0,
+    **budgets: Any,
+) -> Sample:
+    prompt = Prompt(id="p", domain="d", messages=tuple(messages), thinking=thinking)
+    use = EnvironmentUse(use="test", **budgets)
+    running = Episode(
+        Attempt(prompt=prompt, index=0, seed=seed, name="p#0"),
+        world,
+        use,
+        complete=complete,
+        conversation=conversation,
+        sampling=sampling or Sampling(max_tokens=1000),
+        max_context=max_context,
+    )
+    return asyncio.run(running.run())
+
+
+# --- random episodes on the embedded engine -------------------------------------------------------------------------
+
+
+class Eager(Conversation):
+    """Reads calls, broken calls and answers into any reply, and takes many tokens for its end.
+
+    So a model with random weights has episodes of many short turns.
+    """
+
+    def __init__(self, stops: int) -> None:
+        super().__init__(build_byte_tokenizer())
+        self.stop_token_ids = (1, *range(264 - stops, 264))
+
+    def parse_reply(self, text: str, *, thinking: bool) -> Reply:
+        draw = hashlib.sha256(text.encode()).digest()
+        if draw[0] < 40:
+            raise MalformedReply("it is garbled", in_calls=True)
+        calls = tuple(ToolCall(name=f"tool{n}") for n in range(draw[1] % 3 + 1)) if draw[0] < 220 else ()
+        return Reply(reasoning=None, answer=text, calls=calls)
+
+
+class Recorder:
+    """The embedded engine, its weights renumbered between replies, with everything it was asked and answered."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        self.engine = engine
+        self.trace: list[tuple[Request, Completion]] = []
+
+    async def __call__(self, request: Request) -> Completion:
+        self.engine.commit(self.engine.version + 1)
+        (completion,) = self.engine.generate([request])
+        self.trace.append((request, completion))
+        return completion
+
+
+STRATEGIES = [ContextStrategy.none, ContextStrategy.discard_75, ContextStrategy.discard_all, ContextStrategy.summary]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_array_of_a_random_episode_is_the_learners(make_model, seed):
+    rng = np.random.default_rng(seed)
+    model = make_model(seed % 3)
+    engine = TorchEngine(make_model(seed % 3), max_num_seqs=4, max_context=700)
+    recorder = Recorder(engine)
+    conversation = Eager(stops=int(rng.integers(30, 120)))
+    world = World(
+        lambda call: f"<think> {rng.integers(1000)}" + "x" * int(rng.integers(20)), ["more", "!"], shown=False
+    )
+    sampling = Sampling(temperature=float(rng.uniform(0.7, 1.3)), top_p=float(rng.choice([0.8, 1.0])), max_tokens=60)
+    sample = episode(
+        world,
+        recorder,
+        conversation,
+        thinking=bool(rng.integers(2)),
+        max_context=700,
+        sampling=sampling,
+        seed=seed,
+        max_turns=int(rng.integers(2, 14)),
+        context=STRATEGIES[seed % 4],
+        context_threshold=0.4,
+    )
+    assert sample.num_generated == sum(len(completion.token_ids) for _, completion in recorder.trace)
+    assert len({(request.seed) for request, _ in recorder.trace}) == len(recorder.trace)
+    remaining = list(recorder.trace)
+    for sequence in sample.sequences:
+        remaining = check_against_trace(sequence, remaining)
+        check_against_learner(sequence, model, sampling.temperature)
+    assert not remaining
+
+
+def check_against_trace(sequence: Sample, trace: list[tuple[Request, Completion]]) -> list[tuple[Request, Completion]]:
+    """Every request was a prefix of the sequence, and exactly the completions are sampled, in order."""
+    expected = np.zeros(len(sequence), bool)
+    versions = np.full(len(sequence), -1)
+    while trace and len(trace[0][0].token_ids) < len(sequence):
+        request, completion = trace[0]
+        begin, end = len(request.token_ids), len(request.token_ids) + len(completion.token_ids)
+        if expected[begin:].any() or request.token_ids.tolist() != sequence.token_ids[:begin].tolist():
+            break
+        np.testing.assert_array_equal(sequence.token_ids[begin:end], completion.token_ids)
+        np.testing.assert_array_equal(sequence.rollout_logprobs[begin:end], completion.logprobs)
+        expected[begin:end] = True
+        versions[begin:end] = completion.versions
+        trace = trace[1:]
+    np.testing.assert_array_equal(sequence.sampled, expected)
+    np.testing.assert_array_equal(sequence.versions, versions)
+    assert expected.any()
+    return trace
+
+
+def check_against_learner(sequence: Sample, model, temperature: float) -> None:
+    (micro,) = pack_step([WeightedSample(sample=sequence)], ranks=1, micro_tokens=1000).ranks[0]
+    assert sequence.routed is not None and (sequence.kept is None or sequence.kept.sizes[sequence.sampled].all())
+    assert not (micro.context & ~sequence.routed).any()
+    with torch.no_grad():
+        tokens = PackedTokens.of(micro, "cpu")
+        learned = Policy(model, temperature=temperature)(tokens).logprobs.numpy()
+        live = model.backbone(tokens.token_ids.unsqueeze(0), record_routes=True).routes
+    assert live is not None and sequence.routes is not None
+    np.testing.assert_allclose(learned, sequence.rollout_logprobs, atol=2e-4, rtol=0)
+    np.testing.assert_array_equal(sequence.routes[sequence.routed], live[0].numpy()[sequence.routed])
+
+
+# --- scripted episodes ----------------------------------------------------------------------------------------------
+
+
+class Script:
+    """Says the given replies one after another; remembers what it was asked."""
+
+    def __init__(self, conversation: Conversation, *replies: str, finish: Finish = Finish.STOP) -> None:
+        self.conversation = conversation
+        self.replies = list(replies)
+        self.finish = finish
+        self.requests: list[Request] = []
+
+    async def __call__(self, request: Request) -> Completion:
+        self.requests.append(request)
+        text = self.replies.pop(0)
+        last = not self.replies
+        finish = self.finish if last else Finish.STOP
+        ids = self.conversation.tokenizer.encode(
+            text + (EOS if finish == Finish.STOP else ""), add_special_tokens=False
+        )
+        token_ids = np.array(ids, np.int32)
+        return Completion(
+            token_ids=token_ids,
+            logprobs=np.full(len(token_ids), -0.5, np.float32),
+            versions=np.full(len(token_ids), 3, np.int32),
+            kept=None,
+            routes=None,
+            routed=None,
+            finish=finish,
+        )
+
+
+@pytest.fixture(scope="module")
+def conversation() -> Conversation:
+    return Conversation(build_byte_tokenizer())
+
+
+def call(*names: str, reasoning: str = "R") -> str:
+    invokes = "".join(f'<｜DSML｜invoke name="{name}">\n\n</｜DSML｜invoke>\n' for name in names)
+    return f"{reasoning}</think>\n\n<｜DSML｜function_calls>\n{invokes}</｜DSML｜function_calls>"
+
+
+ONE_CALL = len(build_byte_tokenizer().encode(call("f") + EOS, add_special_tokens=False))
+
+
+def results(*texts: str) -> str:
+    lines = "".join(f"\n<result>{text}</result>" for text in texts)
+    return f"\n\n<function_results>{lines}\n</function_results>\n\n"
+
+
+def text_of(conversation: Conversation, token_ids: np.ndarray) -> str:
+    text = conversation.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)
+    assert isinstance(text, str)
+    return text
+
+
+def said(conversation: Conversation, sample: Sample) -> str:
+    """The sequence's text behind the tools block."""
+    return text_of(conversation, sample.token_ids).rpartition("</functions>\n")[2]
+
+
+def test_results_are_appended_and_reasoning_stays(conversation):
+    world = World()
+    script = Script(conversation, call("f"), call("g", "h", reasoning="R2"), "R3</think>42")
+    sample = episode(world, script, conversation)
+    assert said(conversation, sample) == (
+        f"<｜User｜>Q1<｜Assistant｜><think>{call('f')}{EOS}{results('f says hi')}<think>"
+        f"{call('g', 'h', reasoning='R2')}{EOS}{results('g says hi', 'h says hi')}<think>R3</think>42{EOS}"
+    )
+    sampled = text_of(conversation, sample.token_ids[sample.sampled])
+    assert sampled == f"{call('f')}{EOS}{call('g', 'h', reasoning='R2')}{EOS}R3</think>42{EOS}"
+    assert sample.status == Status.FINISHED and sample.earlier == () and sample.reply == "R3</think>42"
+    assert [[one.name for one in turn.calls] for turn in sample.turns] == [["f"], ["g", "h"], []]
+    assert sample.turns[1].results[1] == ToolResult(text="h says hi")
+    assert sample.final_state == {"calls": 3}
+
+
+def test_without_thinking_replies_begin_behind_the_closed_thought(conversation):
+    script = Script(conversation, call("f").partition("</think>")[2], "42")
+    sample = episode(World(), script, conversation, thinking=False)
+    assert said(conversation, sample).endswith(f"{EOS}{results('f says hi')}</think>42{EOS}")
+
+
+def test_a_user_message_drops_reasoning_and_starts_another_sequence(conversation):
+    """Golden strings C and D: the first sequence ends with the answer, the next one has no thought of it left."""
+    script = Script(conversation, call("f"), "R2</think>A1", call("g", reasoning="R3"), "R4</think>A2")
+    sample = episode(World(users=["Q2"]), script, conversation)
+    (first,) = sample.earlier
+    assert said(conversation, first) == (
+        f"<｜User｜>Q1<｜Assistant｜><think>{call('f')}{EOS}{results('f says hi')}<think>R2</think>A1{EOS}"
+    )
+    history = f"<｜User｜>Q1<｜Assistant｜>{call('f', reasoning='')}{EOS}{results('f says hi')}</think>A1{EOS}"
+    assert said(conversation, sample) == (
+        f"{history}<｜User｜>Q2<｜Assistant｜><think>{call('g', reasoning='R3')}{EOS}{results('g says hi')}"
+        f"<think>R4</think>A2{EOS}"
+    )
+    assert (first.reply, sample.reply) == ("R2</think>A1", "R4</think>A2")
+    assert (first.id, sample.id) == ("p#0.0", "p#0")
+    assert [turn.user for turn in sample.turns] == ["", "Q2", "", ""]
+    assert text_of(conversation, sample.token_ids[sample.sampled]).startswith("R3</think>")
+
+
+def test_a_call_that_cannot_be_read_is_answered_with_the_reason(conversation):
+    broken = call("f").replace("</｜DSML｜function_calls>", "")
+    sample = episode(World(), Script(conversation, broken, "R</think>sorry"), conversation)
+    reason = "<｜DSML｜invoke or </｜DSML｜function_calls> is missing"
+    assert sample.turns[0].malformed == reason and sample.turns[0].calls == ()
+    assert sample.turns[0].results[0].failed
+    assert results(f"error: the tool call cannot be read: {reason}") in said(conversation, sample)
+    assert sample.status == Status.FINISHED
+    # A marker inside a result is text: the only DSML tokens are those of the tools block and of the reply itself.
+    dsml = conversation.tokenizer.convert_tokens_to_ids("｜DSML｜")
+    assert int((sample.token_ids[sample.sampled] == dsml).sum()) == int((sample.token_ids == dsml).sum()) - 11
+
+
+def test_a_reply_that_never_closes_its_thought_is_the_last_one(conversation):
+    sample = episode(World(), Script(conversation, "hmm"), conversation)
+    assert sample.status == Status.FINISHED and "never closes" in sample.turns[0].malformed
+
+
+def test_calls_of_one_reply_run_at_the_same_time(conversation):
+    running = []
+
+    async def meet(call: ToolCall) -> str:
+        running.append(call.name)
+        while len(running) < 3:  # none returns before all have begun
+            await asyncio.sleep(0)
+        return call.name
+
+    sample = episode(World(meet), Script(conversation, call("a", "b", "c"), "R</think>"), conversation)
+    assert [result.text for result in sample.turns[0].results] == ["a", "b", "c"]
+
+
+def test_what_a_tool_raises_is_a_result(conversation):
+    def refuse(call: ToolCall) -> str:
+        raise ZeroDivisionError("no")
+
+    sample = episode(World(refuse), Script(conversation, call("f"), "R</think>"), conversation)
+    assert sample.turns[0].results == (ToolResult(text="error: ZeroDivisionError: no", failed=True),)
+
+
+@pytest.mark.parametrize(
+    ("budget", "turns"),
+    [({"max_turns": 2}, 2), ({"max_tool_errors": 1}, 2), ({"max_tokens": 80}, 2), ({"max_seconds": 1e-9}, 1)],
+    ids=lambda value: str(value),
+)
+def test_a_spent_budget_truncates(conversation, budget, turns):
+    world = World(lambda call: ToolResult(text="no", failed=True))
+    assert 40 < ONE_CALL < 80
+    sample = episode(world, Script(conversation, *[call("f")] * 9), conversation, **budget)
+    assert sample.status == Status.TRUNCATED and len(sample.turns) == turns
+    assert len(sample.turns[-1].results) == 1  # the last call was still carried out
+
+
+def test_the_token_budget_bounds_the_next_reply(conversation):
+    script = Script(conversation, call("f"), "R</think>", finish=Finish.LENGTH)
+    sample = episode(World(), script, conversation, max_tokens=200, sampling=Sampling(max_tokens=150))
+    assert [request.sampling.max_tokens for request in script.requests] == [150, 200 - ONE_CALL]
+    assert sample.status == Status.TRUNCATED
+
+
+def test_a_context_without_room_ends_the_episode(conversation):
+    script = Script(conversation, call("f"), "unused")
+    sample = episode(World(lambda call: "x" * 3000), script, conversation, max_context=3500)
+    assert sample.status == Status.TRUNCATED and len(script.requests) == 1
+    with pytest.raises(DataError, match=r"prompt p has .* tokens"):
+        episode(World(), script, conversation, max_context=100)
+
+
+def test_long_results_lose_their_middle(conversation):
+    script = Script(conversation, call("f"), "R</think>")
+    sample = episode(World(lambda call: "a" * 300 + "b" * 300), script, conversation, max_result=100)
+    assert sample.turns[0].results[0].text == f"{'a' * 50}\n... (500 characters left out) ...\n{'b' * 50}"
+
+
+def test_a_tool_that_hangs_or_breaks_fails_its_own_episode(conversation):
+    hung = episode(
+        World(lambda call: asyncio.sleep(60)), Script(conversation, call("f")), conversation, tool_timeout_s=0.05
+    )
+    assert hung.status == Status.FAILED and hung.fault == "f did not answer within 0.05 s"
+
+    def die(call: ToolCall) -> str:
+        raise EnvironmentFailed("its process died")
+
+    dead = episode(World(die), Script(conversation, call("f")), conversation)
+    assert dead.status == Status.FAILED and dead.fault == "its process died"
+    assert dead.num_sampled > 0  # what there was is kept for the report
+
+
+def big(call: ToolCall) -> str:
+    return "x" * 600
+
+
+def test_discard_all_restarts_from_the_task(conversation):
+    script = Script(conversation, call("f"), call("g"), call("h"), "R</think>done")
+    sample = episode(
+        World(big), script, conversation, max_context=2900, context=ContextStrategy.discard_all, context_threshold=0.8
+    )
+    assert [len(sequence.sampled) > 0 for sequence in sample.sequences] == [True, True]
+    assert script.requests[2].token_ids.tolist() == script.requests[0].token_ids.tolist()
+    assert sample.status == Status.FINISHED and len(sample.turns) == 4
+
+
+def test_discard_75_keeps_the_latest_rounds(conversation):
+    names = ["a", "b", "c", "d", "e"]
+    script = Script(conversation, *map(call, names), "R</think>done")
+    sample = episode(
+        World(lambda call: "x" * 250), script, conversation, max_context=3100, context=ContextStrategy.discard_75
+    )
+    (first,) = sample.earlier
+    rounds = len([name for name in names if f'"{name}"' in said(conversation, first)])
+    kept = rounds - -(-3 * rounds // 4)
+    assert kept == 1 and rounds == 4
+    assert said(conversation, sample).startswith(f"<｜User｜>Q1<｜Assistant｜><think>{call('d')}{EOS}")
+    assert sample.token_ids[sample.sampled].tolist() != []
+    assert text_of(conversation, sample.token_ids[sample.sampled]).startswith(call("e"))
+
+
+def test_a_summary_is_asked_for_and_takes_the_place_of_the_history(conversation):
+    script = Script(conversation, call("f"), call("g"), "R</think>found 7", "R</think>7")
+    sample = episode(World(big), script, conversation, max_context=3100, context=ContextStrategy.summary)
+    asked, restarted = (text_of(conversation, request.token_ids) for request in script.requests[2:])
+    assert "Write that summary now" in asked and "R</think>" not in asked.rpartition("</functions>")[2]
+    assert restarted.rpartition("</functions>\n")[2] == (
+        "<｜User｜>Q1\n\nYou have worked on this before, until the context was full. Your summary of that work:\n"
+        "found 7<｜Assistant｜><think>"
+    )
+    assert [sequence.num_sampled > 0 for sequence in sample.sequences] == [True, True, True]
+    assert sample.reply == "R</think>7"
+    unchanged = replace(sample, earlier=())
+    assert unchanged.num_generated < sample.num_generated
