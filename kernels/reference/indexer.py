@@ -51,8 +51,8 @@ def quantise_index_heads(
     if hadamard:
         x = (x @ _hadamard(x.shape[-1], x.device) * x.shape[-1] ** -0.5).to(heads.dtype).float()
     amax = x.abs().amax(dim=-1).clamp(min=1e-4)
-    # amax = mantissa * 2 ** exponent and 448 = 0.875 * 2 ** 9. A logarithm would round, and take the scale above for
-    # some magnitudes that lie on a boundary, as bfloat16 often does.
+    # amax = mantissa * 2 ** exponent and 448 = 0.875 * 2 ** 9. A logarithm need not be exact, and on a boundary between
+    # two scales, where bfloat16 often lies, it would have to be.
     mantissa, exponent = torch.frexp(amax)
     exponent = exponent.int() - 9 + (mantissa > 0.875).int()
     scales = ((exponent + 127) << 23).view(torch.float32)
