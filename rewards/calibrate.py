@@ -177,9 +177,10 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def _correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    if len(set(one)) < 2 or len(set(other)) < 2:
+    try:
+        return statistics.correlation(one, other)
+    except statistics.StatisticsError:
         return math.nan
-    return statistics.correlation(one, other)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from rewards import judge
 from rewards.judge import JudgeAddress, appoint
 from rl.judge import Completion, serve
 
@@ -85,3 +88,27 @@ def parrot(form: Form) -> str:
 def obedient(form: Form) -> str:
     """Does as the answer says."""
     return form.verdict(lambda what, most: most if "full marks" in form.quoted["answer"] else 0)
+
+
+@contextmanager
+def judge_elsewhere(says: Callable[[Form], str]) -> Iterator[tuple[str, str]]:
+    """(URL, key) of a judge in a thread of its own, for code that has its own event loop."""
+    ready, done = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    async def stay(asked: Asked) -> None:
+        address = judge._address
+        assert address is not None
+        appoint(None)
+        found.extend((address.url, address.api_key))
+        ready.set()
+        await asyncio.to_thread(done.wait)
+
+    thread = threading.Thread(target=with_judge, args=(says, stay))
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield found[0], found[1]
+    finally:
+        done.set()
+        thread.join()

@@ -4,8 +4,6 @@ import json
 import math
 import random
 import statistics
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +17,7 @@ from rewards.saved import read_samples, siblings
 from rl.errors import DataError
 from rl.sample import Scored, ToolCall, ToolResult, Turn
 from rl.trajectory import Trajectory
-from tests.rewards.judges import Form, honest, with_judge
+from tests.rewards.judges import Form, honest, judge_elsewhere
 
 
 def write(path, *lines) -> str:
@@ -103,46 +101,18 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, arguments, problem):
 RUBRIC = [{"name": "year", "criterion": "names '1648'"}, {"name": "place", "criterion": "names 'Münster'"}]
 
 
-@pytest.fixture
-def judge_url() -> Iterator[list[str]]:
-    """The options of a judge that runs in another thread, where the command's own event loop does not stop it."""
-    ready, done = threading.Event(), threading.Event()
-    options: list[str] = []
-
-    def serve() -> None:
-        async def body(asked) -> None:
-            import asyncio
-
-            from rewards import judge
-
-            address = judge._address
-            assert address is not None
-            judge.appoint(None)
-            options[:] = ["--judge-url", address.url, "--judge-model", "m", "--judge-key", "KEEL_TEST_JUDGE"]
-            options.append(address.api_key)
-            ready.set()
-            await asyncio.to_thread(done.wait)
-
-        with_judge(honest, body)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    assert ready.wait(60)
-    yield options
-    done.set()
-    thread.join()
-
-
-def test_calibrate(judge_url, tmp_path, capsys, monkeypatch):
-    *options, key = judge_url
-    monkeypatch.setenv("KEEL_TEST_JUDGE", key)
+def test_calibrate(tmp_path, capsys, monkeypatch):
     replies = {"1648 in Münster": 1.0, "1648": 0.5, "in Münster": 0.25, "no idea": 0.0}
     lines = [
         {"prompt": reply, "reply": reply, "rubric": RUBRIC, "score": score, "scores": {"year": int("1648" in reply)}}
         for reply, score in replies.items()
     ]
     out = tmp_path / "out.jsonl"
-    assert calibrate.main([write(tmp_path / "gold.jsonl", *lines), *options, "--votes", "2", "--out", str(out)]) == 0
+    gold = write(tmp_path / "gold.jsonl", *lines)
+    with judge_elsewhere(honest) as (url, key):
+        monkeypatch.setenv("KEEL_TEST_JUDGE", key)
+        options = ["--judge-url", url, "--judge-model", "m", "--judge-key", "KEEL_TEST_JUDGE"]
+        assert calibrate.main([gold, *options, "--votes", "2", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     expected = statistics.correlation(list(replies.values()), [1, 0.5, 0.5, 0])
     assert "4 answers, 0 without a verdict" in said and f"{expected:8.3f}" in said
@@ -164,7 +134,10 @@ def test_mistakes_in_gold_files(tmp_path, capsys):
     assert "give --judge-url" in capsys.readouterr().err
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=20))
+scores = st.integers(0, 100).map(lambda percent: percent / 100)
+
+
+@given(st.lists(st.tuples(scores, scores), min_size=2, max_size=20))
 def test_agreement(pairs):
     people, judge = map(list, zip(*pairs, strict=True))
     found = agreement(people, judge)

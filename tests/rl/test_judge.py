@@ -1,11 +1,9 @@
 """A judge that the run serves itself, and the recipe block that asks for one."""
 
 import asyncio
-import logging
-from collections.abc import Iterator
+import json
 
 import pytest
-import ray
 
 from rewards.judge import Judge as JudgeClient
 from rewards.judge import JudgeFailed
@@ -14,17 +12,8 @@ from rl.errors import RecipeError
 from rl.initial_model import create_initial_model, initial_config
 from rl.judge import endpoint, start_judge
 from rl.recipe import load_recipe
-from tests.rl.tiny_runs import RECIPE
-
-
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    if started_here:
-        ray.shutdown()
+from tests.rewards.judges import Form, judge_elsewhere
+from tests.rl.tiny_runs import RECIPE, run_here
 
 
 def test_a_model_of_ones_own_answers_as_an_endpoint_does(tmp_path, cluster):
@@ -48,6 +37,34 @@ def test_a_model_of_ones_own_answers_as_an_endpoint_does(tmp_path, cluster):
                 await client.ask([{"role": "judge", "content": "x"}], seed=1)
 
     asyncio.run(ask())
+
+
+def test_a_run_learns_what_its_judge_likes(tmp_path, cluster, monkeypatch):
+    """Two steps with a rubric as the reward, judged by an endpoint that counts what an answer is made of."""
+    rubric = [{"name": "even", "criterion": "has few signs", "scale": 8}]
+    lines = (json.dumps({"prompt": f"{n}=", "answer": {"rubric": rubric}}) for n in range(24))
+    prompts = tmp_path / "judged.jsonl"
+    prompts.write_text("".join(line + "\n" for line in lines))
+
+    def says(form: Form) -> str:
+        count = len(form.quoted["answer"]) % 9
+        return form.verdict(lambda what, most: min(count, most) if "signs" in what else 0)
+
+    with judge_elsewhere(says) as (url, key):
+        monkeypatch.setenv("KEEL_TEST_JUDGE", key)
+        status, run = run_here(
+            tmp_path,
+            f"domains.sums.prompts={prompts}",
+            "domains.sums.rewards=[{use: rubric, args: {votes: 2}, timeout_s: 120}]",
+            f"judge={{url: '{url}', model: m, api_key: KEEL_TEST_JUDGE, usd_per_million_input: 1.0}}",
+        )
+    assert status == 0
+    assert len(run.steps) == 2
+    for row in run.steps:
+        assert 0 < row["reward/sums"] < 1 and row["samples/failed"] == 0
+        assert row["reward/sums/rubric/judge_calls"] > 0 and row["reward/sums/rubric/judge_s"] > 0
+        assert row["reward/sums/rubric/disagreement"] == row["reward/sums/rubric/tripped"] == 0
+        assert 0 < row["reward/sums/rubric/judge_usd"] <= 2e-4
 
 
 def test_an_endpoint_and_its_key(monkeypatch):
