@@ -1,20 +1,88 @@
-"""Evaluation: the engines' current weights on prompts that are never trained on, with the recipe's sampling."""
+"""Evaluation on prompts that are never trained on: within a run, or of any model by
+
+    python -m rl.evaluate RECIPE.yaml --model DIR [--prompts 50] [--samples 4] [--pass-at 1,4] [--context discard_all]
+
+It reports per domain the share of right answers, pass@k, the answer of the attempt with the fewest steps (parallel
+sampling as in DeepSeek-V3.2, section 4.4), and what the attempts cost in steps and tokens. ``--context`` replaces the
+context strategy of every environment, so that strategies can be compared on one model.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from math import comb
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from model.tokenizer import load_tokenizer
+from rewards.pool import RewardPool
 from rewards.protocol import part_name
-from rl.config import Recipe
-from rl.sample import Prompt, Scored
-from rl.system import System, seeds_of
+from rl.config import ContextStrategy, Recipe
+from rl.errors import RecipeError, UserError
+from rl.prompts import load_split
+from rl.recipe import load_recipe
+from rl.sample import Prompt, Sample, Scored, Status
+from rl.system import (
+    Generation,
+    check_environments,
+    check_model,
+    closing_episodes,
+    join_cluster,
+    seeds_of,
+    start_rewards,
+)
+from rollout.conversation import Conversation
+from rollout.pool import EnginePool
 
 EVALUATION_SEED = 0x5EED
 """Every evaluation of a run draws with the same seeds, so that two of them differ by their weights alone."""
+
+
+class Player(Protocol):
+    """What an evaluation needs of a system."""
+
+    @property
+    def rewards(self) -> RewardPool: ...
+
+    async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempts:
+    """All samples of one prompt. ``scored`` lacks those that could not be scored, which count as wrong."""
+
+    prompt: Prompt
+    asked: int
+    scored: tuple[Scored, ...]
+    right: tuple[bool, ...]  # of each that was scored
+
+    def pass_at(self, k: int) -> float:
+        """The chance that k of the attempts, drawn without replacement, hold a right one (arXiv 2107.03374)."""
+        wrong = self.asked - sum(self.right)
+        return 1.0 - comb(wrong, k) / comb(self.asked, k)
+
+    @property
+    def fewest_steps(self) -> bool:
+        """Whether the attempt that finished in the fewest steps, of those with the fewest tokens, is right."""
+        ranked = sorted(
+            (
+                one.sample.status != Status.FINISHED,
+                num_steps(one.sample),
+                one.sample.num_generated,
+                one.sample.index,
+                right,
+            )
+            for one, right in zip(self.scored, self.right, strict=True)
+        )
+        return bool(ranked and ranked[0][-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,32 +92,58 @@ class Evaluation:
     accuracy: dict[str, float]
     num_failed: int
     scored: tuple[Scored, ...]
+    attempts: tuple[Attempts, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """The metrics of the design page."""
         return {f"eval/{domain}": value for domain, value in self.accuracy.items()}
 
+    def summary(self, ks: Sequence[int] = (1,)) -> dict[str, dict[str, float]]:
+        """Per domain: ``accuracy``, ``pass@k``, ``fewest_steps``, and means an attempt of ``steps`` and ``tokens``."""
+        return {domain: self._figures(domain, ks) for domain in self.accuracy}
 
-async def evaluate(recipe: Recipe, prompts: Sequence[Prompt], system: System) -> Evaluation:
+    def _figures(self, domain: str, ks: Sequence[int]) -> dict[str, float]:
+        members = [one for one in self.attempts if one.prompt.domain == domain]
+        samples = [scored.sample for one in members for scored in one.scored]
+        return {
+            "prompts": len(members),
+            "accuracy": self.accuracy[domain],
+            **{f"pass@{k}": float(np.mean([one.pass_at(k) for one in members])) for k in ks},
+            "fewest_steps": float(np.mean([one.fewest_steps for one in members])),
+            "steps": float(np.mean([num_steps(sample) for sample in samples])) if samples else 0.0,
+            "tokens": float(np.mean([sample.num_generated for sample in samples])) if samples else 0.0,
+            "truncated": float(np.mean([sample.status == Status.TRUNCATED for sample in samples])) if samples else 0.0,
+            "failed": float(sum(one.asked - len(one.scored) for one in members)),
+        }
+
+
+async def evaluate(recipe: Recipe, prompts: Sequence[Prompt], system: Player) -> Evaluation:
     """Samples every prompt ``evaluation.samples_per_prompt`` times and scores the samples."""
     per_prompt = recipe.evaluation.samples_per_prompt
 
-    async def one(number: int, prompt: Prompt) -> list[Scored]:
+    async def one(number: int, prompt: Prompt) -> Attempts:
         seeds = seeds_of(recipe.seed ^ EVALUATION_SEED, number, per_prompt)
         samples = await system.generate(prompt, seeds)
-        return [outcome for outcome in await system.rewards.score_group(samples) if isinstance(outcome, Scored)]
+        outcomes = await system.rewards.score_group(samples)
+        scored = tuple(outcome for outcome in outcomes if isinstance(outcome, Scored))
+        right = tuple(is_accurate(recipe, outcome) for outcome in scored)
+        return Attempts(prompt=prompt, asked=per_prompt, scored=scored, right=right)
 
-    groups = await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
-    scored = tuple(outcome for group in groups for outcome in group)
-    asked = {name: per_prompt * sum(prompt.domain == name for prompt in prompts) for name in recipe.domains}
-    right = dict.fromkeys(recipe.domains, 0)
-    for outcome in scored:
-        right[outcome.sample.prompt.domain] += is_accurate(recipe, outcome)
+    attempts = await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
+    scored = tuple(outcome for members in attempts for outcome in members.scored)
+    asked = {name: sum(one.asked for one in attempts if one.prompt.domain == name) for name in recipe.domains}
+    right = {name: sum(sum(one.right) for one in attempts if one.prompt.domain == name) for name in recipe.domains}
     return Evaluation(
         accuracy={name: right[name] / number for name, number in asked.items() if number},
         num_failed=sum(asked.values()) - len(scored),
         scored=scored,
+        attempts=tuple(attempts),
     )
+
+
+def num_steps(sample: Sample) -> int:
+    """Replies of an episode; 1 for a sample without an environment."""
+    return max(1, len(sample.turns))
 
 
 def is_accurate(recipe: Recipe, scored: Scored) -> bool:
@@ -65,3 +159,95 @@ def accuracy(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
         name: float(np.mean([is_accurate(recipe, one) for one in scored if one.sample.prompt.domain == name]))
         for name in sorted(domains)
     }
+
+
+async def evaluate_model(recipe: Recipe, prompts: Sequence[Prompt], model_dir: Path) -> Evaluation:
+    """Starts engines and rewards, without a learner, and evaluates the model in ``model_dir``."""
+    join_cluster(recipe)
+    conversation = Conversation(load_tokenizer(model_dir))
+    async with AsyncExitStack() as running:
+        rewards = await start_rewards(recipe, running)
+        running.push_async_callback(rewards.close)
+        pool = await EnginePool.start(recipe, model_dir)
+        running.callback(pool.close)
+        episodes = await running.enter_async_context(closing_episodes(recipe, pool, conversation))
+        system = Generation(
+            pool=pool, rewards=rewards, conversation=conversation, sampling=recipe.sampling, episodes=episodes
+        )
+        return await evaluate(recipe, prompts, system)
+
+
+def adapted(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """The recipe with what the command line replaces."""
+    changes = {"num_prompts": arguments.prompts, "samples_per_prompt": arguments.samples}
+    given = {name: value for name, value in changes.items() if value is not None}
+    domains = dict(recipe.domains)
+    if arguments.context is not None:
+        for name, domain in domains.items():
+            if domain.environment is not None:
+                used = replace(domain.environment, context=ContextStrategy(arguments.context))
+                domains[name] = replace(domain, environment=used)
+    model = recipe.model
+    if arguments.model is not None:
+        model = replace(model, path=str(Path(arguments.model).absolute()), init=None)
+    return replace(recipe, domains=domains, model=model, evaluation=replace(recipe.evaluation, **given))
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command does but print; returns what ``--out`` writes."""
+    recipe = adapted(load_recipe(arguments.recipe, arguments.overrides), arguments)
+    samples = recipe.evaluation.samples_per_prompt
+    if recipe.model.path is None:
+        raise RecipeError("the recipe's model starts from nothing; name a trained one with --model")
+    if recipe.evaluation.num_prompts < 1 or samples < 1:
+        raise RecipeError("there is nothing to evaluate; give --prompts and --samples of 1 or more")
+    if not all(1 <= k <= samples for k in arguments.pass_at):
+        raise RecipeError(f"pass@k needs at least k samples a prompt, and there are {samples}; raise --samples")
+    check_model(recipe)
+    check_environments(recipe)
+    number = recipe.evaluation.num_prompts
+    prompts = [
+        prompt
+        for name, domain in recipe.domains.items()
+        for prompt in load_split(name, domain, number, seed=recipe.seed)[1]
+    ]
+    evaluation = asyncio.run(evaluate_model(recipe, prompts, Path(recipe.model.path)))
+    rows = [
+        {"prompt": one.prompt.id, "right": sum(one.right), "asked": one.asked, "fewest_steps": one.fewest_steps}
+        for one in evaluation.attempts
+    ]
+    return {"model": recipe.model.path, "domains": evaluation.summary(arguments.pass_at), "prompts": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 1 for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rl.evaluate", description="Evaluate a model on a recipe's prompts."
+    )
+    parser.add_argument("recipe", help="a YAML file; its evaluation prompts, rewards and environments are used")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
+    parser.add_argument("--model", help="a model directory, instead of the recipe's")
+    parser.add_argument("--prompts", type=int, help="prompts per domain, instead of evaluation.num_prompts")
+    parser.add_argument("--samples", type=int, help="attempts per prompt, instead of evaluation.samples_per_prompt")
+    parser.add_argument("--pass-at", type=_numbers, default=[1], metavar="K[,K]", help="which pass@k to report")
+    parser.add_argument("--context", choices=[str(one) for one in ContextStrategy], help="strategy of environments")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures, with a row for each prompt")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        result = run(arguments)
+    except UserError as error:
+        print(f"keel: {error}", file=sys.stderr)
+        return 1
+    for domain, figures in result["domains"].items():
+        print(f"{domain}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,16 +50,28 @@ OBJECT_STORE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class System:
-    """Handles on everything that runs."""
+class Generation:
+    """What samples and their scores come from; enough to evaluate a model."""
 
-    learner: Learner
     pool: EnginePool
     rewards: RewardPool
-    transport: Transport
     conversation: Conversation
     sampling: Sampling
     episodes: Episodes
+
+    async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
+        """One sample per seed, with the recipe's sampling: a reply, or an episode where the domain has tools."""
+        if prompt.domain in self.episodes:
+            return await self.episodes.generate_group(prompt, self.sampling, seeds)
+        return await self.pool.generate_group(prompt, encode(self.conversation, prompt), self.sampling, seeds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System(Generation):
+    """Handles on everything that runs."""
+
+    learner: Learner
+    transport: Transport
     plan: Plan
 
     async def learners_turn(self) -> None:
@@ -80,12 +92,6 @@ class System:
         yield
         await self.learner.sleep()
         await self.pool.wake()
-
-    async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
-        """One sample per seed, with the recipe's sampling: a reply, or an episode where the domain has tools."""
-        if prompt.domain in self.episodes:
-            return await self.episodes.generate_group(prompt, self.sampling, seeds)
-        return await self.pool.generate_group(prompt, encode(self.conversation, prompt), self.sampling, seeds)
 
 
 def encode(conversation: Conversation, prompt: Prompt) -> NDArray:
@@ -157,7 +163,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     judge = AsyncExitStack()
     learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase, actor_options=reservation.ranks))
     starting = (
-        asyncio.create_task(_start_rewards(recipe, judge)),
+        asyncio.create_task(start_rewards(recipe, judge)),
         learning,
         asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation)),
     )
@@ -201,7 +207,7 @@ def check_environments(recipe: Recipe) -> None:
                 raise RecipeError(f"domains.{name}.environment: {error}") from error
 
 
-async def _start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
+async def start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
     """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
     address = await judge.enter_async_context(start_judge(recipe, host=ray.util.get_node_ip_address()))
     return await RewardPool.start(

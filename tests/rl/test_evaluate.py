@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rewards.pool import Failure
 from rl.config import Recipe
-from rl.evaluate import accuracy, evaluate, is_accurate
-from rl.sample import Prompt, Sample, Scored
+from rl.evaluate import Attempts, accuracy, evaluate, is_accurate
+from rl.sample import Prompt, Sample, Scored, Status, Turn
 from rl.system import System
 from tests.rl.tiny_runs import make_prompt, make_sample, tiny_recipe
 
@@ -89,3 +92,48 @@ def test_accuracy_is_per_domain(recipe: Recipe):
     outcomes = [scored("sums", 1.0), scored("sums", 0.0), scored("sums", 0.5), scored("other", 1.0)]
     assert accuracy(recipe, outcomes) == {"sums": pytest.approx(1 / 3), "other": 1.0}
     assert accuracy(recipe, []) == {}
+
+
+def attempts(*outcomes: tuple[bool, int, Status], asked: int | None = None) -> Attempts:
+    """One prompt's attempts, each right or not, of so many steps."""
+    scored = tuple(
+        Scored(
+            sample=make_sample(make_prompt("1"), index, turns=(Turn(reply=""),) * steps, status=status),
+            reward=0.0,
+            parts={},
+        )
+        for index, (_, steps, status) in enumerate(outcomes)
+    )
+    right = tuple(right for right, _, _ in outcomes)
+    return Attempts(prompt=make_prompt("1"), asked=asked or len(outcomes), scored=scored, right=right)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_attempt(right: list[bool], data: st.DataObject):
+    k = data.draw(st.integers(1, len(right)))
+    draws = list(itertools.combinations(right, k))
+    expected = sum(any(draw) for draw in draws) / len(draws)
+    members = attempts(*[(one, 1, Status.FINISHED) for one in right])
+    assert members.pass_at(k) == pytest.approx(expected)
+    failed = attempts(*[(one, 1, Status.FINISHED) for one in right if one], asked=len(right))
+    assert failed.pass_at(k) == pytest.approx(expected)  # what could not be scored is wrong
+
+
+def test_fewest_steps_takes_the_shortest_attempt_that_finished():
+    done, cut = Status.FINISHED, Status.TRUNCATED
+    assert attempts((False, 4, done), (True, 2, done), (False, 3, done)).fewest_steps
+    assert not attempts((True, 4, done), (False, 2, done)).fewest_steps
+    assert attempts((False, 1, cut), (True, 5, done)).fewest_steps
+    assert attempts((True, 2, cut), (False, 3, cut)).fewest_steps
+    assert not attempts(asked=2).fewest_steps
+
+
+def test_the_summary_reports_what_attempts_cost(recipe: Recipe):
+    evaluation = asyncio.run(evaluate(recipe, [make_prompt("4"), make_prompt("1")], cast(System, Graded())))
+    figures = evaluation.summary([1, 2])["sums"]
+    assert figures == pytest.approx(
+        {
+            "prompts": 2, "accuracy": 5 / 8, "pass@1": 5 / 8, "pass@2": (1 + 1 / 2) / 2, "fewest_steps": 1.0,
+            "steps": 1.0, "tokens": 3.0, "truncated": 0.0, "failed": 0.0,
+        }
+    )  # fmt: skip

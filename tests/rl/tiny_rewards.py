@@ -29,3 +29,8 @@ def overflows(sample: Sample) -> float:
 def says_the_prompt(prompt: Prompt, rng: np.random.Generator) -> dict[str, str]:
     """A demonstration that repeats the question."""
     return {"content": str(prompt.messages[-1]["content"])}
+
+
+def says_k(prompt: Prompt, rng: np.random.Generator) -> dict[str, str]:
+    """A demonstration that always gives the same short answer."""
+    return {"content": "k"}

@@ -62,3 +62,14 @@ class Moody(Environment):
 
     def final_state(self) -> int:
         return self.value
+
+
+class Insistent(Environment):
+    """A user who is not content with the first answers; there are no tools."""
+
+    def __init__(self, prompt: Prompt, *, times: int) -> None:
+        self.times = times
+
+    async def next_user_message(self, answer: str) -> str | None:
+        self.times -= 1
+        return "again" if self.times >= 0 else None
