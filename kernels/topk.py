@@ -7,8 +7,8 @@ key is found by counting, with pivots between a lower and an upper bound: nothin
 overflow, and no atomics are used. Where k is so large that rounds would not shrink a row, one program walks the whole
 row at every pivot instead.
 
-Keys are scores as integers of the same order. Below every score stands _NONE (not selectable: -inf or outside the
-row's bounds), above every score _NAN, which travels to the last round and leaves its row empty.
+Keys are scores as integers of the same order. The lowest is _NONE, the key of -inf: not selectable, and what stands for
+columns outside the row's bounds. Above every score is _NAN, which travels to the last round and leaves its row empty.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -21,7 +21,7 @@ import triton.language as tl
 
 __all__ = ["bounded_topk", "topk_indices", "topk_mask"]
 
-_NONE = tl.constexpr(-0x80000000)
+_NONE = tl.constexpr(-0x7F800001)
 _NAN = tl.constexpr(0x7FFFFFFF)
 _INFINITY = tl.constexpr(0x7F800000)
 
@@ -29,11 +29,9 @@ MAX_TILE = 8192
 
 
 @triton.jit
-def _keys_of(scores, live):
-    bits = tl.where(scores == 0.0, 0, scores.to(tl.int32, bitcast=True))
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = tl.where(scores != scores, _NAN, keys)
-    return tl.where(live & (scores != float("-inf")), keys, _NONE)
+def _keys_of(scores):
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
+    return tl.where(scores != scores, _NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
@@ -102,7 +100,7 @@ def _tile_kernel(
         live = place < size
         source = row.to(tl.int64) * stride + tile * TILE
         if ROUND == 0:
-            keys = _keys_of(tl.load(values + source + begin + place, mask=live, other=float("-inf")), live)
+            keys = _keys_of(tl.load(values + source + begin + place, mask=live, other=float("-inf")))
         else:
             keys = tl.load(values + source + place, mask=live, other=_NONE)
         usable = tl.sum((keys != _NONE).to(tl.int32))
@@ -164,7 +162,7 @@ def _walk_kernel(
     top = begin * 0 + _NONE
     for first in range(0, length, TILE):
         live = first + place < length
-        keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")), live)
+        keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")))
         usable += tl.sum((keys != _NONE).to(tl.int32))
         low_key = tl.minimum(low_key, tl.min(tl.where(keys != _NONE, keys, _NAN)))
         top = tl.maximum(top, tl.max(keys))
@@ -176,7 +174,7 @@ def _walk_kernel(
         count = begin * 0
         for first in range(0, length, TILE):
             live = first + place < length
-            keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")), live)
+            keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")))
             count += tl.sum((keys >= pivot.to(tl.int32)).to(tl.int32))
         low, high, num_low, num_high = _narrow(low, high, num_low, num_high, pivot, count, k)
         step += 1
@@ -185,14 +183,14 @@ def _walk_kernel(
     num_above = begin * 0
     for first in range(0, length, TILE):
         live = first + place < length
-        keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")), live)
+        keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")))
         num_above += tl.sum((keys > threshold).to(tl.int32))
     room = tl.where(top <= _INFINITY, k - num_above, 0)
     target = out_index + row.to(tl.int64) * k
     written = begin * 0
     for first in range(0, tl.where(top <= _INFINITY, length, 0), TILE):
         live = first + place < length
-        keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")), live)
+        keys = _keys_of(tl.load(source + first + place, mask=live, other=float("-inf")))
         equal = (keys == threshold) & (keys != _NONE)
         rank = tl.cumsum(equal.to(tl.int32), axis=0)
         chosen = (keys > threshold) | (equal & (rank <= room))

@@ -12,7 +12,7 @@ from rl.config import EngineKind, Offload, Placement, Recipe
 from rl.errors import RecipeError
 from rl.hardware import GIB, Hardware
 from rl.placement import engines_sleep
-from rl.plan import Plan, gpus_needed, make_plan
+from rl.plan import Plan, gpus_needed, judge_gpus, make_plan
 from rl.recipe_checks import violations
 
 Changes = dict[str, Any]
@@ -97,13 +97,14 @@ def _kept(plan: Plan) -> float:
 
 
 def _gpu_sum(recipe: Recipe) -> str:
-    rollout, ranks = recipe.rollout, recipe.learner.ranks
+    rollout, ranks, judges = recipe.rollout, recipe.learner.ranks, judge_gpus(recipe)
+    and_judge = f" + {judges} for the judge" if judges else ""
     if rollout.engine != EngineKind.vllm:
-        return f"learner.ranks {ranks}"
+        return f"learner.ranks {ranks}{and_judge}"
     workers = f"rollout.engines {rollout.engines} x tensor_parallel {rollout.tensor_parallel}"
     if recipe.placement == Placement.shared:
-        return f"the larger of learner.ranks {ranks} and {workers}"
-    return f"learner.ranks {ranks} + {workers}"
+        return f"the larger of learner.ranks {ranks} and {workers}{and_judge}"
+    return f"learner.ranks {ranks} + {workers}{and_judge}"
 
 
 def _remedy(plan: Plan) -> str:

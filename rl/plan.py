@@ -90,12 +90,19 @@ class Plan:
 
 
 def gpus_needed(recipe: Recipe, *, on_gpus: bool = True) -> int:
-    """GPUs of a run: one a rank, ``tensor_parallel`` an engine; the same ones twice where they are shared."""
-    rollout, ranks = recipe.rollout, recipe.learner.ranks
+    """GPUs of a run: one a rank, ``tensor_parallel`` an engine (the same ones where they are shared), the judge's."""
+    rollout, ranks, judges = recipe.rollout, recipe.learner.ranks, judge_gpus(recipe)
     if rollout.engine != EngineKind.vllm:
-        return ranks if on_gpus else 0
+        return (ranks if on_gpus or judges else 0) + judges
     workers = rollout.engines * rollout.tensor_parallel
-    return max(ranks, workers) if recipe.placement == Placement.shared else ranks + workers
+    return (max(ranks, workers) if recipe.placement == Placement.shared else ranks + workers) + judges
+
+
+def judge_gpus(recipe: Recipe) -> int:
+    """GPUs of the engines that serve the run's own judge."""
+    judge = recipe.judge
+    served = judge.url is None and judge.path is not None and judge.engine == EngineKind.vllm
+    return judge.engines * judge.tensor_parallel if served else 0
 
 
 def make_plan(recipe: Recipe, costs: ModelCosts, hardware: Hardware) -> Plan:
@@ -167,6 +174,7 @@ def _seats(recipe: Recipe, hardware: Hardware) -> Iterator[Seat]:
         free = iter(named)
         rows = [((worker,) if worker else tuple(filter(None, [next(free, None)]))) for worker in workers]
         rows += [(rank,) for rank in free]
+    rows += [("judge",)] * judge_gpus(recipe)
     for place, roles in enumerate(rows):
         yield Seat(node=place // per_node, gpu=place % per_node, roles=roles)
 

@@ -14,7 +14,7 @@ import pytest
 
 from model.costs import ModelCosts, model_costs
 from model.tokenizer import build_byte_tokenizer
-from rl.config import Placement, Recipe
+from rl.config import EngineKind, Placement, Recipe
 from rl.demonstrations import load_demonstrations
 from rl.engine_memory import ASLEEP_BYTES, worker_memory, worker_weight_bytes
 from rl.errors import RecipeError
@@ -159,6 +159,16 @@ def test_gpus_needed(tmp_path: Path, overrides: tuple[str, ...], num_gpus: int):
     assert len(plan.seats) == num_gpus
     roles = [role for seat in plan.seats for role in seat.roles]
     assert len(set(roles)) == len(roles) == recipe.learner.ranks + recipe.rollout.engines
+
+
+def test_a_judge_of_the_runs_own_has_gpus_too(tmp_path: Path):
+    served = {"judge.path": "models/judge", "judge.engine": EngineKind.vllm, "judge.engines": 2}
+    recipe = with_keys(vllm_recipe(tmp_path), served)
+    assert gpus_needed(recipe) == 1 + 1 + 2
+    assert gpus_needed(with_keys(recipe, {"judge.url": "http://judge"})) == 2
+    plan = make_plan(recipe, recipe_costs(recipe), node(3))
+    assert [seat.roles for seat in plan.seats] == [("engine 0",), ("rank 0",), ("judge",), ("judge",)]
+    assert "+ 2 for the judge), but there are 3" in next(iter(problems(plan)))[1]
 
 
 def test_no_engine_spans_two_nodes(tmp_path: Path):
