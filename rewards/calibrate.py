@@ -177,9 +177,11 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def _correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return math.nan
     try:
         return statistics.correlation(one, other)
-    except statistics.StatisticsError:
+    except statistics.StatisticsError:  # values so close that their differences vanish
         return math.nan
 
 

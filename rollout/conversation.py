@@ -70,7 +70,7 @@ class Conversation:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; the model needs a tokenizer.json")
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        known = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
         needed = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, USER, ASSISTANT, THINK, END_THINK)
         absent = next((token for token in needed if token not in known), None)
         name = tokenizer.name_or_path or "this model"
@@ -82,7 +82,7 @@ class Conversation:
         if not isinstance(tokenizer.eos_token_id, int):
             raise DataError(f"the tokenizer of {name} has no end-of-sentence token")
         self._template = ChatTemplate(tokenizer, [t for t in known if not t.isspace()]) if absent else None
-        self._tokens = {token for token in (*needed, DSML) if token in known}
+        self._token_ids = known
         self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
         """Tokens that end a reply."""
         self._plain = _without_special_tokens(backend)
@@ -208,7 +208,9 @@ class Conversation:
         ids: list[int] = []
         sampled: list[bool] = []
         for part in _joined(self._resolved(parts)):
-            if part.special:
+            if part.special and part.text in self._token_ids:
+                encoded = [self._token_ids[part.text]]
+            elif part.special:
                 encoded = self.tokenizer.encode(part.text, add_special_tokens=False)
             else:
                 encoded = self._plain.encode(part.text, add_special_tokens=False).ids
@@ -219,7 +221,7 @@ class Conversation:
     def _resolved(self, parts: Iterable[Part]) -> Iterator[Part]:
         """A structural token that this vocabulary lacks (only DSML may be missing) is text."""
         for part in parts:
-            yield replace(part, special=False) if part.text == DSML and DSML not in self._tokens else part
+            yield replace(part, special=False) if part.text == DSML and DSML not in self._token_ids else part
 
 
 def _joined(parts: Iterable[Part]) -> Iterator[Part]:

@@ -23,8 +23,11 @@ def packed(module: DeepseekV32) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_gradients_are_bitwise_those_of_kept_activations(tied: bool):
+@pytest.mark.parametrize(("tied", "blocks"), [(False, False), (True, False), (False, True)])
+def test_gradients_are_bitwise_those_of_kept_activations(tied: bool, blocks: bool, monkeypatch: pytest.MonkeyPatch):
+    if blocks:  # attention that computes its own blocks again, within the layer that is computed again
+        monkeypatch.setattr("model.packing._MAX_GROUPED", 0)
+        monkeypatch.setattr("kernels.reference.attention._SCORES_LIMIT", 4 * 7 * 18)
     module = make_model(make_config(tie_word_embeddings=tied))
     arguments = packed(module)
     found = []

@@ -131,7 +131,7 @@ def test_two_engines_of_two_workers_hold_what_the_learner_sent(
     [
         ("dies", "weights of version 1 did not reach the engines"),
         ("fails", "weights of version 1 did not reach the engines: .*the loader broke$"),
-        ("hangs", "weights of version 1 did not reach the engines within 6 s"),
+        ("hangs", "weights of version 1 did not reach the engines within 3 s"),
     ],
 )
 def test_trouble_on_the_way_ends_in_one_sentence_and_not_in_waiting(
@@ -141,7 +141,7 @@ def test_trouble_on_the_way_ends_in_one_sentence_and_not_in_waiting(
         async with connected(tmp_path, 1) as (transport, _, pool):
             await publish(transport, 0)
             pool.trouble = trouble
-            monkeypatch.setattr("rl.sync.UPDATE_S", 6.0 if trouble == "hangs" else 120.0)
+            monkeypatch.setattr("rl.sync.UPDATE_S", 3.0 if trouble == "hangs" else 120.0)
             began = time.monotonic()
             with pytest.raises(RunStopped, match=sentence) as stopped:
                 await publish(transport, 1)

@@ -7,7 +7,7 @@ import os
 import time
 
 from rl.sample import Prompt
-from rollout.environments.protocol import Environment, ToolError, tool
+from rollout.environments.protocol import Environment, EnvironmentFailed, ToolError, tool
 
 
 def shout(text: str, times: int = 1) -> str:
@@ -73,3 +73,30 @@ class Insistent(Environment):
     async def next_user_message(self, answer: str) -> str | None:
         self.times -= 1
         return "again" if self.times >= 0 else None
+
+
+class Light(Environment):
+    """A tool in the driver's own process; prompts named ``hang`` and ``break`` meet a bad one."""
+
+    isolated = False
+    open_now = 0
+    most_open = 0
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.mood = prompt.id
+
+    async def start(self) -> None:
+        Light.open_now += 1
+        Light.most_open = max(Light.most_open, Light.open_now)
+
+    @tool
+    async def ask(self) -> str:
+        if self.mood == "hang":
+            await asyncio.sleep(600)
+        if self.mood == "break":
+            raise EnvironmentFailed("the lights went out")
+        await asyncio.sleep(0.01)
+        return "answered"
+
+    async def close(self) -> None:
+        Light.open_now -= 1
