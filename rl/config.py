@@ -128,6 +128,8 @@ class Domain:
     group_size: int = 16
     kl_beta: float = 0.0
     """Strength of the KL to the reference model; 0 for every domain means that no reference model is loaded."""
+    advantage_scale: float = 1.0
+    """Factor of this domain's advantages, against those of other domains; its KL is not scaled."""
     rewards: list[RewardUse] = field(default_factory=list)
     """The first one decides ``accuracy/<domain>``: the share of samples on which it reaches 1."""
 

@@ -144,7 +144,7 @@ def _path_keys(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
             for args in _sections({"": environment.get("args")}):
                 # What an environment's arguments mean is its own affair, so a path says that it is one.
                 yield from ((args, key) for key, value in args.items() if _LOOKS_RELATIVE.match(str(value)))
-    yield from ((model, "path") for model in _sections({"": tree.get("model")}))
+    yield from ((section, "path") for key in ("model", "judge") for section in _sections({"": tree.get(key)}))
 
 
 def _sections(parent: Any) -> Iterator[dict[str, Any]]:

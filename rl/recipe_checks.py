@@ -54,7 +54,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "dtype": _Range("float32 or bfloat16", lambda name: name in ("float32", "bfloat16")),
         "max_context": _AT_LEAST_2,
     },
-    Domain: {"weight": _POSITIVE, "group_size": _AT_LEAST_2, "kl_beta": _AT_LEAST_0},
+    Domain: {"weight": _POSITIVE, "group_size": _AT_LEAST_2, "kl_beta": _AT_LEAST_0, "advantage_scale": _POSITIVE},
     EnvironmentUse: {
         "max_turns": _AT_LEAST_1,
         "max_tokens": _AT_LEAST_1,

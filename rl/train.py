@@ -58,7 +58,9 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
             clock.lap("rollout")
 
             advantages = [
-                group_advantages(group.rewards, divide_by_std=recipe.objective.divide_by_std) for group in groups
+                recipe.domains[group.prompt.domain].advantage_scale
+                * group_advantages(group.rewards, divide_by_std=recipe.objective.divide_by_std)
+                for group in groups
             ]
             minibatches = pack(
                 groups,

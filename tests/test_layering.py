@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "rewards": {"leaf"},
     "rollout": {"leaf", "model"},
     "trainer": {"leaf", "model", "kernels"},
-    "recipes": {"leaf"},
+    "recipes": {"leaf", "rollout"},
     "driver": {"kernels", "model", "leaf", "rewards", "rollout", "trainer", "recipes", "driver"},
 }
 ONLY_IN = {"vllm": {"rollout"}, "deepspeed": {"trainer"}}

@@ -31,7 +31,11 @@ from rollout.conversation import Conversation
 from tests.model.published import DEEPSEEK_V32, QWEN3_8B
 from tests.rl.tiny_runs import REPOSITORY, tiny_recipe
 
-RECIPES = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for path in (REPOSITORY / "recipes").rglob("*.yaml")
+    if path.parent.name != "hardware"
+)
 PUBLISHED = {"Qwen3-8B": QWEN3_8B, "DeepSeek-V3.2-bf16": DEEPSEEK_V32}
 Write = Callable[[dict[str, Any]], ModelCosts]
 
