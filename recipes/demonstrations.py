@@ -20,3 +20,9 @@ def spell_backward(prompt: Prompt, rng: np.random.Generator, *, hasty: float = 0
         return {"reasoning_content": word, "content": "".join(rng.permutation(list(word)))}
     numbered = "".join(f"{place}{letter}" for place, letter in enumerate(word, start=1))
     return {"reasoning_content": numbered, "content": word[::-1]}
+
+
+def program(prompt: Prompt, rng: np.random.Generator) -> dict[str, Any]:
+    """Reads two numbers and prints their sum, difference or product, whichever chance says."""
+    sign = rng.choice(["+", "-", "*"])
+    return {"content": f"```\na, b = map(int, input().split())\nprint(a {sign} b)\n```"}

@@ -1,0 +1,95 @@
+"""The recipes of recipes/tiny, each run for one step through the real actors, with the data that ship."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rl.recipe import load_recipe
+from rl.train import main
+from tests.rewards.judges import Form, judge_elsewhere
+from tests.rl.test_shipped_recipes import DOMAINS
+from tests.rl.tiny_runs import REPOSITORY, Run
+
+TINY = {path.stem: path for path in sorted((REPOSITORY / "recipes/tiny").glob("*.yaml"))}
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[tuple[str, str]]:
+    """URL and key of a judge that likes answers with an even number of characters."""
+
+    def says(form: Form) -> str:
+        even = len(form.quoted["answer"]) % 2 == 0
+        return form.verdict(lambda what, most: most if even and "ends with" not in what else 0)
+
+    with judge_elsewhere(says) as found:
+        yield found
+
+
+def run_tiny(folder: Path, name: str, *overrides: str) -> Run:
+    assert main([str(TINY[name]), f"runs={folder}", "steps=1", "log_samples=100", *overrides]) == 0
+    return Run(folder / f"tiny_{name}")
+
+
+def test_every_recipe_has_a_twin_with_its_rewards():
+    assert set(TINY) == DOMAINS
+    for name, path in TINY.items():
+        twin, real = load_recipe(path).domains, load_recipe(REPOSITORY / f"recipes/{name}.yaml").domains
+        assert set(twin) <= set(real)
+        for domain, settings in twin.items():
+            ours, theirs = ([use.use for use in one.rewards] for one in (settings, real[domain]))
+            # Without reasoning there is none whose language could be judged.
+            assert ours == [use for use in theirs if settings.thinking or use != "language_consistency"]
+            assert settings.kl_beta == real[domain].kl_beta
+            tools, meant = settings.environment, real[domain].environment
+            assert (tools and tools.use) == (meant and meant.use)
+
+
+@pytest.mark.parametrize("name", sorted(DOMAINS - {"general_qa", "mixed"}))
+def test_a_twin_runs(name: str, cluster: None, tmp_path: Path):
+    cold = ["supervised.steps=3", "supervised.demonstrations.size=16"] if name == "programming" else []
+    run = run_tiny(tmp_path, name, *cold)
+    recipe = load_recipe(TINY[name])
+    (row,) = run.steps
+    assert row["samples/failed"] == 0 and row["sync/verified"] == row["routes/replayed"] == 1.0
+    seen = {trajectory["domain"] for trajectory in run.trajectories(1)} if name == "logic" else set(recipe.domains)
+    assert seen == set(recipe.domains)
+    for domain, settings in recipe.domains.items():
+        for use in settings.rewards:
+            assert np.isfinite(row[f"reward/{domain}/{use.use.rpartition(':')[2]}"])
+    if name == "agentic_coding":  # the tests ran: what was not touched passes, what was not mended fails
+        assert row["reward/agentic_coding/test_suite/not_run"] == 0
+        assert row["reward/agentic_coding/test_suite/pass_to_pass"] == 1
+        assert row["reward/agentic_coding/test_suite/fail_to_pass"] == 0
+
+
+def test_open_questions_are_judged(cluster: None, tmp_path: Path, judge: tuple[str, str], monkeypatch):
+    url, key = judge
+    monkeypatch.setenv("KEEL_TEST_JUDGE", key)
+    run = run_tiny(tmp_path, "general_qa", f"judge={{url: '{url}', model: m, api_key: KEEL_TEST_JUDGE}}")
+    (row,) = run.steps
+    assert row["samples/failed"] == 0 and row["reward/general_qa/rubric/judge_calls"] > 0
+    assert row["reward/general_qa/rubric/tripped"] == row["reward/general_qa/rubric/disagreement"] == 0
+    assert {trajectory["reward"] for trajectory in run.trajectories(1)} == {0.0, 1.0}
+
+
+def test_one_stage_over_all_domains(cluster: None, tmp_path: Path):
+    run = run_tiny(tmp_path, "mixed", "rollout.max_staleness=0")
+    domains = load_recipe(TINY["mixed"]).domains
+    (row,) = run.steps
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trajectory in run.trajectories(1):
+        groups.setdefault(trajectory["prompt"], []).append(trajectory)
+    drawn = [next(iter(members))["domain"] for members in groups.values()]
+    assert {name: drawn.count(name) for name in domains} == {name: domain.weight for name, domain in domains.items()}
+    for members in groups.values():
+        domain = domains[members[0]["domain"]]
+        rewards = np.array([member["reward"] for member in members])
+        advantages = [member["advantage"] for member in members]
+        assert len(members) == domain.group_size
+        np.testing.assert_allclose(advantages, domain.advantage_scale * (rewards - rewards.mean()), atol=1e-9)
+    assert {name for name in domains if f"reward/{name}" in row and f"accuracy/{name}" in row} == set(domains)
