@@ -259,13 +259,17 @@ class SandboxProcess:
             await self.stdin.wait_closed()
 
     async def take(self, stream: asyncio.StreamReader, max_bytes: int) -> bytes:
-        """Everything up to the stream's end; ends the program if that is more than ``max_bytes``."""
+        """The first ``max_bytes`` up to the stream's end; ends the program if there is more.
+
+        It is read to the end all the same: asyncio's ``wait`` returns when every pipe is at its end, and a full
+        buffer would keep this one from getting there.
+        """
         taken = bytearray()
         while chunk := await stream.read(1 << 16):
-            taken += chunk
-            if len(taken) > max_bytes:
-                self.kill("output")
-                break
+            if len(taken) <= max_bytes:
+                taken += chunk
+                if len(taken) > max_bytes:
+                    self.kill("output")
         return bytes(taken[:max_bytes])
 
     def _after(self, seconds: float | None, call: Callable[..., None], *arguments: object) -> None:
