@@ -291,6 +291,9 @@ def examine(module: PreTrainedModel) -> Anatomy:
             raise ValueError(f"{name} cannot be run: {reason}")
     if [layer_of(part_name) for part_name, _ in experts] != [layer_of(spec.name) for spec in routers.specs]:
         raise ValueError(f"{name} cannot be run: which experts its routers choose cannot be recorded")
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if shared and heads % shared:
+        raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared})")
     ((keys, values),) = trial.shapes
     return Anatomy(num_layers=config.num_hidden_layers, keys=keys, values=values, routers=tuple(routers.specs))
 

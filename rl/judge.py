@@ -110,6 +110,7 @@ def _judging(recipe: Recipe) -> Recipe:
             threads=judge.threads,
         ),
         placement=Placement.split,
+        judge=Judge(),
     )
 
 

@@ -34,6 +34,13 @@ class Seats:
     engine_seats: tuple[int, ...]
 
 
+def threads_needed(recipe: Recipe) -> int:
+    """CPU threads that the actors of a run ask Ray for: learner ranks, engines, and the judge's engines, if any."""
+    learner, rollout, judge = recipe.learner, recipe.rollout, recipe.judge
+    judging = judge.engines * judge.threads if judge.path is not None else 0
+    return learner.ranks * learner.threads + rollout.engines * rollout.threads + judging
+
+
 def gpu_shares(recipe: Recipe, num_gpus: float) -> GpuShares:
     """The GPUs of a learner rank and of an engine, on a cluster that has ``num_gpus``.
 

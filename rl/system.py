@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from model import ModelConfig, empty_model
 from model.costs import model_costs
+from model.outline import outline
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox
@@ -32,7 +33,7 @@ from rl.errors import DataError, RecipeError
 from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
 from rl.judge import start_judge
-from rl.placement import seats, shared_gpus
+from rl.placement import seats, shared_gpus, threads_needed
 from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
 from rl.sync import Sync, Transport, connect, publish
@@ -115,7 +116,13 @@ def prepare_model(recipe: Recipe, run_path: Path) -> Path:
 
 
 def check_model(recipe: Recipe) -> None:
-    """Raises RecipeError when the starting model cannot be, without loading it."""
+    """Raises RecipeError when the starting model, or the judge's, cannot be, without loading it."""
+    if recipe.judge.path is not None:
+        try:
+            outline(Path(recipe.judge.path))
+            Conversation(load_tokenizer(recipe.judge.path))
+        except ValueError as error:
+            raise RecipeError(f"judge.path: {error}") from error
     if recipe.model.init is not None:
         config = initial_config(recipe.model.init, recipe.model.max_context)
         _check_indexer(recipe, has_indexer=isinstance(config, ModelConfig))
@@ -298,11 +305,10 @@ def join_cluster(recipe: Recipe) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         return
-    threads = recipe.learner.ranks * recipe.learner.threads + recipe.rollout.engines * recipe.rollout.threads
     ray.init(
         address="local",  # a cluster that happens to run here is joined only when RAY_ADDRESS names it
         # Threads are what an actor is given on this machine; more actors than cores share them.
-        num_cpus=max(threads, os.cpu_count() or 1),
+        num_cpus=max(threads_needed(recipe), os.cpu_count() or 1),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.WARNING,

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from model.tokenizer import load_tokenizer
 from rl.config import EngineKind, Recipe, Sampling
 from rl.errors import RecipeError, RunStopped
-from rl.placement import engines_sleep, gpu_shares
+from rl.placement import engines_sleep, gpu_shares, threads_needed
 from rl.sample import NDArray, Prompt, Sample
 from rollout.actor import EngineActor
 from rollout.conversation import Conversation
@@ -309,11 +309,13 @@ def _vllm_engines(
 def _check_room(recipe: Recipe) -> None:
     """Raises RecipeError where engines and learner together need more CPUs than there are: Ray would wait for ever."""
     rollout, learner = recipe.rollout, recipe.learner
-    needed = rollout.engines * rollout.threads + learner.ranks * learner.threads
+    needed = threads_needed(recipe)
     room = ray.cluster_resources().get("CPU", 0)
     if needed > room:
+        judge = recipe.judge
+        judging = "" if judge.path is None else f", judge.engines {judge.engines} with judge.threads {judge.threads}"
         raise RecipeError(
             f"rollout.engines {rollout.engines} with rollout.threads {rollout.threads} and learner.ranks "
-            f"{learner.ranks} with learner.threads {learner.threads} need {needed} CPUs, but the Ray cluster has "
-            f"{room:.0f}"
+            f"{learner.ranks} with learner.threads {learner.threads}{judging} need {needed} CPUs, but the Ray cluster "
+            f"has {room:.0f}"
         )

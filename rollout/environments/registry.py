@@ -39,7 +39,12 @@ def resolve(use: str, args: Mapping[str, Any]) -> Any:
             raise RecipeError(f"{place} is a class that does not derive from rollout.environments.protocol.Environment")
         given = {**args, "sandbox": None} if takes_sandbox(found) else args
         check_arguments(found, given, given=1, place=place)
-        found.check(**args)
+        try:
+            found.check(**args)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"{place} does not take these args: {describe(error)}") from error
     elif args:
         raise RecipeError(f"{place} is a function, the tool itself, and takes no args from the recipe")
     return found

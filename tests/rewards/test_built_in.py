@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rewards.format import follows_format
 from rewards.language_consistency import LanguageConsistency, words
 from rewards.length_penalty import LengthPenalty
-from rewards.math_answer import math_answer
+from rewards.math_answer import _parsed, math_answer
 from rewards.protocol import Reward
 from rewards.reasoning_gym import _ALGEBRA, _ARITHMETIC, _LITERALS, may_evaluate, reasoning_gym_score
 from rewards.reply import answer, reasoning
@@ -157,8 +157,9 @@ def test_only_what_follows_the_thinking_counts(make_sample):
 
 
 def test_a_conclusion_that_takes_too_long_is_wrong_and_told(make_sample, monkeypatch):
-    monkeypatch.setattr("rewards.math_answer.LIMIT_S", 1)
     sample = make_sample("\\boxed{\\sum_{k=1}^{3000} \\sin(k^2)^{k}}", answer="\\sum_{k=1}^{3000} \\cos(k^2)^{k}")
+    _parsed(sample.prompt.answer)  # remembered, as a busy machine may not parse it within the limit below
+    monkeypatch.setattr("rewards.math_answer.LIMIT_S", 1)
     outcome = math_answer(sample)
     assert outcome.value == 0.0 and outcome.parts["undecided"] == 1.0
 
