@@ -211,6 +211,8 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(number: signal.Signals
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     run = Run(tmp_path / "runs" / "tiny")
     try:
