@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rl.config import EnvironmentUse
-from rl.errors import RecipeError, did_you_mean
+from rl.errors import RecipeError, UserError, did_you_mean
 from rl.plugin import check_arguments, describe, import_callable
 from rl.sample import Prompt
 from rollout.environments.protocol import Environment, EnvironmentFailed, FunctionEnvironment
@@ -42,7 +42,7 @@ def resolve(use: str, args: Mapping[str, Any]) -> Any:
         try:
             found.check(**args)
         except (TypeError, ValueError) as error:
-            if isinstance(error, RecipeError):
+            if isinstance(error, UserError):
                 raise
             raise RecipeError(f"{place} does not take these args: {describe(error)}") from error
     elif args:

@@ -114,7 +114,9 @@ def test_groups_updates_aborts_and_a_dying_engine(cluster, model_path, make_mode
             assert [s.version for s in stats] == [3, 3] and all(s.num_generated_tokens for s in stats)
             ray.kill(pool._engines[1])
             with pytest.raises(RunStopped, match="engine 1 of 2 died during stats"):
-                await pool.stats()
+                for _ in range(600):  # it may answer a few times more before it dies
+                    await pool.stats()
+                    await asyncio.sleep(0.05)
         finally:
             pool.close()
 
