@@ -103,11 +103,10 @@ def test_all_four_stabilisers_are_active(full: tuple[Run, str]):
     assert all(row["kept/share"] == 1.0 for row in run.steps)
     assert all(1 < row["kept/mean_size"] < 260 for row in run.steps)
     assert all(row["routes/replayed"] > 0.99 for row in run.steps)
-    # In the first optimizer step the policy still is the reference, and the domain with a KL may fall into that one.
-    assert run.steps[0]["loss/kl"] > -1e-9
-    assert all(row["loss/kl"] > 0 for row in run.steps[1:])
+    # Which domain a step's groups come from depends on which were ready first, and at first policy and reference agree.
+    assert any(row["loss/kl"] > 0 for row in run.steps) and all(row["loss/kl"] > -1e-9 for row in run.steps)
     # Only one of the two domains has a KL: its mean is over that domain's tokens, the loss over all samples.
-    assert all(row["loss/kl"] < 0.1 * row["kl/reference"] for row in run.steps[1:])
+    assert sum(row["loss/kl"] for row in run.steps) < 0.1 * sum(row["kl/reference"] for row in run.steps)
 
 
 def test_staleness_stays_within_its_bound_and_every_update_is_verified(full: tuple[Run, str]):
