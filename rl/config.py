@@ -43,6 +43,13 @@ class Offload(StrEnum):
     cpu = "cpu"
 
 
+class DoctorAct(StrEnum):
+    none = "none"
+    warn = "warn"
+    recover = "recover"
+    stop = "stop"
+
+
 class PromptStyle(StrEnum):
     none = "none"
     reasoning = "reasoning"
@@ -313,6 +320,33 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What a run recovers from by itself, and how often, before it stops."""
+
+    engine_restarts: int = 3
+    """Restarts of one engine within ``window_s``. After the last one the run goes on without that engine, and stops
+    when none is left."""
+    window_s: float = 3600.0
+    """Seconds after which a fault no longer counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """When a phase of the run counts as late, by what it took before, and what happens then."""
+
+    act: DoctorAct = DoctorAct.recover
+    """``warn`` says who waits for whom and goes on waiting; ``recover`` then ends the process that is late, so that it
+    is started again where it can be, and stops the run where not; ``stop`` stops it in every case; ``none`` looks away.
+    """
+    factor: float = 5.0
+    """A phase is late when it takes this many times the longest time it has taken so far,"""
+    floor_s: float = 120.0
+    """but not before this many seconds,"""
+    first_s: float = 1800.0
+    """nor, while it has never ended before, before this many."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole run."""
 
@@ -335,6 +369,8 @@ class Recipe:
     supervised: Supervised = field(default_factory=Supervised)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    faults: Faults = field(default_factory=Faults)
+    doctor: Doctor = field(default_factory=Doctor)
     log_samples: int = 16
     """Trajectories written to ``samples/`` each step."""
     judge: Judge = field(default_factory=Judge)

@@ -9,10 +9,12 @@ from typing import Any
 
 from rl.config import (
     Checkpoint,
+    Doctor,
     Domain,
     EngineKind,
     EnvironmentUse,
     Evaluation,
+    Faults,
     Judge,
     Learner,
     Model,
@@ -126,6 +128,8 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "usd_per_million_output": _AT_LEAST_0,
     },
     Checkpoint: {"every": _AT_LEAST_0, "keep": _AT_LEAST_1},
+    Faults: {"engine_restarts": _AT_LEAST_0, "window_s": _POSITIVE},
+    Doctor: {"factor": _AT_LEAST_1, "floor_s": _POSITIVE, "first_s": _POSITIVE},
 }
 
 
