@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from rl.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -97,6 +94,10 @@ def _read_jsonl(path: Path) -> list[Record]:
 
 
 def _read_parquet(path: Path) -> list[Record]:
+    # Imported here: it takes half a second, and runs that read JSONL do without it.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:
