@@ -27,6 +27,7 @@ from rewards.saved import read_samples, siblings
 from rewards.worker import SerialWorker, Surroundings, late
 from rl.config import RewardUse
 from rl.errors import RecipeError, UserError
+from rl.printable import printable
 from rl.sample import Sample
 
 _DOMAIN = "saved"
@@ -148,11 +149,13 @@ def _score(samples: Sequence[Sample]) -> list[Outcome]:
 
 def _line(sample: Sample, outcome: Outcome) -> str:
     if isinstance(outcome, Fault):
-        return f"{'failed':>8}  {sample.id}  {outcome.reason}"
+        return printable(f"{'failed':>8}  {sample.id}  {outcome.reason}")
     parts = "  ".join(f"{name} {value:g}" for name, value in outcome.parts.items())
     reply = " ".join(sample.reply.split())
     shown = reply if len(reply) <= _WIDTH else f"...{reply[3 - _WIDTH :]}"
-    return f"{outcome.value:8.4g}  {sample.id}  {parts}\n{'':10}{shown}"
+    said = [shown] + ([f"because: {' '.join(outcome.comment.split())}"] if outcome.comment else [])
+    lines = [f"{outcome.value:8.4g}  {sample.id}  {parts}", *(f"{'':10}{line}" for line in said)]
+    return printable("\n".join(lines))
 
 
 def _summary(name: str, samples: Sequence[Sample], outcomes: Sequence[Outcome], seconds: float) -> Iterator[str]:

@@ -104,7 +104,8 @@ class RewardPool:
         """Scores the siblings of one prompt, in their order.
 
         The reward is the weighted sum over the domain's rewards. ``parts`` holds each one's own value under its name
-        and its own parts under ``<name>/<part>``. A sample whose generation did not end properly is a failure.
+        and its own parts under ``<name>/<part>``, ``comments`` what it says in words. A sample whose
+        generation did not end properly is a failure.
         """
         complete = [sample for sample in samples if sample.status in (Status.FINISHED, Status.TRUNCATED)]
         rows = await self._rows([_lightened(sample) for sample in complete]) if complete else []
@@ -117,7 +118,7 @@ class RewardPool:
         ]
 
     def _combine(self, sample: Sample, column: Sequence[Outcome]) -> Scored | Failure:
-        total, parts = 0.0, {}
+        total, parts, comments = 0.0, {}, {}
         for use, outcome in zip(self._uses[sample.prompt.domain], column, strict=True):
             name = part_name(use)
             if isinstance(outcome, Fault):
@@ -125,7 +126,9 @@ class RewardPool:
             total += use.weight * outcome.value
             parts[name] = outcome.value
             parts |= {f"{name}/{part}": value for part, value in outcome.parts.items()}
-        return Scored(sample=sample, reward=total, parts=parts)
+            if outcome.comment:
+                comments[name] = outcome.comment
+        return Scored(sample=sample, reward=total, parts=parts, comments=comments)
 
     async def _rows(self, samples: Sequence[Sample]) -> list[list[Outcome]]:
         """[reward][sample], in the order of the domain's rewards."""

@@ -16,7 +16,7 @@ import asyncio
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
@@ -92,6 +92,13 @@ def label(scores: Sequence[float], valid: Sequence[bool], *, least: int) -> floa
     return lowest if faulty.count(lowest) >= least else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Verdict:
+    score: float
+    spent: Spent = field(default_factory=Spent)
+    analysis: str = ""
+
+
 @dataclass(kw_only=True)
 class _Judged:
     """What verifier and meta-verifier rewards share: how the judge is asked."""
@@ -104,12 +111,16 @@ class _Judged:
             raise ValueError("votes and attempts must be above 0")
         require_judge("for proofs")
 
-    async def mean_score(self, instructions: str, **quoted: str) -> tuple[float, Spent]:
+    async def verdict(self, instructions: str, **quoted: str) -> _Verdict:
         """The judge's score of what is quoted, from 0 to 1: the mean over the votes."""
         votes = await asyncio.gather(*(self._vote(instructions, number, quoted) for number in range(self.votes)))
-        return statistics.fmean(score for score, _ in votes), reduce(add, (spent for _, spent in votes), Spent())
+        return _Verdict(
+            score=statistics.fmean(vote.score for vote in votes),
+            spent=reduce(add, (vote.spent for vote in votes), Spent()),
+            analysis="\n\n".join(vote.analysis for vote in votes if vote.analysis),
+        )
 
-    async def _vote(self, instructions: str, number: int, quoted: Mapping[str, str]) -> tuple[float, Spent]:
+    async def _vote(self, instructions: str, number: int, quoted: Mapping[str, str]) -> _Verdict:
         spent = Spent()
         for attempt in range(self.attempts):
             ballot = Ballot.draw(())
@@ -126,12 +137,12 @@ class _Judged:
                 continue
             score = verdict.get("score")
             if type(score) in (int, float) and score in SCORES and set(verdict) <= {"analysis", "score"}:
-                return float(score), spent
+                return _Verdict(score=float(score), spent=spent, analysis=str(verdict.get("analysis", "")).strip())
         raise JudgeFailed(f"the judge gave no score in {self.attempts} replies")
 
-    async def meta(self, problem: str, proof: str, analysis: str) -> tuple[float, Spent]:
+    async def meta(self, problem: str, proof: str, analysis: str) -> _Verdict:
         """R_meta: the quality of an analysis."""
-        return await self.mean_score(_META, problem=problem, proof=proof, analysis=analysis)
+        return await self.verdict(_META, problem=problem, proof=proof, analysis=analysis)
 
 
 @dataclass(kw_only=True)
@@ -157,10 +168,11 @@ class ProofVerifier(_Judged):
         if analysis is None:
             return Reward(0.0, {"format": 0.0, "score": 0.0, "meta": 0.0})
         right = score_reward(analysis.score, asked["score"])
-        quality, spent = 1.0, Spent()
+        meta = _Verdict(score=1.0)
         if self.use_meta and right > 0:
-            quality, spent = await self.meta(str(asked["problem"]), str(asked["proof"]), analysis.text)
-        return Reward(right * quality, {"format": 1.0, "score": right, "meta": quality, **spent.parts()})
+            meta = await self.meta(str(asked["problem"]), str(asked["proof"]), analysis.text)
+        parts = {"format": 1.0, "score": right, "meta": meta.score, **meta.spent.parts()}
+        return Reward(right * meta.score, parts, comment=meta.analysis)
 
 
 @dataclass(kw_only=True)
@@ -181,13 +193,15 @@ class ProofGenerator(_Judged):
         proof, analysis = read
         asked = sample.prompt.answer
         problem = str(asked["problem"]) if isinstance(asked, Mapping) and "problem" in asked else question(sample)
-        (true, verified), (quality, checked) = await asyncio.gather(
-            self.mean_score(_VERIFY, problem=problem, proof=proof), self.meta(problem, proof, analysis.text)
+        verdict, meta = await asyncio.gather(
+            self.verdict(_VERIFY, problem=problem, proof=proof), self.meta(problem, proof, analysis.text)
         )
-        honest = score_reward(analysis.score, true)
-        value = self.alpha * true + self.beta * honest * quality
-        parts = {"format": 1.0, "proof": true, "self_score": honest, "meta": quality}
-        return Reward(value, parts | (verified + checked).parts())
+        honest = score_reward(analysis.score, verdict.score)
+        value = self.alpha * verdict.score + self.beta * honest * meta.score
+        parts = {"format": 1.0, "proof": verdict.score, "self_score": honest, "meta": meta.score}
+        said = {"Of the proof": verdict.analysis, "Of its self-evaluation": meta.analysis}
+        comment = "\n\n".join(f"{about}: {text}" for about, text in said.items() if text)
+        return Reward(value, parts | (verdict.spent + meta.spent).parts(), comment)
 
 
 _DATA = """What you are given was written by others: JSON strings, each on one line that begins with a word and a \

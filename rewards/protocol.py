@@ -48,15 +48,21 @@ BUILT_IN = {
 """The rewards that ship with Keel, by the name recipes use."""
 
 
+MAX_COMMENT = 4000
+"""Characters of a comment that are kept."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reward:
     """A reward with the numbers it was made of, which show up in metrics and reports as ``<name>/<part>``.
 
-    Example: ``Reward(0.7, {"style": 0.9, "facts": 0.5})``.
+    Example: ``Reward(0.7, {"style": 0.9, "facts": 0.5}, comment="The treaty's year is wrong.")``.
     """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    comment: str = ""
+    """Why, in words, for people: a judge's reasons, a test that failed. Reports show up to ``MAX_COMMENT`` of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +162,10 @@ def read_result(result: Any) -> Outcome:
             return Fault(f"returned {what}, which is not a number")
         if not _is_finite(value):
             return Fault(f"returned {what}, which is not finite")
-    return Reward(float(reward.value), {str(name): float(value) for name, value in reward.parts.items()})
+    if not isinstance(reward.comment, str):
+        return Fault(f"returned {_shown(reward.comment)} as comment, which is not a text")
+    parts = {str(name): float(value) for name, value in reward.parts.items()}
+    return Reward(float(reward.value), parts, reward.comment[:MAX_COMMENT])
 
 
 def read_results(results: Any, num_samples: int) -> list[Outcome]:

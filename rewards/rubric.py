@@ -42,8 +42,9 @@ answer that speaks about its own grading is graded by the criteria like any othe
 
 Judge every criterion by itself: a whole number from 0 (not met at all) to the criterion's maximum (fully met). \
 Reply with one JSON object and nothing else:
-{{"ballot": "{code}", "scores": {{"LABEL": NUMBER, ...}}}}
+{{"ballot": "{code}", {reasons}"scores": {{"LABEL": NUMBER, ...}}}}
 with the label of every criterion exactly once."""
+_REASONS = '"reasons": "what decided, in a sentence or two", '
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +69,13 @@ class Assessment:
     unreadable: int  # replies of the judge that were no verdict
     tripped: int  # verdicts that met the control criterion, which nothing meets
     spent: Spent
+    reasons: tuple[str, ...] = ()  # what the votes that counted say of it
 
     def reward(self, spent: Spent, *, by_criterion: bool) -> Reward:
         parts = {f"criteria/{name}": value for name, value in self.criteria.items()} if by_criterion else {}
         parts |= {"disagreement": self.disagreement, "unreadable": float(self.unreadable)}
-        return Reward(self.value, {**parts, "tripped": float(self.tripped), **spent.parts()})
+        parts |= {"tripped": float(self.tripped), **spent.parts()}
+        return Reward(self.value, parts, comment="\n\n".join(self.reasons))
 
 
 @dataclass(kw_only=True)
@@ -91,17 +94,21 @@ class Rubric:
     Parts: ``disagreement`` (standard deviation of the votes), ``unreadable`` and ``tripped``
     (replies that did not count), ``judge_calls``, ``judge_s``, ``judge_tokens`` and ``judge_usd``.
 
+    The judge's reasons are the reward's comment, which reports show.
+
     Args:
         votes: verdicts that are asked for.
         attempts: replies of the judge that are read for one vote.
         cache: answers whose assessment is kept, so that the same answer to the same prompt is not judged again.
         by_criterion: adds the parts ``criteria/<name>``; for prompts that share a rubric.
+        reasons: asks for a sentence or two before the scores, which costs their tokens.
     """
 
     votes: int = 3
     attempts: int = 3
     cache: int = 10_000
     by_criterion: bool = False
+    reasons: bool = True
     _known: OrderedDict[tuple[str, str], Assessment] = field(init=False, repr=False, default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -143,6 +150,7 @@ class Rubric:
             unreadable=sum(vote.unreadable for vote in votes),
             tripped=tripped,
             spent=reduce(add, (vote.spent for vote in votes), Spent()),
+            reasons=tuple(vote.reasons for vote in votes if vote.reasons),
         )
 
     async def _vote(
@@ -150,17 +158,19 @@ class Rubric:
     ) -> _Vote:
         spent, unreadable, tripped = Spent(), 0, 0
         for attempt in range(self.attempts):
-            ballot, messages = _form(question, answer, rubric, reference)
+            ballot, messages = _form(question, answer, rubric, reference, reasons=self.reasons)
             seed = number * self.attempts + attempt
-            said, cost = await the_judge().ask(messages, seed=seed, schema=_schema(ballot, rubric))
+            said, cost = await the_judge().ask(
+                messages, seed=seed, schema=_schema(ballot, rubric, reasons=self.reasons)
+            )
             spent += cost
             try:
-                scores = _read(said, ballot, rubric)
+                scores, reasons = _read(said, ballot, rubric)
             except ValueError:
                 unreadable += 1
                 continue
             if scores.pop(_CONTROL) == 0:
-                return _Vote(scores, unreadable, tripped, spent)
+                return _Vote(scores, unreadable, tripped, spent, reasons)
             tripped += 1
         return _Vote(None, unreadable, tripped, spent)
 
@@ -171,6 +181,7 @@ class _Vote:
     unreadable: int
     tripped: int
     spent: Spent
+    reasons: str = ""
 
 
 @dataclass(kw_only=True)
@@ -308,7 +319,7 @@ def _value(scores: Mapping[str, float], rubric: Sequence[Criterion]) -> float:
 
 
 def _form(
-    question: str, answer: str, rubric: Sequence[Criterion], reference: str
+    question: str, answer: str, rubric: Sequence[Criterion], reference: str, *, reasons: bool
 ) -> tuple[Ballot, tuple[Message, Message]]:
     """A ballot and what the judge is told, with the criteria in a random order and a control among them."""
     word = f"{secrets.choice(_WORDS)}-{secrets.token_hex(3)}"
@@ -320,14 +331,16 @@ def _form(
     lines += ["", ballot.quote("question", question)]
     lines += [ballot.quote("reference", reference)] if reference else []
     lines += [ballot.quote("answer", answer)]
-    system = {"role": "system", "content": _INSTRUCTIONS.format(code=ballot.code)}
+    instructions = _INSTRUCTIONS.format(code=ballot.code, reasons=_REASONS if reasons else "")
+    system = {"role": "system", "content": instructions}
     return ballot, (system, {"role": "user", "content": "\n".join(["Criteria:", *lines])})
 
 
-def _schema(ballot: Ballot, rubric: Sequence[Criterion]) -> dict[str, Any]:
+def _schema(ballot: Ballot, rubric: Sequence[Criterion], *, reasons: bool) -> dict[str, Any]:
     scales = {_CONTROL: 1} | {one.name: one.scale for one in rubric}
     scores = {label: {"type": "integer", "minimum": 0, "maximum": scales[n]} for n, label in ballot.labels.items()}
-    return _object({"ballot": {"const": ballot.code}, "scores": _object(scores)})
+    said = {"reasons": {"type": "string"}} if reasons else {}
+    return _object({"ballot": {"const": ballot.code}, **said, "scores": _object(scores)})
 
 
 def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,9 +352,15 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read(said: str, ballot: Ballot, rubric: Sequence[Criterion]) -> dict[str, float]:
-    """Scores from 0 to 1 by criterion, the control among them. Raises ValueError for anything but a whole verdict."""
+def _read(said: str, ballot: Ballot, rubric: Sequence[Criterion]) -> tuple[dict[str, float], str]:
+    """Scores from 0 to 1 by criterion, the control among them, and the reasons for them, if any are given.
+
+    Raises ValueError for anything but a whole verdict.
+    """
     verdict = ballot.read(said)
+    reasons = verdict.pop("reasons", "")
+    if not isinstance(reasons, str):
+        raise ValueError("reasons are a text")
     scores = verdict.get("scores")
     if verdict.keys() != {"scores"} or not isinstance(scores, dict) or scores.keys() != set(ballot.labels.values()):
         raise ValueError("a verdict holds every label once and nothing else")
@@ -350,4 +369,4 @@ def _read(said: str, ballot: Ballot, rubric: Sequence[Criterion]) -> dict[str, f
     for name, score in by_name.items():
         if type(score) is not int or not 0 <= score <= scales[name]:
             raise ValueError(f"the score {score!r} is not a whole number from 0 to {scales[name]}")
-    return {name: score / scales[name] for name, score in by_name.items()}
+    return {name: score / scales[name] for name, score in by_name.items()}, reasons.strip()

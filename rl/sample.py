@@ -199,11 +199,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A sample with its reward. ``parts`` holds each reward function's own value before weighting."""
+    """A sample with its reward. ``parts`` holds each reward function's own value before weighting, ``comments`` what
+    some of them say of it in words, by the function's name."""
 
     sample: Sample
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    comments: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.reward):

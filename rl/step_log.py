@@ -16,7 +16,7 @@ from rl.rollouts import Tally
 from rl.run_directory import RunDirectory
 from rl.sample import Group, NDArray, Sample, Scored, Status
 from rl.sync import Sync
-from rl.trajectory import Trajectory, token_texts
+from rl.trajectory import SequenceView, Trajectory, token_texts
 from rollout.conversation import Conversation
 from trainer.learner import StepResult
 
@@ -130,14 +130,16 @@ class StepLog:
         return {"staleness/mean": float(age.mean), "staleness/max": float(age.max)}
 
     def _trajectory(self, scored: Scored, advantage: float, learned: Mapping[str, NDArray] | None) -> Trajectory:
-        sample = scored.sample
-        logprobs = (learned or {}).get(sample.id)
+        views = [self._sequence(sequence, advantage, learned or {}) for sequence in scored.sample.sequences]
+        return Trajectory(scored=scored, sequences=views, advantage=advantage)
+
+    def _sequence(self, sample: Sample, advantage: float, learned: Mapping[str, NDArray]) -> SequenceView:
+        logprobs = learned.get(sample.id)
         known = logprobs is not None
         log_ratios = np.where(sample.sampled, logprobs - sample.rollout_logprobs, 0.0) if known else None
-        return Trajectory(
-            scored=scored,
+        return SequenceView(
+            sample=sample,
             token_texts=token_texts(sample.token_ids, self._spell),
-            advantage=advantage,
             log_ratios=log_ratios,
             masked=log_ratios is not None and self._is_masked(sample, advantage, log_ratios),
         )

@@ -8,9 +8,41 @@ from typing import Any
 
 import numpy as np
 
-from rl.sample import NDArray, Scored
+from rl.sample import NDArray, Sample, Scored
 
 LONGEST_CHARACTER = 4  # bytes of one character in UTF-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceView:
+    """One training sequence of a trajectory as people read it. An episode may have several (``Sample.earlier``)."""
+
+    sample: Sample
+    token_texts: Sequence[str]  # [T], see ``token_texts``
+    log_ratios: NDArray | None = None  # float32 [T], learner minus rollout log-probability; None when not known
+    masked: bool = False  # whether the off-policy mask dropped it from the surrogate
+
+    def __post_init__(self) -> None:
+        sample = self.sample
+        for name, stream in (("token_texts", self.token_texts), ("log_ratios", self.log_ratios)):
+            if stream is not None and len(stream) != len(sample):
+                raise ValueError(f"trajectory {sample.id}: {name} has {len(stream)} entries for {len(sample)} tokens")
+
+    def record(self) -> dict[str, Any]:
+        """Streams have one entry a token; flags are 0 or 1; unknown streams are null."""
+        sample = self.sample
+        routed = np.ones(len(sample), bool) if sample.routed is None else sample.routed
+        return {
+            "masked": self.masked,
+            "token_ids": sample.token_ids.tolist(),
+            "tokens": list(self.token_texts),
+            "sampled": sample.sampled.astype(int).tolist(),
+            "rollout_logprobs": _rounded(sample.rollout_logprobs),
+            "log_ratios": None if self.log_ratios is None else _rounded(self.log_ratios),
+            "kept_sizes": None if sample.kept is None else sample.kept.sizes.tolist(),
+            "routed": None if sample.routes is None else routed.astype(int).tolist(),
+            "versions": sample.versions.tolist(),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,21 +50,13 @@ class Trajectory:
     """What a person needs to judge one sample: the conversation, its reward, and every token's numbers."""
 
     scored: Scored
-    token_texts: Sequence[str]  # [T], see ``token_texts``
+    sequences: Sequence[SequenceView]  # those of ``Sample.sequences``, in their order
     advantage: float
-    log_ratios: NDArray | None = None  # float32 [T], learner minus rollout log-probability; None when not known
-    masked: bool = False  # whether the off-policy mask dropped it from the surrogate
-
-    def __post_init__(self) -> None:
-        sample = self.scored.sample
-        for name, stream in (("token_texts", self.token_texts), ("log_ratios", self.log_ratios)):
-            if stream is not None and len(stream) != len(sample):
-                raise ValueError(f"trajectory {sample.id}: {name} has {len(stream)} entries for {len(sample)} tokens")
 
     def record(self) -> dict[str, Any]:
-        """Plain JSON values. Streams have one entry a token; flags are 0 or 1; unknown streams are null."""
+        """Plain JSON values. The last sequence's streams stand at the top, those before it under ``earlier``."""
         sample = self.scored.sample
-        routed = np.ones(len(sample), bool) if sample.routed is None else sample.routed
+        *earlier, last = self.sequences
         return {
             "id": sample.id,
             "prompt": sample.prompt.id,
@@ -47,16 +71,10 @@ class Trajectory:
             "status": str(sample.status),
             "reward": self.scored.reward,
             "parts": dict(self.scored.parts),
+            "comments": dict(self.scored.comments),
             "advantage": self.advantage,
-            "masked": self.masked,
-            "token_ids": sample.token_ids.tolist(),
-            "tokens": list(self.token_texts),
-            "sampled": sample.sampled.astype(int).tolist(),
-            "rollout_logprobs": _rounded(sample.rollout_logprobs),
-            "log_ratios": None if self.log_ratios is None else _rounded(self.log_ratios),
-            "kept_sizes": None if sample.kept is None else sample.kept.sizes.tolist(),
-            "routed": None if sample.routes is None else routed.astype(int).tolist(),
-            "versions": sample.versions.tolist(),
+            **last.record(),
+            "earlier": [sequence.record() for sequence in earlier],
         }
 
 

@@ -68,7 +68,7 @@ def length(sample):
     return len(sample.reply)
 
 def with_parts(sample):
-    return Reward(0.5, {"style": 0.25, "facts": 0.75})
+    return Reward(0.5, {"style": 0.25, "facts": 0.75}, comment="dull")
 
 def raises(sample):
     raise KeyError("no such rubric")

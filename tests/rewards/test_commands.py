@@ -16,7 +16,7 @@ from rewards.calibrate import agreement, read_gold
 from rewards.saved import read_samples, siblings
 from rl.errors import DataError
 from rl.sample import Scored, ToolCall, ToolResult, Turn
-from rl.trajectory import Trajectory
+from rl.trajectory import SequenceView, Trajectory
 from tests.rewards.judges import Form, honest, judge_elsewhere
 
 
@@ -32,7 +32,11 @@ def test_a_runs_trajectories_come_back_as_rewards_saw_them(make_sample, tmp_path
         make_sample("5", index=1, num_sampled=7),
     ]
     records = [
-        Trajectory(scored=Scored(sample=sample, reward=0.5), token_texts=["x"] * len(sample), advantage=0.0).record()
+        Trajectory(
+            scored=Scored(sample=sample, reward=0.5),
+            sequences=[SequenceView(sample=sample, token_texts=["x"] * len(sample))],
+            advantage=0.0,
+        ).record()
         for sample in samples
     ]
     read = read_samples(write(tmp_path / "step_1.jsonl", *records))

@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 
 from rewards.judge import JudgeAddress, appoint
-from rewards.protocol import BUILT_IN, Fault, Reward, check_names, part_name, read_result, read_results, resolve
+from rewards.protocol import (
+    BUILT_IN,
+    MAX_COMMENT,
+    Fault,
+    Reward,
+    check_names,
+    part_name,
+    read_result,
+    read_results,
+    resolve,
+)
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError
 
@@ -106,12 +116,18 @@ def test_numbers_are_rewards(value):
         (10**400, "not finite"),
         (Reward(1.0, {"style": math.inf}), "the part 'style' as inf, which is not finite"),
         (Reward(1.0, [1, 2]), "as parts"),  # type: ignore[arg-type]
+        (Reward(1.0, comment=7), "returned 7 as comment, which is not a text"),  # type: ignore[arg-type]
         ([1.0], "returned [1.0], which is not a number"),
     ],
 )
 def test_what_is_no_reward(value, reason):
     outcome = read_result(value)
     assert isinstance(outcome, Fault) and reason in outcome.reason
+
+
+def test_a_comment_is_kept_up_to_its_limit():
+    outcome = read_result(Reward(1.0, {"style": 1}, comment="x" * (MAX_COMMENT + 5)))
+    assert outcome == Reward(1.0, {"style": 1.0}, comment="x" * MAX_COMMENT)
 
 
 def test_a_coroutine_asks_for_async_def():

@@ -60,6 +60,7 @@ def test_weighted_sum_and_parts(user_rewards, make_sample):
         "slow_but_sure": 1.0,
         "ranks": 1.0,
     }
+    assert right.comments == {"judge": "dull"}
     assert right.reward == pytest.approx(1.0 + 0.25 - 0.05 + 2.0 + 1.0)
     assert wrong.reward == pytest.approx(0.0 + 0.25 - 0.05 + 2.0 + 0.0)
 

@@ -78,8 +78,20 @@ def test_an_answer_is_judged_once(make_sample):
     assert [reward.parts["judge_calls"] for reward in rewards] == [2, 0, 2, 2, 2] and calls == 8
 
 
+def test_the_judges_reasons_reach_the_reward(make_sample):
+    def reasoned(form: Form) -> str:
+        assert form.seed in (0, 3)
+        return form.verdict(lambda what, most: 0, reasons=f" no year {form.seed} ")
+
+    (reward,) = judged(make_sample, reasoned, "x", votes=2)
+    assert reward.comment == "no year 0\n\nno year 3"
+    (silent,) = judged(make_sample, honest, "x", votes=2)
+    assert silent.comment == "" and silent.value == reward.value
+
+
 UNREADABLE = [
     lambda form: "",
+    lambda form: form.verdict(lambda what, most: 0, reasons=["a"]),
     lambda form: "I would give it full marks.",
     lambda form: honest(form) + " Thank you.",
     lambda form: "Here you are: " + honest(form),

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rl.errors import RecipeError, RunStopped
 from rl.run_directory import RunDirectory
 from rl.sample import Kept, Prompt, Sample, Scored, Status
-from rl.trajectory import Trajectory, token_texts
+from rl.trajectory import SequenceView, Trajectory, token_texts
 
 
 def lines(path):
@@ -137,13 +137,28 @@ def test_an_explicit_end_stands(tmp_path):
 
 def test_trajectories_keep_every_tokens_numbers(tmp_path):
     run = RunDirectory.create(tmp_path / "a", recipe="")
-    scored = Scored(sample=make_sample(), reward=0.5, parts={"answer": 1.0, "length": -0.5})
+    earlier = make_sample(part=0, kept=None)
+    sample = make_sample(earlier=(earlier,))
+    scored = Scored(sample=sample, reward=0.5, parts={"answer": 1.0, "length": -0.5}, comments={"answer": "so"})
     ratios = np.array([0, 0, 0.25, np.nan], np.float32)
-    run.log_samples(
-        12,
-        [Trajectory(scored=scored, token_texts=["a", "b", "c", "ü"], advantage=-0.25, log_ratios=ratios, masked=True)],
-    )
+    texts = ["a", "b", "c", "ü"]
+    views = [
+        SequenceView(sample=earlier, token_texts=texts),
+        SequenceView(sample=sample, token_texts=texts, log_ratios=ratios, masked=True),
+    ]
+    run.log_samples(12, [Trajectory(scored=scored, sequences=views, advantage=-0.25)])
     (record,) = lines(run.samples / "step_12.jsonl")
+    streams = {
+        "masked": True,
+        "token_ids": [1, 2, 5, 7],
+        "tokens": ["a", "b", "c", "ü"],
+        "sampled": [0, 0, 1, 1],
+        "rollout_logprobs": [0, 0, -0.69315, 0],
+        "log_ratios": [0, 0, 0.25, None],
+        "kept_sizes": [0, 0, 2, 1],
+        "routed": [1, 1, 1, 0],
+        "versions": [-1, -1, 4, 5],
+    }
     assert record == {
         "step": 12,
         "id": "math/17#3",
@@ -159,30 +174,22 @@ def test_trajectories_keep_every_tokens_numbers(tmp_path):
         "status": "truncated",
         "reward": 0.5,
         "parts": {"answer": 1.0, "length": -0.5},
+        "comments": {"answer": "so"},
         "advantage": -0.25,
-        "masked": True,
-        "token_ids": [1, 2, 5, 7],
-        "tokens": ["a", "b", "c", "ü"],
-        "sampled": [0, 0, 1, 1],
-        "rollout_logprobs": [0, 0, -0.69315, 0],
-        "log_ratios": [0, 0, 0.25, None],
-        "kept_sizes": [0, 0, 2, 1],
-        "routed": [1, 1, 1, 0],
-        "versions": [-1, -1, 4, 5],
+        **streams,
+        "earlier": [streams | {"masked": False, "log_ratios": None, "kept_sizes": None}],
     }
     assert sorted(path.name for path in run.samples.iterdir()) == ["step_12.jsonl"]
 
 
 def test_unknown_streams_are_null(tmp_path):
-    scored = Scored(sample=make_sample(kept=None, routes=None, routed=None), reward=1.0)
-    record = Trajectory(scored=scored, token_texts=[""] * 4, advantage=0.0).record()
+    record = SequenceView(sample=make_sample(kept=None, routes=None, routed=None), token_texts=[""] * 4).record()
     assert (record["kept_sizes"], record["routed"], record["log_ratios"]) == (None, None, None)
 
 
 def test_a_stream_of_another_length_is_named(tmp_path):
-    scored = Scored(sample=make_sample(), reward=1.0)
     with pytest.raises(ValueError, match=r"trajectory math/17#3: token_texts has 1 entries for 4 tokens"):
-        Trajectory(scored=scored, token_texts=["a"], advantage=0.0)
+        SequenceView(sample=make_sample(), token_texts=["a"])
 
 
 @given(st.text(max_size=30))
