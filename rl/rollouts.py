@@ -79,7 +79,8 @@ class Rollouts:
 
     async def _score(self, prompt: Prompt, samples: list[Sample]) -> Group:
         began = time.perf_counter()
-        outcomes = await self.system.rewards.score_group(samples)
+        with self.system.timeline.span("rewards", "score", detail=prompt.id):
+            outcomes = await self.system.rewards.score_group(samples)
         self._tally.scoring += Mean(time.perf_counter() - began, 1)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
         self._tally.failures.update(f"{failure.reward} {failure.reason}" for failure in failures)

@@ -5,6 +5,7 @@
     metrics.jsonl          one object a step of reinforcement learning; step 0 is the evaluation before the first
     supervised.jsonl       one object a step of the cold start, whose steps count from 1 on their own
     events.out.tfevents.*  the same numbers for TensorBoard; those of the cold start are named ``supervised/...``
+    timeline.jsonl         who did what when, as ``rl.timeline`` says
     samples/step_N.jsonl   trajectories, one ``Trajectory.record()`` a line
     report.html, checkpoints/step_N/, model/   written by others at the paths given here
 
@@ -30,6 +31,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rl.errors import RecipeError, UserError
+from rl.timeline import Timeline
 from rl.trajectory import Trajectory
 
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
@@ -61,6 +63,7 @@ class RunDirectory:
         self._metrics = _JsonLines(self.metrics)
         self._supervised = _JsonLines(self.supervised)
         self._events = EventFileWriter(str(path), flush_secs=10)
+        self.timeline = Timeline(path / "timeline.jsonl")
 
     @classmethod
     def create(cls, path: str | Path, *, recipe: str) -> RunDirectory:

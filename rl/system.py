@@ -37,6 +37,7 @@ from rl.placement import seats, shared_gpus, threads_needed
 from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
 from rl.sync import Sync, Transport, connect, publish
+from rl.timeline import Timeline
 from rollout.conversation import Conversation
 from rollout.engine import check_window
 from rollout.environments.registry import resolve
@@ -74,6 +75,7 @@ class System(Generation):
     learner: Learner
     transport: Transport
     plan: Plan
+    timeline: Timeline
 
     async def learners_turn(self) -> None:
         """Before the learner steps: a GPU that it shares with an engine is all its own until weights are published."""
@@ -82,8 +84,9 @@ class System(Generation):
 
     async def publish(self, version: int) -> Sync:
         """The learner's weights into the engines; see :func:`rl.sync.publish`."""
-        await self.learner.sleep()
-        return await publish(self.transport, version)
+        with self.timeline.span("learner", "sync", step=version):
+            await self.learner.sleep()
+            return await publish(self.transport, version)
 
     @asynccontextmanager
     async def interruption(self) -> AsyncIterator[None]:
@@ -159,8 +162,11 @@ def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Convers
 
 
 @asynccontextmanager
-async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> AsyncIterator[System]:
+async def start(
+    recipe: Recipe, model_dir: Path, conversation: Conversation, timeline: Timeline | None = None
+) -> AsyncIterator[System]:
     """Joins the cluster named by the environment, or starts one on this machine, and runs the actors on it."""
+    timeline = timeline or Timeline()
     # A cold start begins its own phases.
     first_phase = None if recipe.supervised.steps else Phase.REINFORCEMENT
     join_cluster(recipe)
@@ -172,10 +178,11 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
     starting = (
         asyncio.create_task(start_rewards(recipe, judge)),
         learning,
-        asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation)),
+        asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation, timeline)),
     )
     try:
-        rewards, learner, pool = await asyncio.gather(*starting)
+        with timeline.span("driver", "start"):
+            rewards, learner, pool = await asyncio.gather(*starting)
         async with closing_episodes(recipe, pool, conversation) as episodes:
             yield System(
                 learner=learner,
@@ -186,6 +193,7 @@ async def start(recipe: Recipe, model_dir: Path, conversation: Conversation) -> 
                 sampling=recipe.sampling,
                 episodes=episodes,
                 plan=plan,
+                timeline=timeline,
             )
     finally:
         # Whatever was up when one of them failed must not outlive the run.
@@ -223,17 +231,21 @@ async def start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
 
 
 async def _start_pool(
-    recipe: Recipe, model_dir: Path, learning: asyncio.Task[Learner], reservation: Reservation
+    recipe: Recipe,
+    model_dir: Path,
+    learning: asyncio.Task[Learner],
+    reservation: Reservation,
+    timeline: Timeline,
 ) -> EnginePool:
     """Beside the learner; after it on shared GPUs, where vLLM measures how much memory is free."""
     options = reservation.engines
     if recipe.placement == Placement.split or recipe.rollout.engine != EngineKind.vllm:
-        return await EnginePool.start(recipe, model_dir, actor_options=options)
+        return await EnginePool.start(recipe, model_dir, actor_options=options, timeline=timeline)
     learner = await asyncio.shield(learning)
     if not recipe.supervised.steps:
         await learner.sleep()
     gpus = shared_gpus(await learner.gpus(), recipe.rollout.tensor_parallel)
-    return await EnginePool.start(recipe, model_dir, actor_options=options, gpus=gpus)
+    return await EnginePool.start(recipe, model_dir, actor_options=options, gpus=gpus, timeline=timeline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

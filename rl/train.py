@@ -48,13 +48,15 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
     )
     rollouts = Rollouts(recipe, system, data.stream, buffer)
     log = StepLog(recipe, system.conversation, run, progress)
+    timeline = run.timeline
     shuffle = np.random.default_rng([recipe.seed, 1])
     utilization = Utilization(system.plan)
     utilization.begin(await system.pool.stats())
     async with beside(rollouts.run()):
         for step in range(1, recipe.steps + 1):
             clock = StepClock()
-            groups = await buffer.take(recipe.prompts_per_step)
+            with timeline.span("driver", "rollout", step=step):
+                groups = await buffer.take(recipe.prompts_per_step)
             clock.lap("rollout")
 
             advantages = [
@@ -74,7 +76,8 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                 attention_span=system.learner.attention_span,
             )
             await system.learners_turn()
-            result = await system.learner.step(minibatches)
+            with timeline.span("learner", "step", step=step):
+                result = await system.learner.step(minibatches)
             clock.lap("learn")
 
             sync = await system.publish(version=step)
@@ -84,13 +87,15 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
 
             evaluation = None
             if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
-                evaluation = await evaluate(recipe, data.evaluation, system)
+                with timeline.span("driver", "evaluate", step=step):
+                    evaluation = await evaluate(recipe, data.evaluation, system)
                 clock.lap("evaluate")
                 utilization.begin(await system.pool.stats())
             log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, speeds, evaluation)
             if is_due(recipe.checkpoint.every, step, recipe.steps):
                 async with system.interruption():
-                    await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
+                    with timeline.span("learner", "checkpoint", step=step):
+                        await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
                 run.prune_checkpoints(recipe.checkpoint.keep)
 
 
@@ -99,21 +104,25 @@ async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress:
     model_dir = prepare_model(recipe, run.path)
     conversation = open_conversation(recipe, data, model_dir)
     demonstrations = encode_demonstrations(recipe, data, conversation)
-    async with start(recipe, model_dir, conversation) as system:
+    timeline = run.timeline
+    async with start(recipe, model_dir, conversation, timeline) as system:
         if recipe.supervised.steps:
             progress.enter(Stage.COLD_START)
             await system.pool.sleep()
-            await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
+            with timeline.span("learner", "cold start"):
+                await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
         await system.publish(version=0)
         if data.evaluation:
             progress.enter(Stage.EVALUATING)
-            before = await evaluate(recipe, data.evaluation, system)
+            with timeline.span("driver", "evaluate", step=0):
+                before = await evaluate(recipe, data.evaluation, system)
             StepLog(recipe, conversation, run, progress).before(before)
         progress.enter(Stage.TRAINING)
         await train(recipe, data, system, run, progress)
         progress.enter(Stage.SAVING)
         await system.pool.sleep()
-        await system.learner.save_model(run.model)
+        with timeline.span("learner", "save"):
+            await system.learner.save_model(run.model)
         conversation.tokenizer.save_pretrained(run.model)
 
 

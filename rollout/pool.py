@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from rl.config import EngineKind, Recipe, Sampling
 from rl.errors import RecipeError, RunStopped
 from rl.placement import engines_sleep, gpu_shares, threads_needed
 from rl.sample import NDArray, Prompt, Sample
+from rl.timeline import Timeline
 from rollout.actor import EngineActor
 from rollout.conversation import Conversation
 from rollout.engine import Completion, EngineStats, Request, check_window, truncates
+from rollout.engine_lane import EngineLane
 from rollout.samples import to_sample
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
 
@@ -44,6 +46,7 @@ class EnginePool:
         workers_per_engine: int = 1,
         sleeps: bool = False,
         shutdown_s: float = 0.0,
+        timeline: Timeline | None = None,
     ) -> None:
         """``shutdown_s``: seconds that :meth:`close` gives engines to come to rest and end what they started."""
         self.max_context = max_context
@@ -52,6 +55,8 @@ class EnginePool:
         self._shutdown_s = shutdown_s
         self._conversation = conversation
         self._engines = list(engines)
+        timeline = timeline or Timeline()
+        self._lanes = [EngineLane(f"engine {index}", timeline) for index in range(len(engines))]
         self._load = [0] * len(engines)  # sequences dispatched and not yet returned, and episodes that are seated
         self._numbers = itertools.count()
 
@@ -65,6 +70,7 @@ class EnginePool:
         version: int = 0,
         actor_options: Sequence[Mapping[str, Any]] = (),
         gpus: Sequence[str | None] = (),
+        timeline: Timeline | None = None,
     ) -> EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`.
 
@@ -82,6 +88,7 @@ class EnginePool:
             workers_per_engine=recipe.rollout.tensor_parallel,
             sleeps=engines_sleep(recipe),
             shutdown_s=_SHUTDOWN_S[recipe.rollout.engine],
+            timeline=timeline,
         )
         directory = str(Path(model_path).absolute())
         try:
@@ -147,11 +154,17 @@ class EnginePool:
         A bucket is put into the object store once, however many engines there are.
         """
         references = [bucket if isinstance(bucket, ray.ObjectRef) else ray.put(bucket) for bucket in buckets]
-        await asyncio.gather(*(self._call_all("stage", reference) for reference in references))
+        with ExitStack() as spans:
+            for lane in self._lanes:
+                spans.enter_context(lane.calling("stage"))
+            await asyncio.gather(*(self._call_all("stage", reference) for reference in references))
 
     async def commit(self, version: int) -> list[dict[str, int]]:
         """Puts the staged weights into effect in every engine; returns each engine's checksums of its live tensors."""
-        return await self._call_all("commit", version)
+        sums = await self._call_all("commit", version)
+        for lane in self._lanes:
+            lane.serves(version)
+        return sums
 
     @property
     def num_workers(self) -> int:
@@ -214,8 +227,9 @@ class EnginePool:
         if self._shutdown_s:
             ending = [engine.shutdown.remote() for engine in self._engines]
             ray.wait(ending, num_returns=len(ending), timeout=self._shutdown_s)
-        for engine in self._engines:
+        for engine, lane in zip(self._engines, self._lanes, strict=True):
             ray.kill(engine)
+            lane.close()
 
     async def _dispatch(self, requests: Sequence[Request]) -> list[Completion]:
         index = self._least_loaded()
@@ -230,7 +244,8 @@ class EnginePool:
 
     async def _generate(self, index: int, requests: Sequence[Request]) -> list[Completion]:
         try:
-            return await self._call(index, "generate", requests)
+            with self._lanes[index].generating():
+                return await self._call(index, "generate", requests)
         except asyncio.CancelledError:
             self._engines[index].abort.remote([request.id for request in requests])
             raise
@@ -243,7 +258,8 @@ class EnginePool:
         """One call of one engine, with Ray's exceptions turned back into what they stand for."""
         name = f"engine {index} of {len(self._engines)}"
         try:
-            return await getattr(self._engines[index], method).remote(*args, **kwargs)
+            with nullcontext() if method == "stage" else self._lanes[index].calling(method):
+                return await getattr(self._engines[index], method).remote(*args, **kwargs)
         except RayActorError as error:
             reason = str(error).partition("\n")[0]
             raise RunStopped(f"{name} died during {method}: {reason}") from error

@@ -16,6 +16,7 @@ from rl.prompts import PromptStream
 from rl.rollouts import HOPELESS_STEPS, REPLACED_STEPS, Rollouts
 from rl.sample import Group, Prompt, Sample, Scored
 from rl.system import System, seeds_of
+from rl.timeline import Timeline
 from rl.train import first_error
 from tests.rl.tiny_runs import make_prompt, make_sample, tiny_recipe
 
@@ -32,6 +33,7 @@ class Scripted:
         self.judge = judge
         self.asked: list[tuple[str, list[int]]] = []
         self.rewards = self
+        self.timeline = Timeline()
 
     async def generate(self, prompt: Prompt, seeds: Sequence[int]) -> list[Sample]:
         self.asked.append((prompt.id, list(seeds)))

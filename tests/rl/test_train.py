@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,25 @@ def test_the_model_that_comes_out_loads_in_transformers_and_here(full: tuple[Run
     ids = ids[:, : ours.config.index_topk]
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_timeline_shows_who_did_what(full: tuple[Run, str]):
+    run, _ = full
+    rows = read_lines(run.path / "timeline.jsonl")
+    assert {(row["actor"], row["phase"]) for row in rows} == {
+        *(("driver", phase) for phase in ("start", "rollout", "evaluate")),
+        *(("learner", phase) for phase in ("cold start", "step", "sync", "checkpoint", "save")),
+        *(("engine 0", phase) for phase in ("load", "generate", "sync")),
+        ("rewards", "score"),
+    }
+    assert all(0 <= row["begin"] <= row["end"] for row in rows)
+    generated = [row for row in rows if row["phase"] == "generate"]
+    assert {row["detail"] for row in generated} >= {"version 0", "version 4"}
+    spans = sorted((row["begin"], row["end"]) for row in generated)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    for step in run.steps:  # the clock of the metrics agrees
+        (learning,) = (row for row in rows if row["phase"] == "step" and row["step"] == step["step"])
+        assert learning["end"] - learning["begin"] <= step["time/learn_s"] + 0.01
 
 
 def test_what_is_printed_without_a_terminal(full: tuple[Run, str]):
