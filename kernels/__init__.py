@@ -25,6 +25,7 @@ R = TypeVar("R")
 # Device type to function name to the module that defines it.
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "cuda": {
+        "cache_rows": "kernels.paged",
         "decode_sparse_attention": "kernels.sparse_mla",
         "dense_attention": "kernels.varlen",
         "grouped_linear": "kernels.grouped",
@@ -36,10 +37,13 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "packed_indexer_loss": "kernels.indexer_loss",
         "packed_sparse_attention": "kernels.sparse_mla",
         "paged_index_scores": "kernels.indexer",
+        "paged_sparse_attention": "kernels.paged",
         "quantise_index_heads": "kernels.indexer",
         "select_keys": "kernels.indexer",
+        "select_paged_keys": "kernels.paged",
         "selection_bitmask": "kernels.masked_mha",
         "sparse_attention": "kernels.sparse_mla",
+        "store_rows": "kernels.paged",
         "topk_indices": "kernels.topk",
         "topk_mask": "kernels.topk",
     }
@@ -78,10 +82,16 @@ packed_index_scores = _by_device(reference.packed_index_scores)
 paged_index_scores = _by_device(reference.paged_index_scores)
 quantise_index_heads = _by_device(reference.quantise_index_heads)
 select_keys = _by_device(reference.select_keys)
+store_rows = _by_device(reference.store_rows)
+locate_rows = _by_device(reference.locate_rows)
+select_paged_keys = _by_device(reference.select_paged_keys)
+cache_rows = _by_device(reference.cache_rows)
+paged_sparse_attention = _by_device(reference.paged_sparse_attention)
 grouped_linear = _by_device(reference.grouped_linear)
 kept_logprobs = _by_device(reference.kept_logprobs)
 
 __all__ = [
+    "cache_rows",
     "decode_sparse_attention",
     "dense_attention",
     "grouped_linear",
@@ -89,6 +99,7 @@ __all__ = [
     "indexer_scores",
     "kept_logprobs",
     "latent_attention",
+    "locate_rows",
     "masked_attention",
     "mean_attention",
     "packed_attention",
@@ -96,10 +107,13 @@ __all__ = [
     "packed_indexer_loss",
     "packed_sparse_attention",
     "paged_index_scores",
+    "paged_sparse_attention",
     "quantise_index_heads",
     "select_keys",
+    "select_paged_keys",
     "selection_bitmask",
     "sparse_attention",
+    "store_rows",
     "topk_indices",
     "topk_mask",
 ]

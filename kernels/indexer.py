@@ -379,17 +379,31 @@ def paged_index_scores(
     key_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `kernels.reference.paged_index_scores`; pages and their scales may be strided views of one buffer."""
+    num_keys = block_table.shape[1] * key_pages.shape[1]
+    out = torch.full((queries.shape[0], num_keys), float("-inf"), dtype=torch.float32, device=queries.device)
+    paged_scores_into(out, queries, key_pages, weights, block_table, lengths, key_scales)
+    return out
+
+
+def paged_scores_into(
+    out: torch.Tensor,
+    queries: torch.Tensor,
+    key_pages: torch.Tensor,
+    weights: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    key_scales: torch.Tensor | None,
+) -> None:
+    """Writes the scores that each query sees to out [R, W * page] and leaves the rest as it is."""
     num_queries, num_heads, dim = queries.shape
     page = key_pages.shape[1]
-    num_keys = block_table.shape[1] * page
-    out = torch.full((num_queries, num_keys), float("-inf"), dtype=torch.float32, device=queries.device)
     if not out.numel():
-        return out
+        return
     if key_pages.stride(2) != 1 or (key_scales is not None and key_scales.stride(1) != 1):
         raise ValueError("paged_index_scores: the dims of a key and the scales of a page must be in one piece")
     tiling = TILINGS[queries.element_size()]
-    span = _span(num_queries, num_keys, tiling.keys)
-    _paged_kernel[(num_queries, triton.cdiv(num_keys, span))](
+    span = _span(num_queries, block_table.shape[1] * page, tiling.keys)
+    _paged_kernel[(num_queries, triton.cdiv(block_table.shape[1] * page, span))](
         queries.contiguous(),
         key_pages,
         weights.contiguous(),
@@ -409,7 +423,6 @@ def paged_index_scores(
         SCALED=key_scales is not None,
         **_shape(num_heads, dim, tiling),
     )
-    return out
 
 
 def select_keys(

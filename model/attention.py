@@ -17,7 +17,7 @@ import kernels
 from kernels.crossover import AttentionForm, attention_form
 from model.cache import CacheStep
 from model.config import ModelConfig
-from model.indexer import Indexer, IndexerHeads
+from model.indexer import IndexArithmetic, Indexer, IndexerHeads, Selections
 from model.norm import RMSNorm
 from model.packing import Batch, SequenceGroup
 from model.rope import RotaryAngles, softmax_scale
@@ -33,6 +33,8 @@ class WholeSequences:
     batch: Batch
     indexer_loss: IndexerLoss | None
     always_index: bool
+    index_arithmetic: IndexArithmetic = "plain"  # of what is selected; the indexer is trained in the plain one
+    selections: Selections | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,12 +123,14 @@ class Attention(nn.Module):
         queries = torch.cat([carried, streams.query_rope], dim=-1)
         return queries, torch.cat([streams.latent, streams.rope_key], dim=-1), to_value
 
-    def _index(self, streams: _Streams, how: WholeSequences) -> IndexerHeads | None:
+    def _index(
+        self, streams: _Streams, how: WholeSequences, arithmetic: IndexArithmetic = "plain"
+    ) -> IndexerHeads | None:
         """The indexer's heads, None where neither a selection nor its loss needs them."""
         if how.indexer_loss is None and how.batch.longest <= self.index_topk and not how.always_index:
             return None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None):
-            return self.indexer(streams.hidden.detach(), streams.query_latent.detach(), how.angles)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None and arithmetic == "plain"):
+            return self.indexer(streams.hidden.detach(), streams.query_latent.detach(), how.angles, arithmetic)
 
     def _packed(self, streams: _Streams, how: WholeSequences) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All sequences as one row, in the form that is fastest for the longest: what `_grouped` returns."""
@@ -140,14 +144,10 @@ class Attention(nn.Module):
             queries, keys = queries.flatten(0, 1), keys.flatten(0, 1)
         else:
             queries, keys, values = (stream.flatten(0, 1) for stream in self._expand(streams))
-        index = self._index(streams, how)
-        if index is not None:
-            index = IndexerHeads(*(stream.flatten(0, 1) for stream in index))
-        selected = None
-        if selects and index is not None:
-            detached = index.queries.detach(), index.keys.detach(), index.weights.detach()
-            spans = batch.starts, batch.ends
-            selected = kernels.select_keys(*detached, *spans, self.index_topk, longest=batch.longest)
+        chooses = _flat(self._index(streams, how, how.index_arithmetic))
+        learns = how.indexer_loss is not None and how.index_arithmetic != "plain"
+        index = _flat(self._index(streams, how)) if learns else chooses
+        selected = self._selected(chooses, how) if selects and chooses is not None else None
         if form is AttentionForm.SPARSE:
             assert selected is not None
             latents, _ = kernels.packed_sparse_attention(queries, keys, selected, self.scale, self.latent_dim)
@@ -165,6 +165,14 @@ class Attention(nn.Module):
                 index.queries, index.keys, index.weights, queries, keys, batch.starts, batch.ends, self.scale, selected
             )
         return heads.unflatten(0, streams.latent.shape[:2]), loss
+
+    def _selected(self, index: IndexerHeads, how: WholeSequences) -> torch.Tensor:
+        """Which keys of the packed row each query attends to, int32 [N, index_topk] padded with -1."""
+        batch = how.batch
+        detached = index.queries.detach(), index.keys.detach(), index.weights.detach()
+        spans = batch.starts, batch.ends
+        selected = kernels.select_keys(*detached, *spans, self.index_topk, index.key_scales, longest=batch.longest)
+        return selected if how.selections is None else how.selections.settle(self.layer, selected)
 
     def _form(self, batch: Batch) -> AttentionForm:
         return attention_form(
@@ -202,7 +210,7 @@ class Attention(nn.Module):
         if index is None or not (outgrown or indexer_loss is not None):
             return mask, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and indexer_loss is not None):
-            scores = kernels.indexer_scores(*(group.take(stream) for stream in index), visible=mask)
+            scores = kernels.indexer_scores(*(group.take(stream) for stream in index[:3]), visible=mask)
         if outgrown and indexer_loss != "dense":
             mask = kernels.topk_mask(scores.detach(), self.index_topk)
         if indexer_loss is None:
@@ -233,3 +241,16 @@ class Attention(nn.Module):
             return None
         scores = kernels.indexer_scores(index.queries, index_keys, index.weights, step.visible)
         return kernels.topk_indices(scores, self.index_topk)
+
+
+def _flat(index: IndexerHeads | None) -> IndexerHeads | None:
+    """The heads of all sequences as one row, [N, ...]."""
+    if index is None:
+        return None
+    scales = index.key_scales
+    return IndexerHeads(
+        queries=index.queries.flatten(0, 1),
+        keys=index.keys.flatten(0, 1),
+        weights=index.weights.flatten(0, 1),
+        key_scales=None if scales is None else scales.flatten(0, 1),
+    )

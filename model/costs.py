@@ -91,18 +91,22 @@ class ModelCosts:
         index = self.forward_flops(length) - self._without_index().forward_flops(length)
         return 3.0 * (self.forward_flops(length) - index) + index
 
-    def cache_bytes_per_token(self, tensor_parallel: int = 1, element_bytes: int = 2) -> float:
+    def cache_bytes_per_token(
+        self, tensor_parallel: int = 1, element_bytes: int = 2, *, quantised_keys: bool = True
+    ) -> float:
         """Bytes that one engine worker caches for a token, over all layers.
 
         MLA's latent is the same for every head, so each worker of a tensor-parallel engine holds all of it; index
-        keys are fp8 with an fp32 scale for every 128 of them. Grouped-query heads are spread, at least one a worker.
+        keys are fp8 with an fp32 scale for every 128 of them, or as wide as other elements. Grouped-query heads are
+        spread, at least one a worker.
         """
         total = 0.0
         for layer in self.layers:
             heads = 1 if self.kv_heads is None else self.kv_heads
             share = 1.0 if self.kv_heads is None else max(1.0, heads / tensor_parallel) / heads
             total += layer.cached * share * element_bytes
-            total += layer.index_key + 4 * (layer.index_key // _INDEX_QUANT_BLOCK)
+            scaled = layer.index_key + 4 * (layer.index_key // _INDEX_QUANT_BLOCK)
+            total += scaled if quantised_keys else layer.index_key * element_bytes
         return total
 
     def saved_bytes_per_token(self, layer: int, element_bytes: int = 2) -> int:

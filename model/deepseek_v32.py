@@ -157,6 +157,8 @@ class DeepseekV32(LanguageModel):
             batch=batch,
             indexer_loss=indexer_loss,
             always_index=self.always_index,
+            index_arithmetic=self.index_arithmetic,
+            selections=self.selections,
         )
 
     def _outline(self) -> ModelOutline:

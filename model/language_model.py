@@ -12,6 +12,7 @@ from torch import nn
 
 from model.attention import IndexerLoss
 from model.cache import CacheView, SlotCache
+from model.indexer import IndexArithmetic, Selections
 from model.moe import Routing
 from model.outline import ModelOutline
 
@@ -30,11 +31,15 @@ class LanguageModel(nn.Module, ABC):
 
     `always_index`: run the indexer's projections, if there are any, even in a forward that leaves no key out. ZeRO-3
     needs it where ranks may disagree on that, because they must all gather the same parameters in the same order.
+    `index_arithmetic`: how the indexer selects in packed sequences, so that a learner can follow an engine.
+    `selections`: given or recorded selections of the next forward over packed sequences; for measurements.
     """
 
     outline: ModelOutline
     lm_head: nn.Linear
     always_index: bool = False
+    index_arithmetic: IndexArithmetic = "plain"
+    selections: Selections | None = None
 
     @abstractmethod
     def backbone(

@@ -36,6 +36,10 @@ class RotaryAngles:
     def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         self._cos, self._sin = cos.unsqueeze(2), sin.unsqueeze(2)
 
+    def of_tokens(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of every token of a batch [B, T], each fp32 [B, T, qk_rope_head_dim / 2]."""
+        return self._cos.squeeze(2).expand(*shape, -1), self._sin.squeeze(2).expand(*shape, -1)
+
     def rotate_interleaved(self, heads: torch.Tensor) -> torch.Tensor:
         """Rotates the pairs (x0, x1), (x2, x3), ... of heads [B, T, H, dim].
 

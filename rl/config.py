@@ -18,6 +18,11 @@ class EngineKind(StrEnum):
     vllm = "vllm"
 
 
+class Dsa(StrEnum):
+    vllm = "vllm"
+    keel = "keel"
+
+
 class Placement(Enum):
     split = "split"
     shared = "shared"
@@ -188,6 +193,12 @@ class Rollout:
     """Whether vLLM gives its memory to the learner while that steps, where ``placement`` is ``shared``."""
     cuda_graphs: bool = True
     """Whether vLLM captures CUDA graphs: it starts slower and decodes faster."""
+    dsa: Dsa = Dsa.vllm
+    """Whose indexer and sparse attention a deepseek_v32 model uses in vLLM: vLLM's, whose fp8 selection the learner
+    then imitates, or Keel's, which selects as the learner does; other models attend as ever."""
+    batch_invariant: bool = False
+    """Whether a reply's bits are the same in any company, by vLLM's batch-invariant mode, which is slower. A sparse
+    model needs ``dsa: keel``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from model.costs import ModelCosts
-from rl.config import Recipe
+from rl.config import Dsa, Recipe
 from rl.hardware import GIB
 from rl.learner_memory import Item, element_bytes
 
@@ -88,7 +88,7 @@ def worker_memory(recipe: Recipe, costs: ModelCosts, gpu_bytes: int) -> WorkerMe
     return WorkerMemory(
         items=tuple(items),
         share_bytes=rollout.gpu_memory * gpu_bytes,
-        cache_bytes_per_token=costs.cache_bytes_per_token(parallel, element),
+        cache_bytes_per_token=costs.cache_bytes_per_token(parallel, element, quantised_keys=rollout.dsa == Dsa.vllm),
         max_context=recipe.model.max_context,
     )
 

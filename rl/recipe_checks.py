@@ -11,6 +11,7 @@ from rl.config import (
     Checkpoint,
     Doctor,
     Domain,
+    Dsa,
     EngineKind,
     EnvironmentUse,
     Evaluation,
@@ -263,9 +264,15 @@ def _judge_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
 
 
 def _vllm_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
-    if recipe.rollout.engine != EngineKind.vllm:
-        return
     rollout, temperature = recipe.rollout, recipe.sampling.temperature
+    if rollout.engine != EngineKind.vllm:
+        chosen = "batch_invariant true" if rollout.batch_invariant else f"dsa {rollout.dsa}"
+        yield (
+            "rollout.batch_invariant" if rollout.batch_invariant else "rollout.dsa",
+            not rollout.batch_invariant and rollout.dsa == Dsa.vllm,
+            f"rollout.{chosen} is a choice within vLLM, but rollout.engine is {rollout.engine}; leave it out",
+        )
+        return
     yield (
         "model.dtype",
         recipe.model.dtype == "bfloat16",

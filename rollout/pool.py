@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from model.tokenizer import load_tokenizer
-from rl.config import EngineKind, Recipe, Sampling
+from rl.config import Dsa, EngineKind, Recipe, Sampling
 from rl.errors import RecipeError, RunStopped
 from rl.placement import engines_sleep, gpu_shares, threads_needed
 from rl.sample import NDArray, Prompt, Sample
@@ -302,6 +302,8 @@ def _vllm_engines(
             expert_parallel=rollout.expert_parallel,
             gpu_memory=rollout.gpu_memory,
             cuda_graphs=rollout.cuda_graphs,
+            keel_dsa=rollout.dsa == Dsa.keel,
+            batch_invariant=rollout.batch_invariant,
             kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
             sleeps=engines_sleep(recipe),
             seed=recipe.seed + index,  # engines of one seed would draw the same for requests without one

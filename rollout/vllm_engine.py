@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -38,6 +39,8 @@ _ROUTER = {"moe_router_dtype": "float32", "topk_method": "noaux_tc", "scoring_fu
 _CONFIGURED_ROUTERS = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
 """Architectures that route in one way only in the learner, but in vLLM as config.json says, which may say nothing."""
 
+_OURS = {"DeepseekV32ForCausalLM": "rollout.vllm_dsa:KeelV32ForCausalLM"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
@@ -50,6 +53,8 @@ class EngineSettings:
     expert_parallel: bool = False  # whether they divide a layer's experts among them instead of each expert
     gpu_memory: float = 0.85  # share of each GPU, weights and cache together
     cuda_graphs: bool = True
+    keel_dsa: bool = False  # whether a deepseek_v32 model attends with our kernels (rollout.vllm_dsa) or vLLM's
+    batch_invariant: bool = False  # whether a reply's bits are the same in any company; sparse models need keel_dsa
     kept: bool = True  # whether requests get their kept sets
     sleeps: bool = False  # whether its memory can be given up between updates
     seed: int = 0  # a different one for every engine
@@ -238,6 +243,10 @@ async def _all(outputs: Any) -> list[Any]:
 def _start(model_path: str, model: ModelOutline, settings: EngineSettings) -> tuple[StepCounters, Any]:
     """vLLM's AsyncLLM, and the counters it feeds."""
     os.environ.update(_ENVIRONMENT)
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(settings.batch_invariant))
+    # vLLM looks at a model class of ours in processes that only know of paths from here.
+    root = str(Path(__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every update of parts that have no weights
     if settings.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpus
@@ -282,6 +291,7 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "distributed_executor_backend": "mp" if parallel else "uni",
         "gpu_memory_utilization": settings.gpu_memory,
         "enforce_eager": not settings.cuda_graphs,
+        "model_class_overrides": _OURS if settings.keel_dsa else {},
         "enable_sleep_mode": settings.sleeps,
         "enable_return_routed_experts": bool(model.moe_layers),
         "return_sampling_mask": settings.kept,

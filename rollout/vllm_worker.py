@@ -46,3 +46,16 @@ class WeightReader:
     def peak_memory_gb(self) -> float:
         """The most memory that torch, vLLM's own pools included, has had reserved on this worker's GPU so far."""
         return torch.cuda.max_memory_reserved() / _GB
+
+    def record_selections(self, on: bool) -> None:
+        """Begins to keep, or forgets, what every layer selects for the rows of prompts (``rollout.dsa: keel``)."""
+        self.model_runner.get_model().step.recorded = {} if on else None
+
+    def recorded_selections(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Of every layer, by its name in vLLM, since recording began: how many keys each row saw, int32 [R], and which
+        of them it selected, int32 [R, index_topk], ascending, then -1."""
+        recorded = self.model_runner.get_model().step.recorded
+        return {
+            layer: (torch.cat([seen for seen, _ in parts]), torch.cat([places for _, places in parts]))
+            for layer, parts in recorded.items()
+        }

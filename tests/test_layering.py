@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"kernels"},
     "leaf": {"leaf"},
     "rewards": {"leaf"},
-    "rollout": {"leaf", "model"},
+    "rollout": {"leaf", "model", "kernels"},
     "trainer": {"leaf", "model", "kernels"},
     "recipes": {"leaf", "rollout"},
     "driver": {"kernels", "model", "leaf", "rewards", "rollout", "trainer", "recipes", "driver"},

@@ -24,8 +24,10 @@ from kernels.reference.indexer import (
     topk_mask,
 )
 from kernels.reference.logprob import kept_logprobs
+from kernels.reference.paged import cache_rows, locate_rows, paged_sparse_attention, select_paged_keys, store_rows
 
 __all__ = [
+    "cache_rows",
     "decode_sparse_attention",
     "dense_attention",
     "grouped_linear",
@@ -33,6 +35,7 @@ __all__ = [
     "indexer_scores",
     "kept_logprobs",
     "latent_attention",
+    "locate_rows",
     "masked_attention",
     "mean_attention",
     "packed_attention",
@@ -40,10 +43,13 @@ __all__ = [
     "packed_indexer_loss",
     "packed_sparse_attention",
     "paged_index_scores",
+    "paged_sparse_attention",
     "quantise_index_heads",
     "select_keys",
+    "select_paged_keys",
     "selection_bitmask",
     "sparse_attention",
+    "store_rows",
     "topk_indices",
     "topk_mask",
 ]

@@ -30,7 +30,7 @@ import torch
 from model import load_model
 from model.outline import ModelOutline, outline
 from model.tokenizer import load_tokenizer
-from rl.config import EngineKind, Recipe
+from rl.config import Dsa, EngineKind, Recipe
 from rl.recipe import load_recipe
 from rl.system import prepare_model, start
 from rollout.conversation import Conversation
@@ -88,6 +88,8 @@ def vllm_settings(recipe: Recipe) -> Any:
         expert_parallel=rollout.expert_parallel,
         gpu_memory=rollout.gpu_memory,
         cuda_graphs=rollout.cuda_graphs,
+        keel_dsa=rollout.dsa == Dsa.keel,
+        batch_invariant=rollout.batch_invariant,
         kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
         seed=recipe.seed,
     )

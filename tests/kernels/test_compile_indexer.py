@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
-from kernels import grouped, indexer, indexer_loss, topk  # noqa: E402
+from kernels import grouped, indexer, indexer_loss, paged, topk  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -75,6 +75,15 @@ def prepare() -> None:
     indexer.quantise_index_heads(zeros(256, 64, 128), angles, angles, zeros(256, 64))
 
 
+def attend_pages() -> None:
+    pages, table, owners = zeros(8, 64, 576), int32(4)[None], int32(16)
+    paged.store_rows(pages, torch.zeros(16, dtype=torch.int64), zeros(16, 576))
+    index = zeros(16, 64, 128), zeros(8, 64, 128), zeros(16, 64, dtype=torch.float32)
+    places = paged.select_paged_keys(*index, table, owners, owners, 128)
+    rows = paged.cache_rows(places, table, owners, 64, 64)
+    paged.paged_sparse_attention(zeros(16, 64, 576), pages.flatten(0, 1), rows, 0.1, 512)
+
+
 CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "prepare": (prepare, []),
     "fp8 scores": (lambda: score(FP8), ["_packed_kernel", "_paged_kernel"]),
@@ -82,6 +91,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "one tile": (lambda: topk.bounded_topk(zeros(2, 8192, dtype=torch.float32), 2048), []),
     "rounds": (lambda: topk.bounded_topk(zeros(2, 32768, dtype=torch.float32), 2048, int32(2), int32(2)), []),
     "walk": (lambda: topk.bounded_topk(zeros(2, 32768, dtype=torch.float32), 20000), []),
+    "pages": (attend_pages, ["_paged_kernel"]),
     "loss": (learn, ["_target_kernel", "_normaliser_kernel", "_queries_kernel", "_keys_kernel"]),
     "grouped": (multiply, ["_rows_kernel", "_weights_kernel"]),
 }

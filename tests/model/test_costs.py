@@ -81,6 +81,7 @@ def test_deepseek_v32_by_hand(costs):
     assert 37e9 < model.active_parameters < 38e9  # "37B activated", and the indexer
     # 512 + 64 numbers of bf16, and 128 fp8 index keys with one fp32 scale, on every worker of an engine.
     assert model.cache_bytes_per_token() == model.cache_bytes_per_token(8) == 61 * (576 * 2 + 128 + 4) == 78_324
+    assert model.cache_bytes_per_token(quantised_keys=False) == 61 * (576 * 2 + 128 * 2)
     assert model.attended(4096) == 2048 * 2049 // 2 + 2048 * 2048
     assert model.forward_flops(4096) == pytest.approx(
         2 * model.active_parameters * 4096

@@ -224,6 +224,8 @@ def test_mistakes_inside_domains_and_models(write, change, sentence):
         ),
         (["sampling.max_tokens=4096"], "leaves no room for a prompt in model.max_context 4096"),
         (["rollout.tensor_parallel=2"], "the torch engine runs in one process"),
+        (["rollout.dsa=keel"], "rollout.dsa keel is a choice within vLLM, but rollout.engine is torch"),
+        (["rollout.batch_invariant=true"], "rollout.batch_invariant true is a choice within vLLM, but rollout.engine"),
         (["supervised.steps=5"], "supervised.demonstrations names nothing to learn from"),
         (["supervised.dense_warmup_steps=5"], "supervised.dense_warmup_steps is 5, but supervised.steps is 0"),
         (["domains.math.weight=0"], "domains.math.weight is 0.0; it must be above 0"),

@@ -1,6 +1,8 @@
 """What vLLM is asked for, from a model's outline and an engine's settings."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,18 @@ def test_routes_are_recorded_where_there_are_any():
 )
 def test_routers_are_told_how_to_route_only_where_that_is_read(architecture: str, overrides: dict):
     assert engine_arguments("m", replace(EXPERTS, architecture=architecture), SETTINGS)["hf_overrides"] == overrides
+
+
+def test_whose_attention_a_sparse_model_gets():
+    """vLLM's registry takes the place of a class by its path; nothing else about the engine changes."""
+    sparse = replace(EXPERTS, architecture="DeepseekV32ForCausalLM")
+    theirs, ours = (engine_arguments("m", sparse, replace(SETTINGS, keel_dsa=keel)) for keel in (False, True))
+    assert theirs.pop("model_class_overrides") == {}
+    ((architecture, path),) = ours.pop("model_class_overrides").items()
+    assert architecture == sparse.architecture and theirs == ours
+    module, _, name = path.partition(":")
+    source = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py").read_text()
+    assert name in {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
 def test_workers_are_this_processs_own():

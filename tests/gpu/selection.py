@@ -1,0 +1,258 @@
+"""What engine and learner select on the same weights, and what that is worth: one engine a run.
+
+    python -m tests.gpu.selection keel        # rollout.dsa: keel
+    python -m tests.gpu.selection invariant   # the same in vLLM's batch-invariant mode
+    python -m tests.gpu.selection vllm        # rollout.dsa: vllm, with and without a learner that imitates it
+    python -m tests.gpu.selection dense       # a model of the same size whose index_topk leaves nothing out
+
+Random weights, whose index scores are nearly ties, and contexts of several times index_topk. Prints JSON: learner minus
+engine per sampled token; of all query positions that see more than index_topk keys, over all layers, the share whose
+sets are identical, and what the sets share; tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import DeepseekV32, load_deepseek_v32, save_model
+from model.indexer import IndexArithmetic, Selections
+from rl.config import Sampling
+from rollout.engine import Completion, Request
+from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.replay import figures, log_ratios
+
+CONTEXT, TOP_K, LONG, NEW_TOKENS, COUNT = 4096, 512, 3000, 64, 8
+CASES = ("keel", "invariant", "vllm", "dense")
+Selected = dict[int, torch.Tensor]  # of one sequence, by layer: int32 [T, k]
+
+
+def make_model(path: Path, index_topk: int) -> None:
+    from tests.gpu.test_vllm_engine import CONFIG
+
+    torch.manual_seed(0)
+    module = DeepseekV32(replace(CONFIG, index_topk=index_topk, max_position_embeddings=CONTEXT))
+    save_model(module.to(torch.bfloat16), path)
+
+
+def make_requests(name: str, count: int, length: int, new_tokens: int) -> list[Request]:
+    generator = np.random.default_rng(list(name.encode()))
+    return [
+        Request(
+            id=f"{name}{number}",
+            token_ids=generator.integers(0, 1000, length).astype(np.int32),
+            sampling=Sampling(top_p=0.95, max_tokens=new_tokens),
+            seed=number,
+        )
+        for number in range(count)
+    ]
+
+
+def whole(request: Request, completion: Completion) -> np.ndarray:
+    return np.concatenate([request.token_ids, completion.token_ids]).astype(np.int32)
+
+
+def record_vllm(worker: Any) -> None:
+    """Runs in vLLM's worker: keeps what its own indexer selects, which it does not return."""
+    from vllm.models.deepseek_v32 import attention  # pyright: ignore[reportMissingImports]
+
+    kept: dict[str, list[torch.Tensor]] = {}
+    theirs = attention.sparse_attn_indexer
+
+    def recording(hidden: torch.Tensor, prefix: str, *arguments: Any, **options: Any) -> torch.Tensor:
+        out = theirs(hidden, prefix, *arguments, **options)
+        if not torch.cuda.is_current_stream_capturing():
+            kept.setdefault(prefix, []).append(out[: hidden.shape[0]].cpu())
+        return out
+
+    attention.sparse_attn_indexer = recording
+    worker.keel_kept = kept
+
+
+def recorded_vllm(worker: Any) -> dict[str, torch.Tensor]:
+    kept = {name: torch.cat(parts) for name, parts in worker.keel_kept.items()}
+    worker.keel_kept.clear()
+    return kept
+
+
+async def engine_selections(actor: VllmEngineActor, ours: bool, sequences: Sequence[np.ndarray]) -> list[Selected]:
+    """What the engine selects for every position of whole sequences, each prefilled alone."""
+    if not ours:
+        await actor._engine.collective_rpc(record_vllm)
+    found = []
+    for number, ids in enumerate(sequences):
+        await actor._engine.reset_prefix_cache()
+        if ours:
+            await actor._engine.collective_rpc("record_selections", args=(True,))
+        else:
+            await actor._engine.collective_rpc(recorded_vllm)
+        request = Request(id=f"again{number}", token_ids=ids, sampling=Sampling(max_tokens=1), seed=0)
+        await actor.generate([request])
+        if ours:
+            (kept,) = await actor._engine.collective_rpc("recorded_selections")
+            kept = {name: places for name, (_, places) in kept.items()}
+        else:
+            (kept,) = await actor._engine.collective_rpc(recorded_vllm)
+        found.append({int(name.split(".layers.")[1].split(".")[0]): rows[: len(ids)] for name, rows in kept.items()})
+    if ours:
+        await actor._engine.collective_rpc("record_selections", args=(False,))
+    return found
+
+
+def learner_selections(module: DeepseekV32, ids: np.ndarray) -> Selected:
+    module.selections = Selections()
+    with torch.no_grad():
+        module.backbone(torch.tensor(ids, device="cuda").long()[None])
+    own, module.selections = module.selections.own, None
+    return {layer: rows.cpu() for layer, rows in own.items()}
+
+
+def bits(places: torch.Tensor) -> torch.Tensor:
+    marks = torch.zeros(places.shape[0], CONTEXT + 1, dtype=torch.bool)
+    return marks.scatter_(1, torch.where(places < 0, CONTEXT, places).long(), True)[:, :CONTEXT]
+
+
+def agreement(theirs: Sequence[Selected], ours: Sequence[Selected]) -> dict[str, Any]:
+    """Share of positions with identical sets, and the mean share of a set that the other has too."""
+    same: dict[int, list[float]] = {}
+    common: dict[int, list[float]] = {}
+    for engine, learner in zip(theirs, ours, strict=True):
+        for layer in sorted(learner):
+            a, b = bits(engine[layer][TOP_K:]), bits(learner[layer][TOP_K:])
+            same.setdefault(layer, []).append(float((a == b).all(dim=1).float().mean()))
+            common.setdefault(layer, []).append(float(((a & b).sum(dim=1) / b.sum(dim=1)).mean()))
+    return {
+        "identical_by_layer": {layer: float(np.mean(shares)) for layer, shares in same.items()},
+        "common_by_layer": {layer: float(np.mean(shares)) for layer, shares in common.items()},
+        "identical": float(np.mean([share for shares in same.values() for share in shares])),
+        "common": float(np.mean([share for shares in common.values() for share in shares])),
+    }
+
+
+async def alone_and_together(actor: VllmEngineActor) -> dict[str, float]:
+    """Equal tokens and equal bits of log-probabilities: the same requests in a batch of others, and one by one."""
+    requests = make_requests("company", 24, 700, 32)
+    together = await actor.generate(requests)
+    equal, same_bits = [], []
+    for request, in_company in list(zip(requests, together, strict=True))[:4]:
+        await actor._engine.reset_prefix_cache()
+        (alone,) = await actor.generate([replace(request, id=f"{request.id}-alone")])
+        equal.append(np.array_equal(alone.token_ids, in_company.token_ids))
+        same_bits.append(np.array_equal(alone.logprobs, in_company.logprobs))
+    return {"equal_tokens": float(np.mean(equal)), "equal_bits": float(np.mean(same_bits))}
+
+
+async def speed(actor: VllmEngineActor, length: int) -> float:
+    best = 0.0
+    for turn in range(2):  # the first compiles
+        requests = make_requests(f"speed{length}-{turn}", 64, length, 128)
+        began = time.perf_counter()
+        outputs = await actor.generate(requests)
+        best = max(best, sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began))
+    return best
+
+
+def mismatches(
+    module: DeepseekV32,
+    requests: Sequence[Request],
+    completions: Sequence[Completion],
+    arithmetic: IndexArithmetic,
+    selected: Sequence[Selected] | None = None,
+) -> dict[str, float]:
+    module.index_arithmetic = arithmetic
+    if selected is None:
+        return figures(log_ratios(module, requests, completions))
+    ratios = []
+    for request, completion, places in zip(requests, completions, selected, strict=True):
+        module.selections = Selections(replayed={layer: rows.cuda() for layer, rows in places.items()})
+        ratios.append(log_ratios(module, [request], [completion]))
+        module.selections = None
+    return figures(np.concatenate(ratios))
+
+
+async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict[str, Any]) -> dict[str, Any]:
+    ours = case in ("keel", "invariant")
+    settings = EngineSettings(
+        dtype="bfloat16",
+        max_num_seqs=64,
+        max_context=CONTEXT,
+        gpu_memory=options.gpu_memory,
+        cuda_graphs=not options.eager,
+        keel_dsa=ours,
+        batch_invariant=case == "invariant",
+    )
+    actor, kept = VllmEngineActor(), {}
+    began = time.perf_counter()
+    await actor.load(str(path), settings)
+    seen["start_s"] = time.perf_counter() - began
+    try:
+        for name, length in (("short", 40), ("long", LONG)):
+            kept[name] = make_requests(name, COUNT, length, NEW_TOKENS)
+            kept[f"{name} done"] = await actor.generate(kept[name])
+        seen["stages"] = ["generated"]
+        if case != "dense":
+            sequences = [whole(*pair) for pair in zip(kept["long"], kept["long done"], strict=True)]
+            kept["selected"] = await engine_selections(actor, ours, sequences)
+            seen["stages"].append("selections")
+        if ours:
+            seen["company"] = await alone_and_together(actor)
+        if not options.eager:
+            seen["tokens_per_s"] = {length: await speed(actor, length) for length in (64, 2048)}
+    finally:
+        await actor.shutdown()
+    return kept
+
+
+def compare(case: str, path: Path, kept: dict[str, Any], seen: dict[str, Any]) -> None:
+    module = load_deepseek_v32(path, dtype=torch.bfloat16, device="cuda").eval()
+    for name in ("short", "long"):
+        pair = kept[name], kept[f"{name} done"]
+        seen[f"{name}, plain learner"] = mismatches(module, *pair, "plain")
+        if case == "vllm" and name == "long":
+            seen["long, imitating learner"] = mismatches(module, *pair, "vllm")
+    if case == "dense":
+        return
+    long = kept["long"], kept["long done"]
+    seen["long, engine's selection replayed"] = mismatches(module, *long, "plain", kept["selected"])
+    sequences = [whole(*pair) for pair in zip(*long, strict=True)]
+    for arithmetic in ("plain", "vllm") if case == "vllm" else ("plain",):
+        module.index_arithmetic = arithmetic
+        own = [learner_selections(module, ids) for ids in sequences]
+        seen[f"selection, {arithmetic} learner"] = agreement(kept["selected"], own)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.selection", description="What both sides select.")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--gpu-memory", type=float, default=0.3)
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    options = parser.parse_args(argv)
+    seen: dict[str, Any] = {"case": options.case, "device": torch.cuda.get_device_name(), "eager": options.eager}
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "model"
+            make_model(path, CONTEXT if options.case == "dense" else TOP_K)
+            kept = asyncio.run(observe(options.case, path, options, seen))
+            compare(options.case, path, kept, seen)
+    finally:
+        text = json.dumps(seen, indent=2)
+        print(text, flush=True)
+        if options.out:
+            options.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
