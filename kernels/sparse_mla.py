@@ -283,9 +283,9 @@ def _store_pairs(out, pairs, stop, columns, acc, DIM: tl.constexpr):
 @triton.jit
 def _sum_pairs_kernel(
     grad_pairs, order, bounds, grad_keys,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M). Adds to grad_keys fp32 [M, D] the pairs order[bounds[key]:bounds[key + 1]], in that order."""
+    """Grid (M). Adds to grad_keys fp32 [M, D] the pairs order[bounds[key]:bounds[key + 1]], in order, PARTS each."""
     key = tl.program_id(0).to(tl.int64)
     first = tl.load(bounds + key)
     stop = tl.load(bounds + key + 1)
@@ -297,7 +297,9 @@ def _sum_pairs_kernel(
         places = start + tl.arange(0, BLOCK_P)
         pairs = tl.load(order + places, mask=places < stop, other=0)
         there = (places < stop)[:, None] & (columns < DIM)[None, :]
-        acc += tl.load(grad_pairs + pairs[:, None] * DIM + columns[None, :], mask=there, other=0.0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            values = grad_pairs + (pairs * PARTS + part)[:, None] * DIM + columns[None, :]
+            acc += tl.load(values, mask=there, other=0.0).to(tl.float32)
     target = grad_keys + key * DIM + columns
     total = tl.load(target, mask=columns < DIM, other=0.0) + tl.sum(acc, axis=0)
     tl.store(target, total, mask=columns < DIM)
@@ -481,30 +483,34 @@ def _backward(
 
 def _backward_block(queries, keys, indices, out, lse, grad_out, scale, grad_queries, grad_keys) -> None:
     """Writes grad_queries and adds to grad_keys (fp32) what one block of queries contributes."""
+    grad_pairs = _pair_gradients(queries, keys, indices, grad_out, lse, row_delta(out, grad_out), scale, grad_queries)
+    # -1 sorts before every key, so the pairs of key s are order[bounds[s]:bounds[s + 1]], ascending for being stable.
+    ordered, order = torch.sort(indices.flatten(), stable=True)
+    bounds = torch.searchsorted(ordered, torch.arange(keys.shape[0] + 1, dtype=ordered.dtype, device=keys.device))
+    _sum_pairs_kernel[(keys.shape[0],)](
+        grad_pairs, order, bounds, grad_keys, DIM=keys.shape[1], PARTS=grad_pairs.shape[2],
+        BLOCK_D=triton.next_power_of_2(keys.shape[1]), BLOCK_P=4, STAGES=3, num_warps=4,
+    )  # fmt: skip
+
+
+def _pair_gradients(queries, keys, indices, grad_out, lse, delta, scale, grad_queries) -> torch.Tensor:
+    """What each pair adds to its key's gradient, [n, K, 1, D], undefined where there is none; writes grad_queries."""
     num_queries, num_heads, dim = queries.shape
-    num_selected, value_dim = indices.shape[1], out.shape[2]
+    num_selected, value_dim = indices.shape[1], grad_out.shape[2]
     tiles = _backward_tiles(num_heads, keys.element_size())
     blocks = _blocks(value_dim, dim, num_selected, tiles, keys)
     strides = queries.stride(0), queries.stride(1)
-    delta = row_delta(out, grad_out)
     probs = torch.empty(num_queries, num_heads, num_selected, dtype=keys.dtype, device=keys.device)
     d_scores = torch.empty_like(probs)
     _grad_queries_kernel[(num_queries * _ceil_div(num_heads, tiles.heads),)](
         queries, keys, indices, grad_out, lse, delta, grad_queries, probs, d_scores, scale, num_heads, num_selected,
         *strides, keys.stride(0), **blocks, num_warps=tiles.warps,
     )  # fmt: skip
-    grad_pairs = torch.empty(num_queries, num_selected, dim, dtype=keys.dtype, device=keys.device)
+    grad_pairs = torch.empty(num_queries, num_selected, 1, dim, dtype=keys.dtype, device=keys.device)
     pairs = _pair_blocks(num_heads, keys.element_size())
     _grad_pairs_kernel[(_ceil_div(dim, pairs["BLOCK_D"]), num_queries)](
         queries, indices, grad_out, probs, d_scores, grad_pairs, num_heads, num_selected, *strides,
         LATENT=value_dim, ROPE=dim - value_dim, BLOCK_ALL=blocks["BLOCK_ALL"], PRECISION=blocks["PRECISION"], **pairs,
         num_warps=8,
     )  # fmt: skip
-    del probs, d_scores
-    # -1 sorts before every key, so the pairs of key s are order[bounds[s]:bounds[s + 1]], ascending for being stable.
-    ordered, order = torch.sort(indices.flatten(), stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(keys.shape[0] + 1, dtype=ordered.dtype, device=keys.device))
-    _sum_pairs_kernel[(keys.shape[0],)](
-        grad_pairs, order, bounds, grad_keys,
-        DIM=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=4, STAGES=3, num_warps=4,
-    )  # fmt: skip
+    return grad_pairs
