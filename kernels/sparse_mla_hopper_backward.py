@@ -10,6 +10,7 @@ Shape letters as in `kernels.sparse_mla`; B blocks of 64 heads.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
