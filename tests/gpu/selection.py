@@ -29,6 +29,7 @@ import torch
 from model import DeepseekV32, load_deepseek_v32, save_model
 from model.indexer import IndexArithmetic, Selections
 from rl.config import Sampling
+from rollout import vllm_engine
 from rollout.engine import Completion, Request
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
 from tests.gpu.replay import figures, log_ratios
@@ -181,13 +182,23 @@ def mismatches(
     return figures(np.concatenate(ratios))
 
 
+def fix_cache(num_bytes: int = 6 << 30) -> None:
+    """Engines made from now on get a cache of this size without measuring, so that several can start on one GPU."""
+    arguments = vllm_engine.engine_arguments
+
+    def fixed(*given: Any) -> dict[str, Any]:
+        return arguments(*given) | {"kv_cache_memory_bytes": num_bytes}
+
+    vllm_engine.engine_arguments = fixed
+
+
 async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict[str, Any]) -> dict[str, Any]:
     ours = case in ("keel", "invariant")
     settings = EngineSettings(
         dtype="bfloat16",
         max_num_seqs=64,
         max_context=CONTEXT,
-        gpu_memory=options.gpu_memory,
+        gpu_memory=0.05,
         cuda_graphs=not options.eager,
         keel_dsa=ours,
         batch_invariant=case == "invariant",
@@ -207,7 +218,7 @@ async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict
             seen["stages"].append("selections")
         if ours:
             seen["company"] = await alone_and_together(actor)
-        if not options.eager:
+        if options.speed:
             seen["tokens_per_s"] = {length: await speed(actor, length) for length in (64, 2048)}
     finally:
         await actor.shutdown()
@@ -236,10 +247,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.selection", description="What both sides select.")
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--gpu-memory", type=float, default=0.3)
+    parser.add_argument("--speed", action="store_true", help="tokens a second too; nothing else may use the GPU then")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(argv)
     seen: dict[str, Any] = {"case": options.case, "device": torch.cuda.get_device_name(), "eager": options.eager}
+    fix_cache()
     try:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "model"
