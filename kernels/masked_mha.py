@@ -1,7 +1,9 @@
 """Causal attention with per-head keys and values over packed sequences on the GPU, dense or under a token bitmask.
 
-DSA's MHA form. No atomics: one pass is stationary in the queries (forward, their gradient), one in the keys, so every
-sum has one order. A program serves one block of rows of one sequence and one head.
+DSA's MHA form. A program serves one block of rows of one sequence and one head. No atomics: the forward pass and the
+gradient of the queries are stationary in the queries, and the latter writes the probabilities and their gradients, of
+as many heads at a time as PAIRS_LIMIT admits; products of these, stationary in the keys, are the gradients of keys and
+values. Every sum has one order.
 
 Shape letters: N rows, H heads, d columns of queries and keys, v of values, S sequences, W mask words a row.
 """
@@ -20,6 +22,8 @@ import triton.language as tl
 from kernels.delta import row_delta
 
 LOG2_E = 1.4426950408889634
+# What the backward pass keeps of pairs of queries and keys at a time, in bytes: at least one head's.
+PAIRS_LIMIT = 1 << 30
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
@@ -53,20 +57,22 @@ def _launches(dim: int, value_dim: int, element_size: int) -> Launches:
         return Launches(
             forward=Tiles(own=128, other=128, warps=8, stages=2),
             grad_queries=Tiles(own=128, other=64, warps=8, stages=2),
-            grad_keys=Tiles(own=128, other=32, warps=8, stages=2),
+            grad_keys=Tiles(own=128, other=64, warps=8, stages=3),
         )
     return Launches(
         forward=Tiles(own=128, other=64, warps=8, stages=2),
         grad_queries=Tiles(own=64, other=32, warps=8, stages=2),
-        grad_keys=Tiles(own=64, other=32, warps=8, stages=2),
+        grad_keys=Tiles(own=64, other=64, warps=8, stages=2),
     )
 
 
 @triton.jit
 def _rows_of(program, cu_seqlens, num_sequences, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Which block of which sequence a program serves: (first row of the sequence, its length, first row of the block).
+    """Which block of which sequence a program serves: (first row of the sequence, its length, first row of the block,
+    tiles of the sequences before).
 
     The last block of a sequence comes first, because under causality it has the most work. Length 0: nothing to do.
+    A sequence of n blocks has a tile for each of its n (n + 1) / 2 pairs of a block and an earlier or the same one.
     """
     sequences = tl.arange(0, BLOCK_S)
     inside = sequences < num_sequences
@@ -78,7 +84,9 @@ def _rows_of(program, cu_seqlens, num_sequences, BLOCK: tl.constexpr, BLOCK_S: t
     start = tl.sum(tl.where(mine, starts, 0), axis=0)
     length = tl.sum(tl.where(mine, lengths, 0), axis=0)
     last = tl.sum(tl.where(mine, ends, 0), axis=0) - 1
-    return start, length, (last - program) * BLOCK
+    tiles = blocks * (blocks + 1) // 2
+    before = tl.sum(tl.where(mine, tl.cumsum(tiles, axis=0) - tiles, 0), axis=0)
+    return start, length, (last - program) * BLOCK, before
 
 
 @triton.jit
@@ -99,17 +107,14 @@ def _store(base, rows, there, stride, values, FIRST: tl.constexpr, WIDTH: tl.con
 
 
 @triton.jit
-def _words(bitmask, rows, there, num_words, first, ORDER: tl.constexpr):
-    """Mask word first + ORDER of each row; 0 where the row has no such word."""
-    place = bitmask + rows.to(tl.int64) * num_words + first + ORDER
-    return tl.load(place, mask=there & (first + ORDER < num_words), other=0)
-
-
-@triton.jit
-def _bits(word_0, word_1, word_2, word_3, lane):
-    """Bit `lane` (0 to 127) of four words, each broadcast against lane."""
-    word = tl.where(lane < 64, tl.where(lane < 32, word_0, word_1), tl.where(lane < 96, word_2, word_3))
-    return ((word >> (lane & 31)) & 1) != 0
+def _allowed(ordered, rows, there, num_words, first, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """Bits [first, first + BLOCK) of the given rows of `ordered_bitmask`: [BLOCK_M, BLOCK]; 0 where there are none."""
+    group = first // 128 * 4
+    place = ordered + rows.to(tl.int64)[:, None] * num_words + group + tl.arange(0, 4)[None, :]
+    words = tl.load(place, mask=there[:, None] & (group < num_words), other=0) >> (first % 128 // 4)
+    bit = tl.arange(0, BLOCK // 8)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    bits = words[:, None, :, None] & (tl.full([1, 1, 1, 1], 1, tl.int32) << bit[None, :, None, :])
+    return tl.reshape(bits != 0, [BLOCK_M, BLOCK])
 
 
 @triton.jit
@@ -117,8 +122,8 @@ def _forward_tiles(
     acc, highest, total, q_first, q_rest, keys, values, bitmask, rows, row_there, start, length, low, high,
     stride_key, stride_value, num_words, scale,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DIAGONAL: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DIAGONAL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys [low, high) of one sequence."""
     lane = tl.arange(0, BLOCK_N)
@@ -126,28 +131,20 @@ def _forward_tiles(
         places = first + lane
         there = places < length
         if MASKED:
-            words = first // 32
-            word_0 = _words(bitmask, start + rows, row_there, num_words, words, 0)
-            word_1 = _words(bitmask, start + rows, row_there, num_words, words, 1)
-            word_2 = word_0
-            word_3 = word_1
-            if BLOCK_N > 64:
-                word_2 = _words(bitmask, start + rows, row_there, num_words, words, 2)
-                word_3 = _words(bitmask, start + rows, row_there, num_words, words, 3)
+            allowed = _allowed(bitmask, start + rows, row_there, num_words, first, BLOCK_M, BLOCK_N)
         k = _tile(keys, start + places, there, stride_key, 0, FIRST, BLOCK_FIRST)
         scores = tl.dot(q_first, tl.trans(k), input_precision=PRECISION)
         if REST > 0:
             k = _tile(keys, start + places, there, stride_key, FIRST, REST, BLOCK_REST)
             scores = tl.dot(q_rest, tl.trans(k), scores, input_precision=PRECISION)
-        scores = scores * scale
         if MASKED:
-            allowed = _bits(word_0[:, None], word_1[:, None], word_2[:, None], word_3[:, None], lane[None, :])
             scores = tl.where(allowed, scores, float("-inf"))
         if DIAGONAL:
             scores = tl.where(rows[:, None] >= places[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
-        shrink = tl.exp2(highest - higher)
-        probs = tl.exp2(scores - higher[:, None])
+        shift = higher * scale
+        shrink = tl.exp2(highest * scale - shift)
+        probs = tl.exp2(scores * scale - shift[:, None])
         total = total * shrink + tl.sum(probs, axis=1)
         v = _tile(values, start + places, there, stride_value, 0, VALUE, BLOCK_V)
         acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -164,7 +161,7 @@ def _forward_kernel(
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of queries, H). out [N, H, v], lse fp32 [N, H] (base 2, -inf for no keys)."""
-    start, length, block = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
+    start, length, block, _ = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
     if length == 0:
         return
     head = tl.program_id(1).to(tl.int64)
@@ -177,62 +174,43 @@ def _forward_kernel(
         q_rest = _tile(query, start + rows, row_there, stride_query, FIRST, REST, BLOCK_REST)
     keys += head * stride_key_head
     values += head * stride_value_head
-    # A finite start keeps exp2(highest - higher) defined for rows that have seen no key yet.
+    # A finite start keeps the differences defined for rows that have seen no key yet.
     highest = tl.full([BLOCK_M], -1.0e30, dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
     diagonal = block // BLOCK_N * BLOCK_N
     acc, highest, total = _forward_tiles(
         acc, highest, total, q_first, q_rest, keys, values, bitmask, rows, row_there, start, length, 0, diagonal,
-        stride_key, stride_value, num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_N,
-        MASKED, False, STAGES, PRECISION,
+        stride_key, stride_value, num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M,
+        BLOCK_N, MASKED, False, STAGES, PRECISION,
     )  # fmt: skip
     acc, highest, total = _forward_tiles(
         acc, highest, total, q_first, q_rest, keys, values, bitmask, rows, row_there, start, length, diagonal,
         tl.minimum(block + BLOCK_M, length), stride_key, stride_value, num_words, scale, FIRST, REST, VALUE,
-        BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_N, MASKED, True, STAGES, PRECISION,
+        BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED, True, STAGES, PRECISION,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     _store(out + head * VALUE, start + rows, row_there, num_heads * VALUE, acc, 0, VALUE, BLOCK_V)
     place = lse + (start + rows).to(tl.int64) * num_heads + head
-    tl.store(place, tl.where(total > 0, highest + tl.log2(total), float("-inf")), mask=row_there)
+    tl.store(place, tl.where(total > 0, highest * scale + tl.log2(total), float("-inf")), mask=row_there)
 
 
 @triton.jit
-def _grad_queries_kernel(
-    queries, keys, values, bitmask, cu_seqlens, grad_out, lse, delta, grad_queries, scale, num_heads, num_sequences,
-    num_words, stride_query, stride_query_head, stride_key, stride_key_head, stride_value, stride_value_head,
+def _grad_queries_tiles(
+    grad_first, grad_rest, q_first, q_rest, d_out, keys, values, bitmask, probs_out, d_scores_out, rows, row_there,
+    row_lse, row_delta, start, length, low, high, stride_key, stride_value, num_words, scale,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DIAGONAL: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of queries, H). grad_queries [N, H, d]."""
-    start, length, block = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
-    if length == 0:
-        return
-    head = tl.program_id(1).to(tl.int64)
-    rows = block + tl.arange(0, BLOCK_M)
-    row_there = rows < length
-    query = queries + head * stride_query_head
-    q_first = _tile(query, start + rows, row_there, stride_query, 0, FIRST, BLOCK_FIRST)
-    if REST > 0:
-        q_rest = _tile(query, start + rows, row_there, stride_query, FIRST, REST, BLOCK_REST)
-        grad_rest = tl.zeros([BLOCK_M, BLOCK_REST], dtype=tl.float32)
-    d_out = _tile(grad_out + head * VALUE, start + rows, row_there, num_heads * VALUE, 0, VALUE, BLOCK_V)
-    place = (start + rows).to(tl.int64) * num_heads + head
-    row_lse = tl.load(lse + place, mask=row_there, other=0.0)
-    row_delta = tl.load(delta + place, mask=row_there, other=0.0)
-    keys += head * stride_key_head
-    values += head * stride_value_head
-    grad_first = tl.zeros([BLOCK_M, BLOCK_FIRST], dtype=tl.float32)
+    """The keys [low, high) of one sequence; probs_out and d_scores_out at the first tile of this block of queries."""
     lane = tl.arange(0, BLOCK_N)
-    for first in tl.range(0, tl.minimum(block + BLOCK_M, length), BLOCK_N, num_stages=STAGES):
+    within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_M + lane[None, :]
+    for first in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         places = first + lane
         there = places < length
         if MASKED:
-            words = first // 32
-            word_0 = _words(bitmask, start + rows, row_there, num_words, words, 0)
-            word_1 = _words(bitmask, start + rows, row_there, num_words, words, 1)
+            allowed = _allowed(bitmask, start + rows, row_there, num_words, first, BLOCK_M, BLOCK_N)
         k_first = _tile(keys, start + places, there, stride_key, 0, FIRST, BLOCK_FIRST)
         v = _tile(values, start + places, there, stride_value, 0, VALUE, BLOCK_V)
         scores = tl.dot(q_first, tl.trans(k_first), input_precision=PRECISION)
@@ -240,15 +218,68 @@ def _grad_queries_kernel(
             k_rest = _tile(keys, start + places, there, stride_key, FIRST, REST, BLOCK_REST)
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
         d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
-        allowed = rows[:, None] >= places[None, :]
+        probs = tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None])
         if MASKED:
-            bits = _bits(word_0[:, None], word_1[:, None], word_0[:, None], word_1[:, None], lane[None, :])
-            allowed = allowed & bits
-        probs = tl.where(allowed, tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None]), 0.0)
-        d_scores = (probs * (d_probs - row_delta[:, None]) * scale).to(k_first.dtype)
+            probs = tl.where(allowed, probs, 0.0)
+        if DIAGONAL:
+            probs = tl.where(rows[:, None] >= places[None, :], probs, 0.0)
+        d_scores = (probs * (d_probs * scale - row_delta[:, None])).to(k_first.dtype)
+        target = first // BLOCK_M * (BLOCK_M * BLOCK_M) + tl.multiple_of(first % BLOCK_M, BLOCK_N)
+        tl.store(probs_out + target + within, probs.to(k_first.dtype))
+        tl.store(d_scores_out + target + within, d_scores)
         grad_first = tl.dot(d_scores, k_first, grad_first, input_precision=PRECISION)
         if REST > 0:
             grad_rest = tl.dot(d_scores, k_rest, grad_rest, input_precision=PRECISION)
+    return grad_first, grad_rest
+
+
+@triton.jit
+def _grad_queries_kernel(
+    queries, keys, values, bitmask, cu_seqlens, grad_out, lse, delta, probs_out, d_scores_out, grad_queries, scale,
+    first_head, num_tiles, num_heads, num_sequences, num_words, stride_query, stride_query_head, stride_key,
+    stride_key_head, stride_value, stride_value_head,
+    FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of queries, heads of a group). grad_queries [N, H, d]; probs_out and d_scores_out in its dtype,
+    [heads of the group, num_tiles, BLOCK_M queries, BLOCK_M keys].
+    """
+    start, length, block, before = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
+    if length == 0:
+        return
+    head = (first_head + tl.program_id(1)).to(tl.int64)
+    rows = block + tl.arange(0, BLOCK_M)
+    row_there = rows < length
+    query = queries + head * stride_query_head
+    q_first = _tile(query, start + rows, row_there, stride_query, 0, FIRST, BLOCK_FIRST)
+    grad_first = tl.zeros([BLOCK_M, BLOCK_FIRST], dtype=tl.float32)
+    q_rest = q_first
+    grad_rest = grad_first
+    if REST > 0:
+        q_rest = _tile(query, start + rows, row_there, stride_query, FIRST, REST, BLOCK_REST)
+        grad_rest = tl.zeros([BLOCK_M, BLOCK_REST], dtype=tl.float32)
+    d_out = _tile(grad_out + head * VALUE, start + rows, row_there, num_heads * VALUE, 0, VALUE, BLOCK_V)
+    place = (start + rows).to(tl.int64) * num_heads + head
+    row_lse = tl.load(lse + place, mask=row_there, other=0.0)
+    # The row of a query that sees nothing has -inf there, and no finite score may become infinite beside it.
+    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
+    row_delta = tl.load(delta + place, mask=row_there, other=0.0) * scale
+    keys += head * stride_key_head
+    values += head * stride_value_head
+    order = block // BLOCK_M
+    pairs = (tl.program_id(1).to(tl.int64) * num_tiles + before + order * (order + 1) // 2) * (BLOCK_M * BLOCK_M)
+    grad_first, grad_rest = _grad_queries_tiles(
+        grad_first, grad_rest, q_first, q_rest, d_out, keys, values, bitmask, probs_out + pairs, d_scores_out + pairs,
+        rows, row_there, row_lse, row_delta, start, length, 0, block, stride_key, stride_value, num_words, scale,
+        FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED, False, STAGES, PRECISION,
+    )  # fmt: skip
+    grad_first, grad_rest = _grad_queries_tiles(
+        grad_first, grad_rest, q_first, q_rest, d_out, keys, values, bitmask, probs_out + pairs, d_scores_out + pairs,
+        rows, row_there, row_lse, row_delta, start, length, block, tl.minimum(block + BLOCK_M, length), stride_key,
+        stride_value, num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED,
+        True, STAGES, PRECISION,
+    )  # fmt: skip
     target = grad_queries + head * (FIRST + REST)
     stride = num_heads * (FIRST + REST)
     _store(target, start + rows, row_there, stride, grad_first, 0, FIRST, BLOCK_FIRST)
@@ -258,66 +289,43 @@ def _grad_queries_kernel(
 
 @triton.jit
 def _grad_keys_kernel(
-    queries, keys, values, bitmask, cu_seqlens, grad_out, lse, delta, grad_keys, grad_values, scale, num_heads,
-    num_sequences, num_words, stride_query, stride_query_head, stride_key, stride_key_head, stride_value,
-    stride_value_head,
+    queries, cu_seqlens, grad_out, probs, d_scores, grad_keys, grad_values, first_head, num_tiles, num_heads,
+    num_sequences, stride_query, stride_query_head,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of keys, H). BLOCK_M keys are owned, BLOCK_N queries come by at a time; both gradients are written.
-
-    Scores stand here with keys as rows.
-    """
-    start, length, block = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
+    """Grid (blocks of keys, heads of a group). BLOCK_M keys are owned, BLOCK_N queries come by at a time."""
+    start, length, last, before = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
     if length == 0:
         return
-    head = tl.program_id(1).to(tl.int64)
-    lane = tl.arange(0, BLOCK_M)
-    rows = block + lane
-    row_there = rows < length
-    key = keys + head * stride_key_head
-    k_first = _tile(key, start + rows, row_there, stride_key, 0, FIRST, BLOCK_FIRST)
-    if REST > 0:
-        k_rest = _tile(key, start + rows, row_there, stride_key, FIRST, REST, BLOCK_REST)
-        grad_rest = tl.zeros([BLOCK_M, BLOCK_REST], dtype=tl.float32)
-    v = _tile(values + head * stride_value_head, start + rows, row_there, stride_value, 0, VALUE, BLOCK_V)
+    # The first block of keys has the most work.
+    block = (length - 1) // BLOCK_M * BLOCK_M - last
+    head = (first_head + tl.program_id(1)).to(tl.int64)
     grad_first = tl.zeros([BLOCK_M, BLOCK_FIRST], dtype=tl.float32)
     grad_v = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+    if REST > 0:
+        grad_rest = tl.zeros([BLOCK_M, BLOCK_REST], dtype=tl.float32)
     query = queries + head * stride_query_head
     upstream = grad_out + head * VALUE
-    words = block // 32
-    for first in tl.range(block // BLOCK_N * BLOCK_N, length, BLOCK_N, num_stages=STAGES):
+    tile = tl.program_id(1).to(tl.int64) * num_tiles + before + block // BLOCK_M
+    within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    for first in tl.range(block, length, BLOCK_N, num_stages=STAGES):
         places = first + tl.arange(0, BLOCK_N)
         there = places < length
-        if MASKED:
-            word_0 = _words(bitmask, start + places, there, num_words, words, 0)
-            word_1 = _words(bitmask, start + places, there, num_words, words, 1)
-            word_2 = word_0
-            word_3 = word_1
-            if BLOCK_M > 64:
-                word_2 = _words(bitmask, start + places, there, num_words, words, 2)
-                word_3 = _words(bitmask, start + places, there, num_words, words, 3)
-        place = (start + places).to(tl.int64) * num_heads + head
-        row_lse = tl.load(lse + place, mask=there, other=0.0)
-        row_delta = tl.load(delta + place, mask=there, other=0.0)
-        q_first = _tile(query, start + places, there, stride_query, 0, FIRST, BLOCK_FIRST)
+        order = first // BLOCK_M
+        source = (tile + order * (order + 1) // 2) * (BLOCK_M * BLOCK_M) + first % BLOCK_M * BLOCK_M
+        p = tl.load(probs + source + within)
+        d_s = tl.load(d_scores + source + within)
         d_out = _tile(upstream, start + places, there, num_heads * VALUE, 0, VALUE, BLOCK_V)
-        scores = tl.dot(k_first, tl.trans(q_first), input_precision=PRECISION)
+        q_first = _tile(query, start + places, there, stride_query, 0, FIRST, BLOCK_FIRST)
+        grad_v = tl.dot(tl.trans(p), d_out, grad_v, input_precision=PRECISION)
+        grad_first = tl.dot(tl.trans(d_s), q_first, grad_first, input_precision=PRECISION)
         if REST > 0:
             q_rest = _tile(query, start + places, there, stride_query, FIRST, REST, BLOCK_REST)
-            scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision=PRECISION)
-        d_probs = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-        allowed = (places[None, :] >= rows[:, None]) & there[None, :]
-        if MASKED:
-            bits = _bits(word_0[None, :], word_1[None, :], word_2[None, :], word_3[None, :], lane[:, None])
-            allowed = allowed & bits
-        probs = tl.where(allowed, tl.exp2(scores * (scale * _LOG2_E) - row_lse[None, :]), 0.0)
-        d_scores = (probs * (d_probs - row_delta[None, :]) * scale).to(q_first.dtype)
-        grad_v = tl.dot(probs.to(d_out.dtype), d_out, grad_v, input_precision=PRECISION)
-        grad_first = tl.dot(d_scores, q_first, grad_first, input_precision=PRECISION)
-        if REST > 0:
-            grad_rest = tl.dot(d_scores, q_rest, grad_rest, input_precision=PRECISION)
+            grad_rest = tl.dot(tl.trans(d_s), q_rest, grad_rest, input_precision=PRECISION)
+    rows = block + tl.arange(0, BLOCK_M)
+    row_there = rows < length
     target = grad_keys + head * (FIRST + REST)
     stride = num_heads * (FIRST + REST)
     _store(target, start + rows, row_there, stride, grad_first, 0, FIRST, BLOCK_FIRST)
@@ -349,6 +357,36 @@ def selection_bitmask(indices: torch.Tensor, num_keys: int) -> torch.Tensor:
     return words
 
 
+@triton.jit
+def _order_kernel(words, ordered, num_words, num_ordered, num_rows, BLOCK: tl.constexpr):
+    """Grid (blocks of ordered words). See `ordered_bitmask`."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, column = place // num_ordered, place % num_ordered
+    there = row < num_rows
+    group, pair = column // 4, column % 4
+    found = tl.zeros([BLOCK], tl.int32)
+    for part in tl.static_range(4):
+        source = group * 4 + part
+        word = tl.load(words + row * num_words + source, mask=there & (source < num_words), other=0)
+        for step in tl.static_range(4):
+            bits = (word >> (8 * step + 2 * pair).to(tl.int32)) & 3
+            found |= bits << (8 * part + 2 * step)
+    tl.store(ordered + place, found, mask=there)
+
+
+def ordered_bitmask(bitmask: torch.Tensor) -> torch.Tensor:
+    """The bits of `selection_bitmask` in the order in which a thread holds the columns of a product.
+
+    int32 [N, W] to [N, 4 ceil(W / 4)]. Of every 128 bits, word q of four has those of columns 8 i + 2 q + b at 2 i + b.
+    """
+    num_rows, num_words = bitmask.shape
+    ordered = torch.empty(num_rows, (num_words + 3) // 4 * 4, dtype=torch.int32, device=bitmask.device)
+    if ordered.numel():
+        grid = (triton.cdiv(ordered.numel(), 1024),)
+        _order_kernel[grid](bitmask, ordered, num_words, ordered.shape[1], num_rows, BLOCK=1024, num_warps=4)
+    return ordered
+
+
 def packed_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -357,7 +395,12 @@ def packed_attention(
     scale: float,
     bitmask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kernels.reference.packed_attention`. Bitwise the same from run to run, gradients included."""
+    """See `kernels.reference.packed_attention`. Bitwise the same from run to run, gradients included.
+
+    The backward pass keeps PAIRS_LIMIT bytes, or what the pairs of one head need, and asks the GPU for their number.
+    """
+    if not scale > 0:
+        raise ValueError(f"packed_attention: scale must be above 0, not {scale}")
     return _PackedAttention.apply(queries, keys, values, cu_seqlens.int(), scale, bitmask)
 
 
@@ -365,13 +408,20 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, queries, keys, values, cu_seqlens, scale, bitmask):
         queries, keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (queries, keys, values))
-        bitmask = None if bitmask is None else bitmask.contiguous()
+        ordered = None if bitmask is None else ordered_bitmask(bitmask.contiguous())
         num_rows, num_heads, _ = queries.shape
         out = torch.zeros(num_rows, num_heads, values.shape[-1], dtype=values.dtype, device=values.device)
         lse = torch.full((num_rows, num_heads), float("-inf"), dtype=torch.float32, device=values.device)
-        tiles = _launches(queries.shape[-1], values.shape[-1], queries.element_size())
-        _launch(_forward_kernel, tiles.forward, queries, keys, values, cu_seqlens, bitmask, [out, lse, scale * LOG2_E])
-        ctx.save_for_backward(queries, keys, values, cu_seqlens, bitmask, out, lse)
+        if queries.numel() and values.numel():
+            tiles = _launches(queries.shape[-1], values.shape[-1], queries.element_size()).forward
+            mask, num_words = (cu_seqlens, 0) if ordered is None else (ordered, ordered.shape[1])
+            num_sequences = cu_seqlens.shape[0] - 1
+            _forward_kernel[_grid(queries, num_sequences, tiles)](
+                queries, keys, values, mask, cu_seqlens, out, lse, scale * LOG2_E, num_heads, num_sequences, num_words,
+                *_strides(queries, keys, values), MASKED=ordered is not None,
+                **_blocks(queries, values, num_sequences, tiles),
+            )  # fmt: skip
+        ctx.save_for_backward(queries, keys, values, cu_seqlens, ordered, out, lse)
         ctx.scale = scale
         natural = lse / LOG2_E
         ctx.mark_non_differentiable(natural)
@@ -379,47 +429,53 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
-        queries, keys, values, cu_seqlens, bitmask, out, lse = ctx.saved_tensors
+        queries, keys, values, cu_seqlens, ordered, out, lse = ctx.saved_tensors
         grad_out = grad_outputs[0].contiguous()
         grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (queries, keys, values)]
-        before = [grad_out, lse, row_delta(out, grad_out)]
-        inputs = queries, keys, values, cu_seqlens, bitmask
-        tiles = _launches(queries.shape[-1], values.shape[-1], queries.element_size())
-        _launch(_grad_queries_kernel, tiles.grad_queries, *inputs, [*before, grads[0], ctx.scale])
-        _launch(_grad_keys_kernel, tiles.grad_keys, *inputs, [*before, grads[1], grads[2], ctx.scale])
+        if queries.numel() and values.numel():
+            before = queries, keys, values, ordered, cu_seqlens, grad_out, lse, row_delta(out, grad_out)
+            _backward(*before, ctx.scale, *grads)
         return *grads, None, None, None
 
 
-def _launch(
-    kernel: Any,
-    tiles: Tiles,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    bitmask: torch.Tensor | None,
-    rest: list[Any],
+def _backward(
+    queries, keys, values, ordered, cu_seqlens, grad_out, lse, delta, scale, grad_queries, grad_keys, grad_values
 ) -> None:
-    """Runs a kernel over all blocks of rows; `rest` is what stands between cu_seqlens and num_heads."""
-    num_rows, num_heads, dim = queries.shape
-    value_dim, num_sequences = values.shape[-1], cu_seqlens.shape[0] - 1
-    if not (queries.numel() and values.numel()):
-        return
+    launches = _launches(queries.shape[-1], values.shape[-1], queries.element_size())
+    own, num_heads, num_sequences = launches.grad_queries.own, queries.shape[1], cu_seqlens.shape[0] - 1
+    num_blocks = (cu_seqlens.diff() + own - 1) // own
+    num_tiles = int((num_blocks * (num_blocks + 1) // 2).sum())
+    size = num_tiles * own * own
+    group = min(num_heads, max(1, PAIRS_LIMIT // (2 * size * queries.element_size())))
+    probs, d_scores = torch.empty(2, group * size, dtype=queries.dtype, device=queries.device)
+    mask, num_words = (cu_seqlens, 0) if ordered is None else (ordered, ordered.shape[1])
+    for first in range(0, num_heads, group):
+        heads = min(group, num_heads - first)
+        tiles = launches.grad_queries
+        _grad_queries_kernel[_grid(queries, num_sequences, tiles, heads)](
+            queries, keys, values, mask, cu_seqlens, grad_out, lse, delta, probs, d_scores, grad_queries, scale, first,
+            num_tiles, num_heads, num_sequences, num_words, *_strides(queries, keys, values),
+            MASKED=ordered is not None, **_blocks(queries, values, num_sequences, tiles),
+        )  # fmt: skip
+        tiles = launches.grad_keys
+        _grad_keys_kernel[_grid(queries, num_sequences, tiles, heads)](
+            queries, cu_seqlens, grad_out, probs, d_scores, grad_keys, grad_values, first, num_tiles, num_heads,
+            num_sequences, *_strides(queries), **_blocks(queries, values, num_sequences, tiles),
+        )  # fmt: skip
+
+
+def _grid(queries: torch.Tensor, num_sequences: int, tiles: Tiles, heads: int | None = None) -> tuple[int, int]:
     # Every sequence wastes less than one block, so this many programs are enough without knowing the lengths.
-    grid = (num_rows // tiles.own + num_sequences, num_heads)
-    kernel[grid](
-        queries, keys, values, cu_seqlens if bitmask is None else bitmask, cu_seqlens, *rest, num_heads,
-        num_sequences, 0 if bitmask is None else bitmask.shape[1], *queries.stride()[:2], *keys.stride()[:2],
-        *values.stride()[:2],
-        **_blocks(dim, value_dim, tiles, queries.dtype, num_sequences=num_sequences, masked=bitmask is not None),
-        num_warps=tiles.warps,
-    )  # fmt: skip
+    return queries.shape[0] // tiles.own + num_sequences, queries.shape[1] if heads is None else heads
 
 
-def _blocks(
-    dim: int, value_dim: int, tiles: Tiles, dtype: torch.dtype, *, num_sequences: int, masked: bool
-) -> dict[str, Any]:
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _blocks(queries: torch.Tensor, values: torch.Tensor, num_sequences: int, tiles: Tiles) -> dict[str, Any]:
     """The kernels' constants."""
+    dim, value_dim = queries.shape[-1], values.shape[-1]
     first = 1 << (dim.bit_length() - 1)  # 192 columns are 128 and 64
     rest = dim - first
     return {
@@ -432,7 +488,7 @@ def _blocks(
         "BLOCK_M": tiles.own,
         "BLOCK_N": tiles.other,
         "BLOCK_S": max(16, triton.next_power_of_2(num_sequences)),
-        "MASKED": masked,
         "STAGES": tiles.stages,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if queries.dtype == torch.float32 else "tf32",
+        "num_warps": tiles.warps,
     }

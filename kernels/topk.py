@@ -7,8 +7,8 @@ they are searched. Should too few or too many survive (many equal scores, above 
 the program counts over the whole row at every pivot. The sample decides how long it takes, never the answer: no buffer
 of candidates can overflow, nothing is sorted, no atomics are used, and a row's program knows nothing of other rows.
 
-Pivots are keys: scores as integers of the same order. A score of -inf is not selectable, and stands for what lies outside
-the row's bounds. A NaN reaches every floor, and leaves its row empty.
+Pivots are keys: scores as integers of the same order. A score of -inf is not selectable, and stands for what lies
+outside the row's bounds. A NaN reaches every floor, and leaves its row empty.
 
 Shape letters: G groups of 32 scores, whose flags make a word.
 """
@@ -425,6 +425,8 @@ def bounded_topk(
         maxnreg=plan.registers,
     )
     return out
+
+
 def topk_indices(scores: torch.Tensor, k: int) -> torch.Tensor:
     """As `kernels.reference.topk_indices`."""
     k = min(k, scores.shape[-1])

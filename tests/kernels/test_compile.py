@@ -24,7 +24,7 @@ FP32 = {"lse", "delta"}
 INT32 = {"indices", "bitmask", "cu_seqlens"}
 TENSORS = {
     "queries", "keys", "values", "out", "grad_out", "grad_queries", "grad_keys", "grad_values", "probs_out",
-    "d_scores_out", *FP32, *INT32,
+    "d_scores_out", "probs", "d_scores", *FP32, *INT32,
 }  # fmt: skip
 
 
@@ -47,8 +47,15 @@ def sparse_constants(tiles: sparse_mla.Tiles) -> dict[str, Any]:
     return sparse_mla._blocks(512, 576, 2048, tiles, torch.empty(0, dtype=torch.bfloat16))
 
 
-def masked_constants(tiles: masked_mha.Tiles) -> dict[str, Any]:
-    return masked_mha._blocks(192, 128, tiles, torch.bfloat16, num_sequences=4, masked=True)
+def masked_constants(tiles: masked_mha.Tiles, *, masked: bool = True) -> dict[str, Any]:
+    queries, values = (torch.empty(1, 1, width, dtype=torch.bfloat16) for width in (192, 128))
+    constants = masked_mha._blocks(queries, values, 4, tiles)
+    del constants["num_warps"]
+    return constants | ({"MASKED": True} if masked else {})
+
+
+def masked_grad_keys_constants(tiles: masked_mha.Tiles) -> dict[str, Any]:
+    return masked_constants(tiles, masked=False)
 
 
 SPARSE, MASKED = sparse_mla, masked_mha
@@ -57,7 +64,8 @@ CASES = {
     "sparse forward": (SPARSE._forward_kernel, SPARSE._forward_tiles(128, 2), sparse_constants),
     "sparse grad queries": (SPARSE._grad_queries_kernel, SPARSE._backward_tiles(128, 2), sparse_constants),
     "masked forward": (MASKED._forward_kernel, LAUNCHES.forward, masked_constants),
-    "masked grad keys": (MASKED._grad_keys_kernel, LAUNCHES.grad_keys, masked_constants),
+    "masked grad queries": (MASKED._grad_queries_kernel, LAUNCHES.grad_queries, masked_constants),
+    "masked grad keys": (MASKED._grad_keys_kernel, LAUNCHES.grad_keys, masked_grad_keys_constants),
 }
 
 

@@ -131,3 +131,16 @@ def test_bitmasks_hold_the_selection(data: st.DataObject, num_keys: int) -> None
     assert found.shape == (len(rows), math.ceil(num_keys / 32)) and found.dtype == torch.int32
     bits = [{s for s in range(num_keys) if (row[s // 32] >> (s % 32)) & 1} for row in found.tolist()]
     assert bits == rows
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), num_words=st.integers(1, 9))
+def test_ordered_words_hold_the_bits_of_a_thread(seed: int, num_words: int) -> None:
+    """A bit for every column, at the place that its thread and its turn in the thread say."""
+    bits = torch.rand(3, num_words * 32, generator=torch.Generator().manual_seed(seed)) < 0.5
+    column = torch.arange(num_words * 32)
+    bitmask = reference.selection_bitmask(torch.where(bits, column, -1), num_words * 32)
+    ordered = masked_mha.ordered_bitmask(bitmask)
+    word, bit = column // 128 * 4 + column % 8 // 2, column % 128 // 8 * 2 + column % 2
+    assert torch.equal((ordered[:, word] >> bit & 1).bool(), bits)
+    assert [sum(int(word).bit_count() for word in (row & 0xFFFFFFFF)) for row in ordered.long()] == bits.sum(1).tolist()
