@@ -8,7 +8,7 @@ values. Every sum has one order.
 Shape letters: N rows, H heads, d columns of queries and keys, v of values, S sequences, W mask words a row.
 """
 
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
