@@ -39,6 +39,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "paged_index_scores": "kernels.indexer",
         "paged_sparse_attention": "kernels.paged",
         "quantise_index_heads": "kernels.indexer",
+        "rotate_heads": "kernels.paged",
         "select_keys": "kernels.indexer",
         "select_paged_keys": "kernels.paged",
         "selection_bitmask": "kernels.masked_mha",
@@ -83,6 +84,7 @@ paged_index_scores = _by_device(reference.paged_index_scores)
 quantise_index_heads = _by_device(reference.quantise_index_heads)
 select_keys = _by_device(reference.select_keys)
 store_rows = _by_device(reference.store_rows)
+rotate_heads = _by_device(reference.rotate_heads)
 locate_rows = _by_device(reference.locate_rows)
 select_paged_keys = _by_device(reference.select_paged_keys)
 cache_rows = _by_device(reference.cache_rows)
@@ -109,6 +111,7 @@ __all__ = [
     "paged_index_scores",
     "paged_sparse_attention",
     "quantise_index_heads",
+    "rotate_heads",
     "select_keys",
     "select_paged_keys",
     "selection_bitmask",

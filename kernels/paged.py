@@ -16,7 +16,7 @@ from kernels.indexer import SCORES_LIMIT, paged_scores_into
 from kernels.sparse_mla import decode_sparse_attention
 from kernels.topk import bounded_topk
 
-__all__ = ["cache_rows", "paged_sparse_attention", "select_paged_keys", "store_rows"]
+__all__ = ["cache_rows", "paged_sparse_attention", "rotate_heads", "select_paged_keys", "store_rows"]
 
 # Selected keys that one program of the attention kernel walks over; fixed, because the bits of a sum depend on it.
 _SPLIT = 512
@@ -49,6 +49,52 @@ def _rows_kernel(
     entry = table + tl.load(owners + row).to(tl.int64) * stride_table
     page = tl.load(entry + place // PAGE, mask=place >= 0, other=0)
     tl.store(out + row * num_selected + column, tl.where(place >= 0, page * apart + place % PAGE, -1), mask=there)
+
+
+@triton.jit
+def _rotate_kernel(
+    heads, cos, sin, out, num_rows, num_heads, stride_token, stride_head, out_token, out_head,
+    DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    token, head = row // num_heads, row % num_heads
+    column = tl.arange(0, WIDTH)
+    there = (row < num_rows)[:, None] & (column < DIM)[None, :]
+    turns, pair = column < 2 * HALF, column % HALF
+    second = turns & (column >= HALF)
+    if INTERLEAVED:
+        own = 2 * pair + second.to(tl.int32)
+        other = 2 * pair + 1 - second.to(tl.int32)
+    else:
+        own = column
+        other = (column + HALF) % (2 * HALF)
+    own, other = tl.where(turns, own, column), tl.where(turns, other, column)
+    base = heads + (token * stride_token + head * stride_head)[:, None]
+    x = tl.load(base + own[None, :], mask=there, other=0.0)
+    y = tl.load(base + other[None, :], mask=there, other=0.0).to(tl.float32)
+    angle = token[:, None] * HALF + pair[None, :]
+    c = tl.load(cos + angle, mask=there & turns[None, :], other=1.0)
+    s = tl.load(sin + angle, mask=there & turns[None, :], other=0.0)
+    turned = x.to(tl.float32) * c + y * tl.where(second[None, :], s, -s)
+    target = out + (token * out_token + head * out_head)[:, None] + column[None, :]
+    tl.store(target, tl.where(turns[None, :], turned, x.to(tl.float32)).to(out.dtype.element_ty), mask=there)
+
+
+def rotate_heads(
+    out: torch.Tensor, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool
+) -> None:
+    """As `kernels.reference.rotate_heads`, bit by bit; heads and out may be strided views."""
+    num_tokens, num_heads, dim = heads.shape
+    if heads.stride(2) != 1 or out.stride(2) != 1:
+        raise ValueError("rotate_heads: the dims of a head must be in one piece")
+    block, rows = 8, num_tokens * num_heads
+    if rows:
+        _rotate_kernel[(triton.cdiv(rows, block),)](
+            heads, cos.contiguous(), sin.contiguous(), out, rows, num_heads,
+            heads.stride(0), heads.stride(1), out.stride(0), out.stride(1),
+            DIM=dim, HALF=cos.shape[1], INTERLEAVED=interleaved, WIDTH=triton.next_power_of_2(dim), BLOCK=block,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def store_rows(pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

@@ -48,7 +48,7 @@ from vllm.v1.attention.backends.mla.sparse_utils import align_blocks_to_rows, fl
 import kernels
 from kernels.indexer import SCORES_LIMIT
 from model.config import ModelConfig
-from model.rope import Rope, RotaryAngles
+from model.rope import Rope
 
 # Tokens of a page, for latents and index keys alike; what vLLM's own backends for this model take.
 _PAGE = 64
@@ -183,7 +183,7 @@ class KeelIndexer(nn.Module):
         super().__init__()
         self.topk_indices_buffer = topk_indices_buffer
         self.num_heads, self.head_dim = config.index_n_heads, config.index_head_dim
-        self.rope_dim, self.topk = config.qk_rope_head_dim, config.index_topk
+        self.topk = config.index_topk
         self.weight_scale = self.num_heads**-0.5 * self.head_dim**-0.5
         self.wq_b = ReplicatedLinear(
             q_lora_rank, self.num_heads * self.head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.wq_b"
@@ -205,7 +205,7 @@ class KeelIndexer(nn.Module):
         )
 
     def heads(
-        self, hidden: torch.Tensor, query_latent: torch.Tensor, angles: RotaryAngles
+        self, hidden: torch.Tensor, query_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [R, J, d], keys [R, d] and head weights fp32 [R, J], as `model.indexer.Indexer` computes them."""
         to_key, to_weights = self.wk_weights_proj.weight.split([self.head_dim, self.num_heads])
@@ -214,11 +214,10 @@ class KeelIndexer(nn.Module):
         keys = F.layer_norm(keys, (self.head_dim,), self.k_norm.weight, self.k_norm.bias, self.k_norm.eps)
         keys = keys.to(hidden.dtype).unsqueeze(1)
         weights = F.linear(hidden.float(), to_weights.float()) * self.weight_scale
-        return self._rotate(queries, angles), self._rotate(keys, angles).squeeze(1), weights
-
-    def _rotate(self, heads: torch.Tensor, angles: RotaryAngles) -> torch.Tensor:
-        rotated = angles.rotate_half_split(heads[..., : self.rope_dim].unsqueeze(0)).squeeze(0)
-        return torch.cat([rotated, heads[..., self.rope_dim :]], dim=-1)
+        rotated, rotated_keys = torch.empty_like(queries), torch.empty_like(keys)
+        kernels.rotate_heads(rotated, queries, cos, sin, interleaved=False)
+        kernels.rotate_heads(rotated_keys, keys, cos, sin, interleaved=False)
+        return rotated, rotated_keys.squeeze(1), weights
 
 
 @dataclass
@@ -226,7 +225,8 @@ class Step:
     """What all layers share during a forward; one a model."""
 
     rope: Rope
-    angles: RotaryAngles | None = None
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Cosine and sine of the batch's rows, fp32 [R, qk_rope_head_dim / 2] each."""
     recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
     """While recording, the selections of every layer, by the layer's name: (seen int32 [R], places int32 [R, k])."""
 
@@ -251,15 +251,18 @@ class KeelAttention(DeepseekV32Attention):
         sizes = [self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim]
         query_latent, latent, rope_key = self.fused_qkv_a_proj(hidden_states)[0].split(sizes, dim=-1)
         query_latent = _rms_norm(query_latent, self.q_a_layernorm)
-        queries = self.q_b_proj(query_latent)[0].unflatten(-1, (self.num_local_heads, self.qk_head_dim))
-        nope, rope = queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        absorbed = torch.bmm(nope.transpose(0, 1), self.W_UK_T).transpose(0, 1)
-        queries = torch.cat([absorbed, _interleaved(rope, angles)], dim=-1)
-        rope_key = _interleaved(rope_key.unsqueeze(1), angles).squeeze(1)
-        latents = torch.cat([_rms_norm(latent, self.kv_a_layernorm), rope_key], dim=-1)
+        projected = self.q_b_proj(query_latent)[0].unflatten(-1, (self.num_local_heads, self.qk_head_dim))
+        nope, rope = projected.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        queries = projected.new_empty(*projected.shape[:2], self.kv_lora_rank + self.qk_rope_head_dim)
+        torch.bmm(nope.transpose(0, 1), self.W_UK_T, out=queries[..., : self.kv_lora_rank].transpose(0, 1))
+        kernels.rotate_heads(queries[..., self.kv_lora_rank :], rope, *angles, interleaved=True)
+        latents = latent.new_empty(latent.shape[0], self.kv_lora_rank + self.qk_rope_head_dim)
+        latents[:, : self.kv_lora_rank] = _rms_norm(latent, self.kv_a_layernorm)
+        rope_keys = latents[:, self.kv_lora_rank :].unsqueeze(1)
+        kernels.rotate_heads(rope_keys, rope_key.unsqueeze(1), *angles, interleaved=True)
         index_queries = index_keys = index_weights = None
         if self.indexer is not None:
-            index_queries, index_keys, index_weights = self.indexer.heads(hidden_states, query_latent, angles)
+            index_queries, index_keys, index_weights = self.indexer.heads(hidden_states, query_latent, *angles)
         heads = hidden_states.new_empty(hidden_states.shape[0], self.num_local_heads * self.v_head_dim)
         self._select_and_attend(queries, latents, index_queries, index_keys, index_weights, heads)
         return self.o_proj(heads)[0]
@@ -326,7 +329,8 @@ class KeelV32ForCausalLM(vllm_model.DeepseekV32ForCausalLM):
                 module.step = self.step
 
     def forward(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.step.angles = self.step.rope(positions.unsqueeze(0))
+        cos, sin = self.step.rope(positions.unsqueeze(0)).of_tokens(torch.Size([1, positions.shape[0]]))
+        self.step.angles = cos.squeeze(0), sin.squeeze(0)
         return super().forward(input_ids, positions, *args, **kwargs)
 
 
@@ -344,8 +348,3 @@ def _attention_of_layers(attention: type) -> Iterator[None]:
 def _rms_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
     """As `model.norm.RMSNorm`, with the parameters of vLLM's."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-def _interleaved(heads: torch.Tensor, angles: RotaryAngles) -> torch.Tensor:
-    """heads [R, H, qk_rope_head_dim], rotated as `model.attention` rotates them."""
-    return angles.rotate_interleaved(heads.unsqueeze(0)).squeeze(0)

@@ -24,7 +24,14 @@ from kernels.reference.indexer import (
     topk_mask,
 )
 from kernels.reference.logprob import kept_logprobs
-from kernels.reference.paged import cache_rows, locate_rows, paged_sparse_attention, select_paged_keys, store_rows
+from kernels.reference.paged import (
+    cache_rows,
+    locate_rows,
+    paged_sparse_attention,
+    rotate_heads,
+    select_paged_keys,
+    store_rows,
+)
 
 __all__ = [
     "cache_rows",
@@ -45,6 +52,7 @@ __all__ = [
     "paged_index_scores",
     "paged_sparse_attention",
     "quantise_index_heads",
+    "rotate_heads",
     "select_keys",
     "select_paged_keys",
     "selection_bitmask",

@@ -80,3 +80,19 @@ def paged_sparse_attention(
     decoding, so that a row has the same bits in a prompt, in a chunk of one and in a decode step.
     """
     return decode_sparse_attention(queries, cache, rows, scale, value_dim)[0]
+
+
+def rotate_heads(
+    out: torch.Tensor, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool
+) -> None:
+    """Writes heads [R, H, D] to out of the same shape, their first r dims rotated by cos and sin fp32 [R, r / 2].
+
+    The pairs are (x[i], x[i + r / 2]), or (x[2i], x[2i + 1]) where `interleaved`; the result lists all first members,
+    then all second ones, as `model.rope.RotaryAngles` does.
+    """
+    half = cos.shape[1]
+    turned, rest = heads[..., : 2 * half].float(), heads[..., 2 * half :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotated = torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(heads.dtype)
+    out.copy_(torch.cat([rotated, rest], dim=-1))

@@ -9,9 +9,14 @@ import torch
 
 import kernels
 from kernels import reference
+from model.rope import Rope, RotaryAngles
+from tests.model.shapes import make_config
 
 PAGE, TOP_K, LATENT, DIM = 64, 512, 512, 576
 LENGTHS, ROWS = [3000, 700, 5, 4096], [600, 1, 5, 3]
+
+
+CONFIG = make_config(qk_rope_head_dim=64, index_head_dim=128)
 
 
 @dataclass
@@ -114,6 +119,19 @@ def test_rows_are_stored_where_their_slots_say(batch: Batch) -> None:
     reference.store_rows(wanted, slots, rows)
     kernels.store_rows(pages, slots, rows)
     assert torch.equal(pages, wanted) and bool(pages.any())
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half split", "interleaved"])
+def test_rotated_heads_are_the_models(interleaved: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(2)
+    x = torch.randn(333, 16, 192, generator=generator, device="cuda").bfloat16()[..., 64:]
+    x = x[..., 64:] if interleaved else x
+    cos, sin = Rope(CONFIG)(torch.arange(333, device="cuda")[None] * 17).of_tokens(torch.Size([1, 333]))
+    angles = RotaryAngles(cos, sin)
+    turned = (angles.rotate_interleaved if interleaved else angles.rotate_half_split)(x[None, ..., :64])[0]
+    out = torch.zeros(333, 16, 300, dtype=torch.bfloat16, device="cuda")[..., : x.shape[-1]]
+    kernels.rotate_heads(out, x, cos[0], sin[0], interleaved=interleaved)
+    assert torch.equal(out, torch.cat([turned, x[..., 64:]], dim=-1))
 
 
 def test_a_captured_step_serves_other_lengths(batch: Batch) -> None:

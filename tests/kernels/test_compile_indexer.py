@@ -81,6 +81,8 @@ def attend_pages() -> None:
     index = zeros(16, 64, 128), zeros(8, 64, 128), zeros(16, 64, dtype=torch.float32)
     places = paged.select_paged_keys(*index, table, owners, owners, 128)
     rows = paged.cache_rows(places, table, owners, 64, 64)
+    angles = zeros(16, 32, dtype=torch.float32)
+    paged.rotate_heads(zeros(16, 64, 576)[..., 512:], zeros(16, 64, 192)[..., 128:], angles, angles, interleaved=True)
     paged.paged_sparse_attention(zeros(16, 64, 576), pages.flatten(0, 1), rows, 0.1, 512)
 
 

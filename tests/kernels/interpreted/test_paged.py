@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import indexer, paged, reference
+from model.rope import RotaryAngles
 
 PAGE, APART = 5, 8
 LENGTHS, ROWS = [17, 3, 30, 9], [4, 3, 1, 2]
@@ -119,6 +120,27 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch() -> None:
     for row in range(batch.num_rows):
         alone = run(slice(row, row + 1))
         assert torch.equal(alone[0][0], whole[0][row]) and torch.equal(alone[1][0], whole[1][row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half split", "interleaved"])
+@pytest.mark.parametrize(("heads", "dim", "rope"), [(3, 24, 8), (1, 6, 6), (5, 16, 16)], ids=str)
+def test_rotated_heads_are_the_models(heads: int, dim: int, rope: int, interleaved: bool, dtype: torch.dtype) -> None:
+    """Bit by bit what `RotaryAngles` gives, out of and into strided views."""
+    torch.manual_seed(0)
+    x, angles = torch.randn(11, heads, dim + 3).to(dtype)[..., 3:], 5 * torch.randn(11, rope // 2)
+    cos, sin = angles.cos(), angles.sin()
+    turn = RotaryAngles(cos.unsqueeze(0), sin.unsqueeze(0))
+    rotate = turn.rotate_interleaved if interleaved else turn.rotate_half_split
+    wanted = torch.cat([rotate(x[None, ..., :rope])[0], x[..., rope:]], dim=-1)
+    for implementation in (paged, reference):
+        out = torch.zeros(11, heads, 2 * dim, dtype=dtype)
+        implementation.rotate_heads(out[..., dim:], x, cos, sin, interleaved=interleaved)
+        assert not bool(out[..., :dim].any())
+        if implementation is paged and dtype == torch.bfloat16:  # the interpreter cuts bits off instead of rounding
+            torch.testing.assert_close(out[..., dim:], wanted, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(out[..., dim:], wanted)
 
 
 def test_scores_refuse_keys_in_pieces() -> None:
