@@ -69,6 +69,20 @@ class ContextStrategy(StrEnum):
     discard_all = "discard_all"
 
 
+class Alarm(StrEnum):
+    mismatch = "mismatch"
+    replay = "replay"
+    kept = "kept"
+    entropy = "entropy"
+    masked = "masked"
+    clipped = "clipped"
+    saturation = "saturation"
+    zero_variance = "zero_variance"
+    dominance = "dominance"
+    length = "length"
+    truncated = "truncated"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardUse:
     """One reward of a domain: ``{use: math_answer, weight: 1.0, args: {...}}``."""
@@ -285,6 +299,52 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Canary:
+    """Engine and learner compared on a fixed set of prompts and seeds, both with the same weights (`rl/canary.py`)."""
+
+    every: int = 10
+    """Steps from one comparison to the next, beginning with step 1; 0 never compares."""
+    prompts: int = 4
+    """Training prompts that are answered for it, of all domains in turn."""
+    max_tokens: int = 32
+    """Tokens of each reply, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarms:
+    """Limits on what a run measures of itself; null turns an alarm off. Each one is explained in docs/alarms.md.
+
+    What is compared with a limit is the mean of the last ``window`` steps. The beginning is the first ``window`` steps.
+    """
+
+    window: int = 10
+    mismatch: Optional[float] = 0.05
+    """Most nats a token by which engine and learner may differ in one comparison on the canary prompts."""
+    replay: Optional[float] = 0.02
+    """Most that ``routes/replayed`` or ``kept/share`` may lose against the beginning."""
+    kept: Optional[float] = 5.0
+    """Factor by which the mean kept set may grow or shrink against the beginning."""
+    entropy: Optional[float] = 0.1
+    """Least share of the beginning's entropy, while accuracy is below 0.9."""
+    masked: Optional[float] = 0.5
+    """Largest share of sequences that the off-policy mask takes out."""
+    clipped: Optional[float] = 0.3
+    """Largest share of tokens whose gradient the clip cuts off."""
+    saturation: Optional[float] = 0.995
+    """Accuracy of a domain above which its prompts teach nothing more."""
+    zero_variance: Optional[float] = 0.9
+    """Largest share of groups whose samples all have the same reward, while accuracy is below 0.9."""
+    dominance: Optional[float] = 0.9
+    """Largest share of what tells siblings of a domain apart that may come from one reward other than the first."""
+    length: Optional[float] = 3.0
+    """Factor by which replies may have become longer than five windows before, or than in the beginning."""
+    truncated: Optional[float] = 0.75
+    """Largest share of replies that a length limit cuts off."""
+    stop: list[Alarm] = field(default_factory=list)
+    """Alarms that stop the run when they start; the others are told and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Judge:
     """The generative reward model that ``rubric`` and the proof rewards ask: an endpoint (``url``) or a model that the
     run serves itself (``path``)."""
@@ -382,6 +442,8 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     faults: Faults = field(default_factory=Faults)
     doctor: Doctor = field(default_factory=Doctor)
+    canary: Canary = field(default_factory=Canary)
+    alarms: Alarms = field(default_factory=Alarms)
     log_samples: int = 16
     """Trajectories written to ``samples/`` each step."""
     judge: Judge = field(default_factory=Judge)

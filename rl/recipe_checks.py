@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from rl.config import (
+    Alarms,
+    Canary,
     Checkpoint,
     Doctor,
     Domain,
@@ -41,6 +43,7 @@ _POSITIVE = _Range("above 0", lambda value: value > 0)
 _AT_LEAST_0 = _Range("0 or more", lambda value: value >= 0)
 _AT_LEAST_1 = _Range("1 or more", lambda value: value >= 1)
 _AT_LEAST_2 = _Range("2 or more", lambda value: value >= 2)
+_SHARE = _Range("from 0 to 1", lambda value: 0 <= value <= 1)
 
 _RANGES: dict[type, dict[str, _Range]] = {
     Recipe: {
@@ -131,6 +134,13 @@ _RANGES: dict[type, dict[str, _Range]] = {
     Checkpoint: {"every": _AT_LEAST_0, "keep": _AT_LEAST_1},
     Faults: {"engine_restarts": _AT_LEAST_0, "window_s": _POSITIVE},
     Doctor: {"factor": _AT_LEAST_1, "floor_s": _POSITIVE, "first_s": _POSITIVE},
+    Alarms: {
+        "window": _AT_LEAST_1,
+        **dict.fromkeys(("mismatch", "kept", "length"), _POSITIVE),
+        **dict.fromkeys(("replay", "entropy", "masked", "clipped", "zero_variance", "truncated"), _SHARE),
+        **dict.fromkeys(("saturation", "dominance"), _SHARE),
+    },
+    Canary: {"every": _AT_LEAST_0, "prompts": _AT_LEAST_1, "max_tokens": _AT_LEAST_1},
 }
 
 

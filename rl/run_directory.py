@@ -6,6 +6,7 @@
     supervised.jsonl       one object a step of the cold start, whose steps count from 1 on their own
     events.out.tfevents.*  the same numbers for TensorBoard; those of the cold start are named ``supervised/...``
     timeline.jsonl         who did what when, as ``rl.timeline`` says
+    alarms.jsonl           one object when an alarm starts and one when it clears (`rl/alarms.py`)
     samples/step_N.jsonl   trajectories, one ``Trajectory.record()`` a line
     report.html, checkpoints/step_N/, model/   written by others at the paths given here
 
@@ -102,6 +103,10 @@ class RunDirectory:
         return self.path / "supervised.jsonl"
 
     @property
+    def alarms(self) -> Path:
+        return self.path / "alarms.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -126,6 +131,11 @@ class RunDirectory:
         """Writes one step of the cold start, in the same form."""
         step = self._supervised.append(metrics)
         self._add_event(step, metrics, prefix="supervised/")
+
+    def log_alarm(self, row: Mapping[str, Any]) -> None:
+        """Appends one object to ``alarms.jsonl``, in one write."""
+        with open(self.alarms, "ab", buffering=0) as file:
+            file.write(json.dumps(_jsonable(row), ensure_ascii=False).encode() + b"\n")
 
     def log_samples(self, step: int, trajectories: Iterable[Trajectory]) -> None:
         """Writes ``samples/step_N.jsonl``; values JSON does not know (in an answer) are written as their ``str``."""

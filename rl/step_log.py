@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from rl.alarms import Alarms
 from rl.buffer import staleness
 from rl.config import Recipe
 from rl.evaluate import Evaluation, accuracy
 from rl.metrics import values
 from rl.progress import Progress
+from rl.reward_shares import reward_shares
 from rl.rollouts import Tally
 from rl.run_directory import RunDirectory
 from rl.sample import Group, NDArray, Sample, Scored, Status
@@ -34,7 +36,7 @@ class StepClock:
     def lap(self, name: str) -> None:
         """Books the time since the last lap."""
         now = time.perf_counter()
-        self.seconds[name] = now - self._last
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
 
     @property
@@ -50,6 +52,7 @@ class StepLog:
         self.conversation = conversation
         self.run = run
         self.progress = progress
+        self.alarms = Alarms(recipe, run, progress)
 
     def before(self, evaluation: Evaluation) -> None:
         """Step 0: the evaluation before training."""
@@ -67,17 +70,18 @@ class StepLog:
         result: StepResult,
         sync: Sync,
         clock: StepClock,
-        speeds: Mapping[str, float],
+        measured: Mapping[str, float],
         evaluation: Evaluation | None,
     ) -> None:
-        """One step of training; ``sync`` published the weights that it made, ``speeds`` are ``rl.utilization``'s."""
+        """One step of training; ``sync`` published the weights that it made, ``measured`` are metrics as they are."""
         metrics = {"step": step, **self._rollout_metrics(groups, tally), **self._ages(groups, version=step - 1)}
         metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
         metrics |= {"time/step_s": clock.total, "time/reward_s": float(tally.scoring)}
         metrics["tokens_per_s"] = metrics["tokens/generated"] / clock.total
         metrics |= {f"time/{part}_s": seconds for part, seconds in result.seconds.items()}
-        metrics |= speeds
+        metrics |= measured
         metrics |= values(result.metrics) | sync.metrics() | (evaluation.metrics() if evaluation else {})
+        metrics |= self.alarms.observe(metrics)
         self._write(metrics)
         self._warn(step, tally, result)
         if evaluation:
@@ -86,6 +90,7 @@ class StepLog:
         self.run.log_samples(
             step, (self._trajectory(one, advantage, result.learner_logprobs) for one, advantage in logged)
         )
+        self.alarms.stop_run()
 
     def _write(self, metrics: dict[str, float]) -> None:
         self.run.log(metrics)
@@ -123,6 +128,8 @@ class StepLog:
             metrics[f"reward/{domain}"] = _mean(one.reward for one in members)
             for part in sorted({part for one in members for part in one.parts}):
                 metrics[f"reward/{domain}/{part}"] = _mean(one.parts[part] for one in members if part in one.parts)
+            own = [group for group in groups if group.prompt.domain == domain]
+            metrics |= reward_shares(domain, self.recipe.domains[domain], own)
         return metrics | {f"accuracy/{domain}": value for domain, value in accuracy(self.recipe, scored).items()}
 
     def _ages(self, groups: Sequence[Group], version: int) -> dict[str, float]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from rl.advantage import group_advantages
 from rl.buffer import GroupBuffer
+from rl.canary import Canary
 from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
@@ -50,11 +51,14 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
     log = StepLog(recipe, system.conversation, run, progress)
     timeline = run.timeline
     shuffle = np.random.default_rng([recipe.seed, 1])
+    canary = Canary(recipe, system, data.training)
     utilization = Utilization(system.plan)
     utilization.begin(await system.pool.stats())
     async with beside(rollouts.run()):
         for step in range(1, recipe.steps + 1):
             clock = StepClock()
+            replies = await canary.generate(step)
+            clock.lap("canary")
             with timeline.span("driver", "rollout", step=step):
                 groups = await buffer.take(recipe.prompts_per_step)
             clock.lap("rollout")
@@ -76,6 +80,9 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                 attention_span=system.learner.attention_span,
             )
             await system.learners_turn()
+            clock.lap("learn")
+            checks = await canary.compare(replies, version=step - 1)
+            clock.lap("canary")
             with timeline.span("learner", "step", step=step):
                 result = await system.learner.step(minibatches)
             clock.lap("learn")
@@ -83,7 +90,7 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
             sync = await system.publish(version=step)
             buffer.advance(step)
             clock.lap("sync")
-            speeds = utilization.metrics(clock.seconds, minibatches, await system.pool.stats())
+            checks |= utilization.metrics(clock.seconds, minibatches, await system.pool.stats())
 
             evaluation = None
             if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
@@ -91,7 +98,7 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                     evaluation = await evaluate(recipe, data.evaluation, system)
                 clock.lap("evaluate")
                 utilization.begin(await system.pool.stats())
-            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, speeds, evaluation)
+            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, checks, evaluation)
             if is_due(recipe.checkpoint.every, step, recipe.steps):
                 async with system.interruption():
                     with timeline.span("learner", "checkpoint", step=step):

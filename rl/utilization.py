@@ -24,8 +24,8 @@ class Utilization:
     def metrics(
         self, seconds: Mapping[str, float], minibatches: Sequence[Minibatch], stats: Sequence[EngineStats]
     ) -> dict[str, float]:
-        """``seconds`` of the laps ``rollout``, ``learn`` and ``sync`` since :meth:`begin`, and the counters now."""
-        total = seconds["rollout"] + seconds["learn"] + seconds["sync"]
+        """``seconds`` of the laps canary, rollout, learn and sync since :meth:`begin`, and the counters now."""
+        total = seconds.get("canary", 0.0) + seconds["rollout"] + seconds["learn"] + seconds["sync"]
         pairs = list(zip(self._before, stats, strict=True))
         busy = [now.busy_s - before.busy_s for before, now in pairs]
         generated = [now.num_generated_tokens - before.num_generated_tokens for before, now in pairs]

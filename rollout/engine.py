@@ -38,6 +38,7 @@ class Request:
     sampling: Sampling
     seed: int  # any integer; its low 64 bits count
     stop_token_ids: tuple[int, ...] = ()
+    urgent: bool = False  # goes before requests that wait for a place
 
     def __post_init__(self) -> None:
         if len(self.token_ids) == 0:

@@ -104,9 +104,17 @@ class EnginePool:
         return pool
 
     async def generate_group(
-        self, prompt: Prompt, token_ids: NDArray, sampling: Sampling, seeds: Sequence[int]
+        self,
+        prompt: Prompt,
+        token_ids: NDArray,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        urgent: bool = False,
     ) -> list[Sample]:
         """One sample per seed, in order, continuing `token_ids` (int32 [P]); all from the least loaded engine.
+
+        `urgent` ones do not queue behind what waits there.
 
         Raises DataError naming the prompt when it does not fit the context window. When the caller is cancelled, its
         sequences are aborted.
@@ -120,6 +128,7 @@ class EnginePool:
                 sampling=sampling,
                 seed=seed,
                 stop_token_ids=self._conversation.stop_token_ids,
+                urgent=urgent,
             )
             for index, seed in enumerate(seeds)
         ]

@@ -92,7 +92,8 @@ class TorchEngine:
             if name in self._ids or names.count(name) > 1:
                 raise ValueError(f"request {name}: the id is in use")
         self._ids.update(names)
-        self._waiting.extend(requests)
+        self._waiting.extendleft(request for request in reversed(requests) if request.urgent)
+        self._waiting.extend(request for request in requests if not request.urgent)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Submits and steps until these requests are done; other requests' completions are lost."""

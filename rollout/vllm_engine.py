@@ -205,7 +205,9 @@ class VllmEngineActor:
         prompt = {"prompt_token_ids": request.token_ids.tolist()}
         self._enter(request.id)
         try:
-            outputs = await self._ask(_all(self._engine.generate(prompt, sampling, request.id)))
+            # Lower numbers go first.
+            asked = self._engine.generate(prompt, sampling, request.id, priority=-1 if request.urgent else 0)
+            outputs = await self._ask(_all(asked))
         finally:
             self._leave(request.id)
         return to_completion(outputs[-1].outputs[0], request, self._recording)
@@ -285,6 +287,7 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "seed": settings.seed,
         "max_model_len": settings.max_context,
         "max_num_seqs": settings.max_num_seqs,
+        "scheduling_policy": "priority",  # requests of equal priority in the order of their arrival
         "tensor_parallel_size": settings.tensor_parallel,
         "enable_expert_parallel": settings.expert_parallel and parallel and bool(model.moe_layers),
         # Inside a placement group vLLM would choose Ray, and ask it for GPUs that this process already holds.

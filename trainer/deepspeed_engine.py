@@ -183,6 +183,11 @@ class DeepSpeedEngine:
         with self._watch("forward"):
             return self._engine(*args, **kwargs)
 
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass that nothing is learned from and no backward follows."""
+        return self._engine(*args, **kwargs)
+
     def backward(self, loss: Tensor) -> bool:
         """Accumulates the gradient of this rank's part of a loss whose parts add up over ranks and micro-batches.
 

@@ -114,6 +114,11 @@ class Learner:
         shares = [([minibatch.share(rank) for minibatch in minibatches],) for rank in range(len(self._actors))]
         return self._result(minibatches, await self._each("step", shares))
 
+    async def logprobs(self, minibatch: Minibatch) -> dict[str, NDArray]:
+        """By sample: float32 [T] with the current weights, routes and kept sets replayed as in training."""
+        ranks = await self._each("logprobs", [(minibatch.share(rank),) for rank in range(len(self._actors))])
+        return {name: stream for rank in ranks for name, stream in rank.items()}
+
     async def supervised_step(self, demonstrations: Sequence[EncodedDemonstration]) -> StepResult:
         """One optimizer step over demonstrations; raises like :meth:`step`."""
         minibatch = pack_demonstrations(

@@ -21,13 +21,14 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 from model.checksum import Checksums
 from rl.config import Dsa, EngineKind, Offload, Placement, Recipe
 from rl.errors import DataError, RecipeError
+from rl.sample import NDArray
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
 from trainer.loading import load_sharded
 from trainer.pack import Minibatch
 from trainer.phase import Phase, freeze, optimization, trains_indexer
 from trainer.policy import Policy
 from trainer.sender import Offer, Sent, WeightSender
-from trainer.step import RankStep, Reference, grpo_step
+from trainer.step import RankStep, Reference, grpo_step, score
 from trainer.supervised import supervised_step
 from trainer.weights import save_whole_model, weight_checksums, whole_weights
 
@@ -136,6 +137,10 @@ class LearnerRank:
             )
             for minibatch in minibatches
         ]
+
+    def logprobs(self, minibatch: Minibatch) -> dict[str, NDArray]:
+        """float32 [T] of every sample in this rank's share, with the current weights."""
+        return score(self.engine, minibatch, self.recipe.objective, device=self.device)
 
     def supervised_step(self, minibatch: Minibatch) -> RankStep:
         """One step of the cold start."""

@@ -105,6 +105,20 @@ def grpo_step(
     )
 
 
+def score(
+    engine: DeepSpeedEngine, minibatch: Minibatch, objective: Objective, *, device: torch.device
+) -> dict[str, NDArray]:
+    """Log-probabilities of this rank's samples, fp32 [T] each, as a step would find them; trains nothing."""
+    (microbatches,) = minibatch.ranks
+    logprobs: dict[str, NDArray] = {}
+    for micro in microbatches:
+        tokens = PackedTokens.of(
+            micro, device, keep_routing=objective.keep_routing, keep_sampling_mask=objective.keep_sampling_mask
+        )
+        logprobs |= by_sample(micro, engine.run(tokens).logprobs)
+    return logprobs
+
+
 def indexer_term(output: PolicyOutput, micro: Microbatch, minibatch: Minibatch) -> tuple[Tensor, dict[str, Mean]]:
     """This micro-batch's part of the indexer's loss, and its mean per token; padding micro-batches count nothing."""
     assert output.indexer_loss is not None

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Observed:
     figures: dict[str, Any] = field(default_factory=dict)
     stats: EngineStats | None = None
     num_aborted: int = 0
+    ended: list[str] = field(default_factory=list)
 
     def kept(self, name: str) -> list[Any]:
         return [completion.kept for completion in self.completions[name]]
@@ -185,6 +186,21 @@ async def abort_some(actor: VllmEngineActor, seen: Observed) -> None:
     seen.completions["aborted"] = await flight
 
 
+async def jump_the_queue(actor: VllmEngineActor, seen: Observed) -> None:
+    """More requests than places, then an urgent one; the order in which they end."""
+
+    async def complete(request: Request) -> None:
+        await actor.generate([request])
+        seen.ended.append(request.id)
+
+    crowd = [endless(request) for request in make_requests("crowd", 3 * 256, 40, max_tokens=64)]
+    tasks = [asyncio.ensure_future(complete(request)) for request in crowd]
+    while (await actor.stats()).num_waiting < 256:
+        await asyncio.sleep(0.005)
+    await complete(replace(make_requests("urgent", 1, 40, max_tokens=16)[0], urgent=True))
+    await asyncio.gather(*tasks)
+
+
 async def scenario(path: Path) -> Observed:
     seen = Observed()
     actor = VllmEngineActor()
@@ -203,6 +219,7 @@ async def scenario(path: Path) -> Observed:
         await measure_speed(actor, seen)
         await update_weights(actor, seen)
         await abort_some(actor, seen)
+        await jump_the_queue(actor, seen)
         seen.stats = await actor.stats()
     finally:
         await actor.shutdown()
@@ -332,6 +349,12 @@ def test_aborted_sequences_keep_what_they_have(seen: Observed):
         assert completion.finish == (Finish.ABORT if index < 4 else Finish.LENGTH)
         assert completion.routed is not None and len(completion.token_ids) > 0
         assert completion.kept is not None and completion.kept.contains(completion.token_ids).all()
+
+
+def test_what_is_urgent_does_not_queue(seen: Observed):
+    """It needs a place, so those that hold one may end before it, but nobody who waited longer."""
+    assert len(seen.ended) == 3 * 256 + 1
+    assert seen.ended.index("urgent0") <= 2 * 256
 
 
 def test_counters_and_speed(seen: Observed):

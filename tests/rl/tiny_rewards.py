@@ -34,3 +34,8 @@ def says_the_prompt(prompt: Prompt, rng: np.random.Generator) -> dict[str, str]:
 def says_k(prompt: Prompt, rng: np.random.Generator) -> dict[str, str]:
     """A demonstration that always gives the same short answer."""
     return {"content": "k"}
+
+
+def full_marks(sample: Sample) -> float:
+    """A reward that anything pleases."""
+    return 1.0

@@ -34,6 +34,22 @@ def make_engine(make_model):
     return make
 
 
+def test_what_is_urgent_goes_before_what_waits(make_engine, make_request):
+    """Two places, and replies of equal length; siblings of one call stay in order."""
+    engine = make_engine(max_num_seqs=2)
+    alone = make_engine().generate([make_request("u", length=9, max_tokens=4)])
+    plain = [make_request(name, length=9, max_tokens=4) for name in "abcdef"]
+    engine.submit(*plain)
+    ended = [name for name, _ in engine.step()]
+    urgent = [dataclasses.replace(make_request(name, length=9, max_tokens=4), urgent=True) for name in "uv"]
+    engine.submit(*urgent)
+    done: dict[str, Completion] = {}
+    while engine.has_work:
+        done |= dict(engine.step())
+    assert [*ended, *done] == ["a", "b", "u", "v", "c", "d", "e", "f"]
+    assert_same(done["u"], alone[0])
+
+
 def assert_same(one: Completion, other: Completion) -> None:
     np.testing.assert_array_equal(one.token_ids, other.token_ids)
     np.testing.assert_array_equal(one.logprobs, other.logprobs)

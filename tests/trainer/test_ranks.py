@@ -49,7 +49,12 @@ def steps_of(model_dir: Path, *, ranks: int, kl_beta: float = 0.0, num_steps: in
 def train(make: MakeRank, recipe: Recipe, model_dir: Path, steps: list[Minibatch]) -> tuple[list[RankStep], Weights]:
     rank = make(recipe)
     rank.begin(Phase.REINFORCEMENT, model_dir)
+    scored = rank.logprobs(steps[0].share(rank.rank))
     outcome = rank.step([minibatch.share(rank.rank) for minibatch in steps])
+    # What a step finds can be asked for before; the tests below would see a trace of it in losses and weights.
+    assert scored.keys() == outcome[0].learner_logprobs.keys()
+    for name, stream in outcome[0].learner_logprobs.items():
+        np.testing.assert_allclose(scored[name], stream, atol=1e-6, err_msg=name)
     return outcome, live_weights(rank)
 
 
