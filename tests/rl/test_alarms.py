@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ class Station:
         return active
 
     @property
-    def told(self) -> list[Mapping]:
+    def told(self) -> list[dict[str, Any]]:
         return read_lines(self.run.alarms) if self.run.alarms.exists() else []
 
 

@@ -18,20 +18,17 @@ EVENNESS = f"{{use: '{REWARDS}:evenness'}}"
 def test_engine_and_learner_agree_and_rollouts_do_not_notice(cluster: None, tmp_path: Path):
     """Compared before steps 1, 3 and 5; everything else is the same to the last bit as without a canary."""
     settings = ("steps=5", "rollout.max_num_seqs=16", "alarms={mismatch: 1.0e-5, stop: [mismatch]}")
-    codes, runs = zip(
-        run_here(tmp_path, *settings, "canary={every: 2, prompts: 3, max_tokens: 5}", name="with"),
-        run_here(tmp_path, *settings, "canary.every=0", name="without"),
-        strict=True,
-    )
-    assert codes == (0, 0)
-    watched, unwatched = ([_without_clocks(row) for row in run.steps] for run in runs)
+    code, run = run_here(tmp_path, *settings, "canary={every: 2, prompts: 3, max_tokens: 5}", name="with")
+    again, plain = run_here(tmp_path, *settings, "canary.every=0", name="without")
+    assert code == again == 0
+    watched, unwatched = ([_without_clocks(row) for row in one.steps] for one in (run, plain))
     checks = [{name: row.pop(name) for name in list(row) if name.startswith("canary/")} for row in watched]
     assert watched == unwatched
     assert [bool(check) for check in checks] == [True, False, True, False, True]
     for check in checks[::2]:
         assert check.keys() == {"canary/logprob_abs", "canary/max", "canary/kl"}
         assert 0 <= check["canary/logprob_abs"] <= check["canary/max"] < 1e-5
-    assert not runs[0].path.joinpath("alarms.jsonl").exists()
+    assert not run.path.joinpath("alarms.jsonl").exists()
 
 
 def test_a_mismatch_stops_the_run_before_it_has_trained_much(cluster: None, tmp_path: Path):
@@ -77,7 +74,7 @@ def test_the_set_is_fixed_and_of_all_domains():
 def test_differences_are_of_tokens_with_the_learners_weights():
     sample = make_sample(make_prompt("1"), num_sampled=4, versions=np.array([-1, -1, 7, 7, 6, 7], np.int32))
     silent = make_sample(make_prompt("2"))
-    learned: dict[str, NDArray] = {sample.id: sample.rollout_logprobs + np.float32([9, 9, 0.5, -0.25, 9, 0])}
+    learned: dict[str, NDArray] = {sample.id: sample.rollout_logprobs + np.array([9, 9, 0.5, -0.25, 9, 0], np.float32)}
     found = differences([sample, silent], learned, 7)
     expected = np.array([0.5, -0.25, 0.0])
     assert found["canary/logprob_abs"] == pytest.approx(0.25)
