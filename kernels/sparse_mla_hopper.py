@@ -51,6 +51,11 @@ def fits(queries: torch.Tensor, keys: torch.Tensor, value_dim: int) -> bool:
     )
 
 
+def head_blocks(queries: torch.Tensor) -> int:
+    """How many programs share the heads of a query."""
+    return -(-queries.shape[1] // HEADS)
+
+
 @gluon.jit
 def _count(row, first, last):
     """One past the last of a row's columns [first, last) that is not -1, and at least `first`."""
@@ -305,8 +310,7 @@ def forward(
 ) -> None:
     """Writes out [N, splits, H, L] and lse fp32 [N, splits, H], base 2; `scale` is of scores in base 2."""
     num_queries, num_splits, num_heads, _ = out.shape
-    num_blocks = -(-num_heads // HEADS)
-    forward_kernel[(num_queries * num_blocks, num_splits)](
+    forward_kernel[(num_queries * head_blocks(queries), num_splits)](
         queries, keys, indices, out, lse, scale, num_heads, indices.shape[1], split,
         queries.stride(0), queries.stride(1), keys.stride(0), ORDER=order, num_warps=4,
     )  # fmt: skip

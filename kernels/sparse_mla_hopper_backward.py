@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.sparse_mla_hopper import HEADS, LATENT, ROPE, _copy, _count
+from kernels.sparse_mla_hopper import HEADS, LATENT, ROPE, _copy, _count, head_blocks
 
 _HEADS, _KEYS = gl.constexpr(HEADS), gl.constexpr(64)
 _LATENT, _ROPE, _DIM = gl.constexpr(LATENT), gl.constexpr(ROPE), gl.constexpr(LATENT + ROPE)
@@ -256,7 +256,7 @@ def pair_gradients(
     """What each pair adds to its key's gradient, [N, K, B, D], undefined where there is none; writes grad_queries."""
     num_queries, num_heads, dim = queries.shape
     num_selected = indices.shape[1]
-    num_blocks = triton.cdiv(num_heads, HEADS)
+    num_blocks = head_blocks(queries)
     padded = triton.cdiv(num_selected, 64) * 64
     pairs = torch.empty(num_queries, num_selected, num_blocks, dim, dtype=keys.dtype, device=keys.device)
     d_scores = torch.empty(num_queries, num_blocks, padded, HEADS, dtype=keys.dtype, device=keys.device)

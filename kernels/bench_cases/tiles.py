@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import kernels
-from kernels import masked_mha, sparse_mla
+from kernels import masked_mha, sparse_mla, sparse_mla_backward, sparse_tiles
 from kernels.bench import Call, Case, Setup
 from kernels.bench_cases.sparse_mla import DIM, LATENT, SCALE, causal_selection
 
@@ -29,8 +29,8 @@ def _replaced(module: ModuleType, name: str, value: Any, call: Call) -> Call:
     return run
 
 
-def _sparse(heads: int, which: str, choices: Sequence[sparse_mla.Tiles]) -> Setup:
-    n = 4096 if heads < 128 else 2048
+def _sparse(heads: int, which: str, choices: Sequence[sparse_tiles.Tiles]) -> Setup:
+    n = 4096
     queries = torch.randn(n, heads, DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
     keys = torch.randn(8192, DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
     indices = causal_selection(n, 8192, 2048)
@@ -45,7 +45,9 @@ def _sparse(heads: int, which: str, choices: Sequence[sparse_mla.Tiles]) -> Setu
             return kernels.packed_sparse_attention(queries, keys, indices, SCALE, LATENT)[0]
 
     peers = {
-        f"{t.heads}x{t.keys} w{t.warps} s{t.stages}": _replaced(sparse_mla, which, lambda *_, t=t: t, ours)
+        f"{t.heads}x{t.keys} w{t.warps} s{t.stages}": _replaced(
+            sparse_mla_backward if backward else sparse_mla, which, lambda *_, t=t: t, ours
+        )
         for t in choices
     }
     flops = 2.0 * n * heads * 2048 * (3 * DIM + 2 * LATENT if backward else DIM + LATENT)
@@ -84,16 +86,15 @@ def _masked(which: str, choices: Sequence[masked_mha.Tiles]) -> Setup:
 
 
 def cases() -> list[Case]:
-    def sparse(*sizes: tuple[int, int, int, int]) -> list[sparse_mla.Tiles]:
-        return [sparse_mla.Tiles(heads=h, keys=k, warps=w, stages=s) for h, k, w, s in sizes]
+    def sparse(*sizes: tuple[int, int, int, int]) -> list[sparse_tiles.Tiles]:
+        return [sparse_tiles.Tiles(heads=h, keys=k, warps=w, stages=s) for h, k, w, s in sizes]
 
     def masked(*sizes: tuple[int, int, int, int]) -> list[masked_mha.Tiles]:
         return [masked_mha.Tiles(own=o, other=n, warps=w, stages=s) for o, n, w, s in sizes]
 
     found = [
-        ("sparse_forward", lambda: _sparse(128, "_forward_tiles", sparse((64, 32, 8, 3), (64, 64, 8, 1)))),
-        ("sparse_backward", lambda: _sparse(128, "_backward_tiles", sparse((64, 64, 8, 1), (64, 16, 8, 2)))),
-        ("sparse_backward_16", lambda: _sparse(16, "_backward_tiles", sparse((16, 32, 4, 2), (16, 64, 4, 2)))),
+        ("sparse_forward", lambda: _sparse(16, "_forward_tiles", sparse((16, 32, 4, 3), (16, 128, 4, 3)))),
+        ("sparse_backward", lambda: _sparse(16, "_backward_tiles", sparse((16, 32, 4, 2), (16, 64, 4, 2)))),
         ("masked_forward", lambda: _masked("forward", masked((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)))),
         ("masked_grad_queries", lambda: _masked("grad_queries", masked((128, 32, 8, 3), (64, 64, 4, 2)))),
         ("masked_grad_keys", lambda: _masked("grad_keys", masked((128, 32, 8, 3), (64, 32, 4, 2), (128, 64, 8, 1)))),

@@ -16,15 +16,16 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
 
-from kernels import masked_mha, sparse_mla  # noqa: E402
+from kernels import masked_mha, sparse_mla_hopper, sparse_mla_hopper_backward  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024
 FP32 = {"lse", "delta"}
 INT32 = {"indices", "bitmask", "cu_seqlens"}
 TENSORS = {
     "queries", "keys", "values", "out", "grad_out", "grad_queries", "grad_keys", "grad_values", "probs_out",
-    "d_scores_out", "probs", "d_scores", *FP32, *INT32,
+    "d_scores_out", "probs", "d_scores", "pairs", *FP32, *INT32,
 }  # fmt: skip
 
 
@@ -39,12 +40,9 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
         signature[name] = "fp32" if name == "scale" else kind
         if name != "scale":
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-
-
-def sparse_constants(tiles: sparse_mla.Tiles) -> dict[str, Any]:
-    return sparse_mla._blocks(512, 576, 2048, tiles, torch.empty(0, dtype=torch.bfloat16))
 
 
 def masked_constants(tiles: masked_mha.Tiles, *, masked: bool = True) -> dict[str, Any]:
@@ -54,25 +52,24 @@ def masked_constants(tiles: masked_mha.Tiles, *, masked: bool = True) -> dict[st
     return constants | ({"MASKED": True} if masked else {})
 
 
-def masked_grad_keys_constants(tiles: masked_mha.Tiles) -> dict[str, Any]:
-    return masked_constants(tiles, masked=False)
-
-
-SPARSE, MASKED = sparse_mla, masked_mha
+MASKED = masked_mha
 LAUNCHES = MASKED._launches(192, 128, 2)
 CASES = {
-    "sparse forward": (SPARSE._forward_kernel, SPARSE._forward_tiles(128, 2), sparse_constants),
-    "sparse grad queries": (SPARSE._grad_queries_kernel, SPARSE._backward_tiles(128, 2), sparse_constants),
-    "masked forward": (MASKED._forward_kernel, LAUNCHES.forward, masked_constants),
-    "masked grad queries": (MASKED._grad_queries_kernel, LAUNCHES.grad_queries, masked_constants),
-    "masked grad keys": (MASKED._grad_keys_kernel, LAUNCHES.grad_keys, masked_grad_keys_constants),
-}
+    "sparse forward": (sparse_mla_hopper.forward_kernel, {"ORDER": 0}, 4),
+    "sparse pairs": (sparse_mla_hopper_backward.pairs_kernel, {}, 4),
+    "masked forward": (MASKED._forward_kernel, masked_constants(LAUNCHES.forward), LAUNCHES.forward.warps),
+    "masked grad queries": (
+        MASKED._grad_queries_kernel, masked_constants(LAUNCHES.grad_queries), LAUNCHES.grad_queries.warps
+    ),
+    "masked grad keys": (
+        MASKED._grad_keys_kernel, masked_constants(LAUNCHES.grad_keys, masked=False), LAUNCHES.grad_keys.warps
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_fits_an_sm_and_uses_its_tensor_cores(name: str) -> None:
-    kernel, tiles, constants = CASES[name]
-    found = compiled(kernel, constants(tiles), tiles.warps)
+    found = compiled(*CASES[name])
     assert found.metadata.shared <= SHARED_MEMORY
     assert "wgmma.mma_async" in found.asm["ptx"] and "mma.sync" not in found.asm["ptx"]
     assert "cp.async" in found.asm["ptx"]

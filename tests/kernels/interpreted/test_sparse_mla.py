@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import reference, sparse_mla
+from kernels import reference, sparse_mla, sparse_mla_backward
 from kernels.reference import attention
 
 SCALE = 0.3
@@ -66,7 +66,7 @@ def test_forward_and_gradients(shape: dict[str, int], monkeypatch: pytest.Monkey
     """In blocks of two queries, so that the keys' gradient is summed over several."""
     value_dim = shape["value_dim"]
     queries, keys, indices = make(**shape)
-    monkeypatch.setattr(sparse_mla, "_PARTIALS_LIMIT", 2 * shape["selected"] * keys.shape[1] * 4)
+    monkeypatch.setattr(sparse_mla_backward, "_PARTIALS_LIMIT", 2 * shape["selected"] * keys.shape[1] * 4)
     out, lse = sparse_mla.packed_sparse_attention(queries, keys, indices, SCALE, value_dim)
     inputs64 = [tensor.detach().double().requires_grad_() for tensor in (queries, keys)]
     wanted, wanted_lse = exact(inputs64[0], inputs64[1], indices, value_dim)
