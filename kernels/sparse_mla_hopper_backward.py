@@ -235,7 +235,7 @@ def queries_kernel(
         key = tl.load(
             keys + (rows * stride_key)[:, None] + columns[None, :], mask=exists[:, None] & column_there, other=0.0
         )
-        slope = tl.load(slopes + pairs[:, None] * BLOCK_H + heads[None, :])
+        slope = tl.load(slopes + pairs[:, None] * BLOCK_H + heads[None, :], mask=exists[:, None], other=0.0)
         acc = tl.dot(tl.trans(slope), key, acc)
     head = block * BLOCK_H + heads
     out = grad_queries + (token * num_heads + head) * DIM
