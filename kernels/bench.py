@@ -3,8 +3,9 @@
 Every module in `kernels/bench_cases/` has a function `cases() -> list[Case]`. A name given on the command line selects
 the cases that begin with it ("sparse_mla", "sparse_mla.forward"); `--list` prints them all. Each line shows our time,
 rate, peak memory and error, then each peer's, with the ratio of its time to ours: above 1 ours is faster. Times are
-medians over repetitions with a cold L2 cache; memory is what a call adds to its arguments at its peak. The error is
-the largest over the outputs of |found - exact| / |exact| (Frobenius norms), where the case has an exact answer.
+medians over repetitions with a cold L2 cache, or, for decode, over replays of a CUDA graph with a warm one; memory is
+what a call adds to its arguments at its peak. The error is the largest over the outputs of |found - exact| / |exact|
+(Frobenius norms), where the case has an exact answer.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Setup:
     exact: Call | None = None  # the same outputs in higher precision; None where nothing independent fits in memory
     flops: float = 0.0  # of the mathematics, not of what an implementation recomputes
     bytes: float = 0.0  # least memory traffic, where memory is what bounds the kernel
+    graphed: bool = False  # timed as replays of a CUDA graph, as an engine runs its decode steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ def measure(case: Case) -> Row:
 def _time(call: Call, setup: Setup, exact: list[torch.Tensor] | None) -> Timing:
     error = None if exact is None else relative_error(_tensors(call()), exact)
     peak_mib = _peak_mib(call)
-    ms = _median_ms(call)
+    ms = _median_ms(call, graphed=setup.graphed)
     return Timing(ms=ms, tflops=setup.flops / ms / 1e9, tb_per_s=setup.bytes / ms / 1e9, peak_mib=peak_mib, error=error)
 
 
@@ -129,10 +131,12 @@ def _peak_mib(call: Call) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _median_ms(call: Call) -> float:
+def _median_ms(call: Call, *, graphed: bool) -> float:
     if torch.cuda.is_available():
-        from triton.testing import do_bench
+        from triton.testing import do_bench, do_bench_cudagraph
 
+        if graphed:
+            return float(do_bench_cudagraph(call, rep=20, return_mode="median"))  # type: ignore[arg-type]
         return float(do_bench(call, warmup=20, rep=100, return_mode="median"))  # type: ignore[arg-type]
     times = []
     for _ in range(5):

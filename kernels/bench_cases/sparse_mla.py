@@ -46,23 +46,50 @@ def _inputs(n: int, m: int, heads: int, selected: int) -> tuple[torch.Tensor, to
     return queries, keys, causal_selection(n, m, selected)
 
 
+def _flash_mla(queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor, *, decode: bool) -> dict[str, Call]:
+    """FlashMLA's kernels from vLLM, where it is installed: over bf16 keys, and in decode also over an fp8 cache."""
+    if find_spec("vllm") is None:
+        return {}
+    from vllm.third_party.flashmla import flash_mla_interface as flash_mla  # type: ignore[import-not-found]
+
+    heads = queries.shape[1]
+    wide = -(-heads // 64) * 64  # FlashMLA takes 64 heads or a multiple
+    padded = F.pad(queries, (0, 0, 0, wide - heads))
+    slots = indices.unsqueeze(1)
+    prefill = lambda: flash_mla.flash_mla_sparse_fwd(padded, keys.unsqueeze(1), slots, SCALE, LATENT)[0][:, :heads]  # noqa: E731
+    if not decode:
+        return {"FlashMLA": prefill}
+    cache = _fp8_cache(keys)
+    plan = flash_mla.get_mla_metadata()[0]
+
+    def decoded() -> torch.Tensor:
+        one_each = padded.unsqueeze(1)
+        out = flash_mla.flash_mla_with_kvcache(
+            one_each, cache, None, None, LATENT, plan, None, SCALE, is_fp8_kvcache=True, indices=slots
+        )[0]
+        return out[:, 0, :heads]
+
+    return {"FlashMLA prefill": prefill, "FlashMLA decode, fp8 cache": decoded}
+
+
+def _fp8_cache(keys: torch.Tensor) -> torch.Tensor:
+    """Keys in FlashMLA's cache format, pages of 64: 512 e4m3 values, four fp32 scales (all 1), 64 bf16 values a key."""
+    parts = [keys[:, :LATENT].to(torch.float8_e4m3fn), torch.ones(keys.shape[0], 4, device="cuda"), keys[:, LATENT:]]
+    rows = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+    return rows.view(-1, 64, 1, rows.shape[1]).view(torch.float8_e4m3fn)
+
+
 def _forward(n: int, m: int, heads: int, selected: int, *, decode: bool) -> Setup:
     queries, keys, indices = _inputs(n, m, heads, selected)
     peers: dict[str, Call] = {"gathered SDPA": lambda: _gathered_sdpa(queries, keys, indices)}
-    if find_spec("vllm") is not None:
-        from vllm.third_party.flashmla.flash_mla_interface import flash_mla_sparse_fwd  # type: ignore[import-not-found]
-
-        wide = -(-heads // 64) * 64  # FlashMLA takes 64 heads or a multiple
-        padded = F.pad(queries, (0, 0, 0, wide - heads))
-        slots = indices.unsqueeze(1)
-        peers["FlashMLA"] = lambda: flash_mla_sparse_fwd(padded, keys.unsqueeze(1), slots, SCALE, LATENT)[0][:, :heads]
     attend = kernels.decode_sparse_attention if decode else kernels.packed_sparse_attention
     return Setup(
         ours=lambda: attend(queries, keys, indices, SCALE, LATENT)[0],
-        peers=peers,
+        peers=peers | _flash_mla(queries, keys, indices, decode=decode),
         exact=lambda: _gathered_sdpa(queries.float(), keys.float(), indices),
         flops=2.0 * n * heads * selected * (DIM + LATENT),
         bytes=2.0 * n * selected * DIM,
+        graphed=decode,
     )
 
 

@@ -48,7 +48,7 @@ def gradients(attend, inputs: list[torch.Tensor], upstream: torch.Tensor, dtype:
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
 
-@pytest.mark.parametrize(("heads", "local"), [(1, False), (24, True), (64, False), (128, True)])
+@pytest.mark.parametrize(("heads", "local"), [(1, False), (24, True), (40, False), (64, False), (128, True)])
 def test_sparse_mla(heads: int, local: bool) -> None:
     torch.manual_seed(heads)
     queries, keys = torch.randn(131, heads, DIM, device="cuda"), torch.randn(900, DIM, device="cuda")
@@ -100,6 +100,13 @@ def test_decode(heads: int) -> None:
     report("out", [whole], [plain], [exact])
     alone = kernels.decode_sparse_attention(queries[3:4], cache, indices[3:4], SCALE, LATENT)[0]
     assert torch.equal(alone, whole[3:4])
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = kernels.decode_sparse_attention(queries, cache, indices, SCALE, LATENT)[0]
+    replayed.fill_(math.nan)
+    graph.replay()
+    assert torch.equal(replayed, whole)
 
 
 @pytest.mark.parametrize(

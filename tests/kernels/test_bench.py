@@ -84,7 +84,7 @@ def test_a_run_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(bench, "_peak_mib", lambda call: 1.0)
-    monkeypatch.setattr(bench, "_median_ms", lambda call: 2.0)
+    monkeypatch.setattr(bench, "_median_ms", lambda call, graphed: 2.0)
     target = tmp_path / "rows.json"
     assert bench.main(["--json", str(target)]) == 1  # a peer failed
     written = json.loads(target.read_text())
