@@ -202,12 +202,13 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_queries, _, dim = queries.shape
     num_selected = indices.shape[1]
-    grad_queries = torch.zeros(queries.shape, dtype=queries.dtype, device=queries.device)
     grad_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
     parts = head_blocks(queries) if fits(queries, keys, out.shape[2]) else 1
     block = max(1, _PARTIALS_LIMIT // max(1, num_selected * parts * dim * keys.element_size()))
     block = block // _SMS * _SMS or block
     starts = range(0, num_queries, block) if num_selected and out.numel() else ()
+    made = torch.empty if starts else torch.zeros
+    grad_queries = made(queries.shape, dtype=queries.dtype, device=queries.device)
     for part in (slice(start, start + block) for start in starts):
         _backward_block(
             queries[part], keys, indices[part], out[part], lse[part], grad_out[part], scale,

@@ -70,6 +70,12 @@ def _count(row, first, last):
 
 
 @gluon.jit
+def _pairs(row, first, last):
+    """How many pairs of tiles are walked over: at least one, even where there is no key."""
+    return gl.maximum(gl.cdiv(_count(row, first, last) - first, 2 * _KEYS), 1)
+
+
+@gluon.jit
 def _copy(smem, rows, there, FIRST: gl.constexpr, WIDTH: gl.constexpr):
     """Starts copying columns [FIRST, FIRST + WIDTH) of the rows at these addresses, zeros where there are none."""
     columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, _GATHER))
@@ -80,7 +86,7 @@ def _copy(smem, rows, there, FIRST: gl.constexpr, WIDTH: gl.constexpr):
 def _gather(operands, ready, free, source):
     """The gathering warps: all queries, then a tile of keys whenever the halves of a buffer are free."""
     q_left, q_right, q_rope, k_left, k_right, k_rope = operands
-    queries, keys, row, first, stop, num_pairs, heads_left, stride_head, stride_key = source
+    queries, keys, row, first, stop, heads_left, stride_head, stride_key = source
     place = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _GATHER))
     head_rows = queries + place * stride_head
     _copy(q_left.index(0), head_rows, place < heads_left, 0, _HALF)
@@ -88,7 +94,8 @@ def _gather(operands, ready, free, source):
     _copy(q_rope.index(0), head_rows, place < heads_left, _LATENT, _ROPE)
     column = first + place
     index = gl.load(row + column, mask=column < stop, other=-1)
-    for tile in range(2 * num_pairs):
+    # Counted in every group of warps, here behind the queries' loads: before the groups part it would cost 2 %.
+    for tile in range(2 * _pairs(row, first, stop)):
         exists = index >= 0
         key_rows = keys + gl.where(exists, index, 0).to(gl.int64) * stride_key
         column = column + _KEYS
@@ -157,7 +164,8 @@ def _attend(operands, shared, walk, SIDE: gl.constexpr, ORDER: gl.constexpr):
     """One group's work: the scores of every other tile, and half of the output's columns."""
     q_left, q_right, _, k_left, k_right, _ = operands
     probs_smem, shared_highest, shared_shrink, shared_total, ready, free, done, summed = shared
-    row, first, stop, num_pairs, scale, out, lse, heads_left = walk
+    row, first, stop, scale, out, lse, heads_left = walk
+    num_pairs = _pairs(row, first, stop)
     OTHER: gl.constexpr = 1 - SIDE
     head_layout: gl.constexpr = gl.SliceLayout(1, _SCORES)
     operand: gl.constexpr = gl.DotOperandLayout(0, _OUTPUT, 2)
@@ -255,9 +263,7 @@ def forward_kernel(
     heads_left = num_heads - head
     first = gl.program_id(1) * split
     row = indices + token * num_selected
-    stop = _count(row, first, gl.minimum(first + split, num_selected))
-    # Two tiles are walked over even where there is no key.
-    num_pairs = gl.maximum(gl.cdiv(stop - first, 2 * _KEYS), 1)
+    stop = gl.minimum(first + split, num_selected)
     query = queries + token * stride_query + head.to(gl.int64) * stride_head
     place = (token * gl.num_programs(1) + gl.program_id(1)) * num_heads + head
 
@@ -285,8 +291,8 @@ def forward_kernel(
 
     operands = (q_left, q_right, q_rope, k_left, k_right, k_rope)
     shared = (probs_smem, shared_highest, shared_shrink, shared_total, ready, free, done, summed)
-    walk = (row, first, stop, num_pairs, scale, out + place * _LATENT, lse + place, heads_left)
-    source = (query, keys, row, first, stop, num_pairs, heads_left, stride_head, stride_key)
+    walk = (row, first, stop, scale, out + place * _LATENT, lse + place, heads_left)
+    source = (query, keys, row, first, stop, heads_left, stride_head, stride_key)
     gl.warp_specialize(
         [
             (_attend, (operands, shared, walk, 0, ORDER)),

@@ -43,7 +43,7 @@ _SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bi
 def _gather(operands, ready, free, source):
     """The gathering warps: queries and upstream gradients, then a group of a tile's columns whenever it is free."""
     q_latent, q_rope, d_out, k_latent, k_rope = operands
-    queries, upstream, keys, row, stop, num_tiles, heads_left, stride_head, stride_key = source
+    queries, upstream, keys, row, stop, heads_left, stride_head, stride_key = source
     place = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _GATHER))
     head_there = place < heads_left
     for group in gl.static_range(4):
@@ -51,7 +51,7 @@ def _gather(operands, ready, free, source):
         _copy(d_out.index(group), upstream + place * _LATENT, head_there, group * _GROUP, _GROUP)
     _copy(q_rope.index(0), queries + place * stride_head, head_there, _LATENT, _ROPE)
     index = gl.load(row + place, mask=place < stop, other=-1)
-    for tile in range(num_tiles):
+    for tile in range(gl.cdiv(_count(row, 0, stop), _KEYS)):
         exists = index >= 0
         key_rows = keys + gl.where(exists, index, 0).to(gl.int64) * stride_key
         column = (tile + 1) * _KEYS + place
@@ -119,7 +119,7 @@ def _write(staged, values, places, there):
 @gluon.jit
 def _differentiate(operands, staging, ready, free, walk, SIDE: gl.constexpr):
     """One group's work: every other tile."""
-    row, stop, num_tiles, scale, lse, delta, heads_left, pairs_out, pair_stride, d_scores_out = walk
+    row, stop, scale, lse, delta, heads_left, pairs_out, pair_stride, d_scores_out = walk
     operand: gl.constexpr = gl.DotOperandLayout(0, _TILE, 2)
     staged = staging.index(SIDE)
     heads = gl.arange(0, _HEADS, layout=gl.SliceLayout(0, _TILE))
@@ -128,7 +128,7 @@ def _differentiate(operands, staging, ready, free, walk, SIDE: gl.constexpr):
     place = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _TILE))
     written = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _GATHER))
     columns = gl.arange(0, _CHUNK, layout=gl.SliceLayout(0, _GATHER))
-    for tile in range(SIDE, num_tiles, 2):
+    for tile in range(SIDE, gl.cdiv(_count(row, 0, stop), _KEYS), 2):
         column = tile * _KEYS + place
         exists = gl.load(row + column, mask=column < stop, other=-1) >= 0
         pair = tile * _KEYS + written
@@ -169,8 +169,6 @@ def pairs_kernel(
     head = block * _HEADS
     heads_left = num_heads - head
     row = indices + token * num_selected
-    stop = _count(row, 0, num_selected)
-    num_tiles = gl.cdiv(stop, _KEYS)
     query = queries + token * stride_query + head.to(gl.int64) * stride_head
     place = token * num_heads + head
     upstream = grad_out + place * _LATENT
@@ -193,9 +191,9 @@ def pairs_kernel(
     d_scores_out = d_scores + (token * num_blocks + block) * padded * _HEADS
     pair_stride = num_blocks * _DIM
     walk = (
-        row, stop, num_tiles, scale, lse + place, delta + place, heads_left, pairs_out, pair_stride, d_scores_out
+        row, num_selected, scale, lse + place, delta + place, heads_left, pairs_out, pair_stride, d_scores_out
     )  # fmt: skip
-    source = (query, upstream, keys, row, stop, num_tiles, heads_left, stride_head, stride_key)
+    source = (query, upstream, keys, row, num_selected, heads_left, stride_head, stride_key)
     gl.warp_specialize(
         [
             (_differentiate, (operands, staging, ready, free, walk, 0)),
