@@ -222,7 +222,9 @@ def _backward_block(queries, keys, indices, out, lse, grad_out, scale, grad_quer
     pair_gradients = hopper.pair_gradients if fits(queries, keys, out.shape[2]) else _pair_gradients
     grad_pairs = pair_gradients(queries, keys, indices, grad_out, lse, row_delta(out, grad_out), scale, grad_queries)
     # -1 sorts before every key, so the pairs of key s are order[bounds[s]:bounds[s + 1]], ascending for being stable.
-    ordered, order = torch.sort(indices.flatten(), stable=True)
+    # A radix sort passes over 16-bit keys half as often.
+    narrow = torch.int16 if keys.shape[0] <= torch.iinfo(torch.int16).max else torch.int32
+    ordered, order = torch.sort(indices.to(narrow).flatten(), stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(keys.shape[0] + 1, dtype=ordered.dtype, device=keys.device))
     _sum_pairs_kernel[(keys.shape[0],)](
         grad_pairs, order, bounds, grad_keys, DIM=keys.shape[1], PARTS=grad_pairs.shape[2],

@@ -271,7 +271,7 @@ def _grad_queries(
     indices: torch.Tensor,
     d_scores: torch.Tensor,
     grad_queries: torch.Tensor,
-    tiles: tuple[int, int, int, int] = (64, 256, 4, 3),
+    tiles: tuple[int, int, int, int] = (64, 128, 4, 3),
 ) -> None:
     num_queries, num_heads, dim = grad_queries.shape
     block_k, block_d, warps, stages = tiles
