@@ -1,98 +1,106 @@
-"""Reads a run's directory back, however the run ended."""
+"""Reads a run's directory back, however the run ended, and again while it goes on."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rl.errors import DataError
+from rl.report.json_lines import JsonLines, Row
 from rl.run_directory import RUNNING
 
-Row = dict[str, Any]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What the report is made of. Trajectories stay on disk until they are chosen."""
+    """What a report is made of. Trajectories stay on disk until chosen. Raises DataError without a directory."""
 
-    path: Path
-    status: Mapping[str, Any]  # content of status.json, {} when it is missing
-    recipe: str
-    metrics: list[Row]  # ascending steps
-    supervised: list[Row]
-    samples: dict[int, Path]  # step -> samples/step_N.jsonl, ascending
-    skipped_lines: int  # of metrics.jsonl and supervised.jsonl
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise DataError(f"{path} is not a directory; give the directory of a run, for example runs/quickstart")
+        self.path = path
+        self._metrics = JsonLines(path / "metrics.jsonl")
+        self._supervised = JsonLines(path / "supervised.jsonl")
+        self._alarms = JsonLines(path / "alarms.jsonl")
+        self._spans = JsonLines(path / "timeline.jsonl", valid=_is_span)
+        self.refresh()
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
 
+    @property
+    def metrics(self) -> list[Row]:
+        """One row a step, ascending."""
+        return _ascending(self._metrics.rows)
 
-def read_run(path: Path) -> RunFiles:
-    """Reads everything but trajectories. Lines that are not JSON objects with a step are skipped and counted."""
-    if not path.is_dir():
-        raise DataError(f"{path} is not a directory; give the directory of a run, for example runs/quickstart")
-    metrics, bad_metrics = read_rows(path / "metrics.jsonl")
-    supervised, bad_supervised = read_rows(path / "supervised.jsonl")
-    if not metrics and not supervised:
-        raise DataError(f"{path} holds no metrics to report on: metrics.jsonl is missing, empty or unreadable")
-    return RunFiles(
-        path=path,
-        status=_read_status(path / "status.json"),
-        recipe=_read_text(path / "recipe.yaml"),
-        metrics=_ascending(metrics),
-        supervised=_ascending(supervised),
-        samples=_sample_files(path / "samples"),
-        skipped_lines=bad_metrics + bad_supervised,
-    )
+    @property
+    def supervised(self) -> list[Row]:
+        return _ascending(self._supervised.rows)
 
+    @property
+    def alarms(self) -> list[Row]:
+        """``{"step", "alarm", "value", "limit", "sentence"}``, in the order in which they were raised."""
+        return self._alarms.rows
 
-def read_rows(path: Path) -> tuple[list[Row], int]:
-    """The objects of a JSONL file that have an integer ``step``, and how many lines were something else."""
-    rows: list[Row] = []
-    skipped = 0
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return [], 0
-    for line in lines:
+    @property
+    def spans(self) -> list[Row]:
+        """What actors did, as ``rl.timeline`` writes it, in the order in which it ended."""
+        return self._spans.rows
+
+    @property
+    def skipped_lines(self) -> dict[str, int]:
+        """Lines that could not be read, by the file's name."""
+        files = (self._metrics, self._supervised, self._alarms, self._spans)
+        return {lines.path.name: lines.skipped for lines in files if lines.skipped}
+
+    @property
+    def recipe(self) -> str:
+        return _read_text(self.path / "recipe.yaml")
+
+    @property
+    def status(self) -> Mapping[str, Any]:
+        """Content of status.json; {} when it is missing."""
         try:
-            row = json.loads(line)
+            status = json.loads(_read_text(self.path / "status.json") or "{}")
         except ValueError:
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-        else:
-            skipped += 1
-    return rows, skipped
+            return {}
+        return {"status": RUNNING} | status if isinstance(status, dict) else {}
+
+    @property
+    def samples(self) -> dict[int, Path]:
+        """step -> samples/step_N.jsonl, ascending."""
+        found = {}
+        for path in (self.path / "samples").glob("step_*.jsonl"):
+            if match := re.fullmatch(r"step_(\d+)\.jsonl", path.name):
+                found[int(match[1])] = path
+        return dict(sorted(found.items()))
+
+    def refresh(self) -> bool:
+        """Reads what was appended; False if a file was replaced, so that what is known of it no longer holds."""
+        files = (self._metrics, self._supervised, self._alarms, self._spans)
+        told = len(self._metrics.rows)
+        changed = [lines.path.name for lines in files if not lines.read()]
+        steps = [row["step"] for row in self._metrics.rows[max(told - 1, 0) :]]
+        return not changed and steps == sorted(set(steps))  # a run that was resumed may do steps again
+
+    def require_steps(self) -> None:
+        """Raises DataError when there is nothing to report on."""
+        if not self._metrics.rows and not self._supervised.rows:
+            raise DataError(f"{self.path} holds no metrics to report on: metrics.jsonl is missing, empty or unreadable")
+
+
+def _is_span(row: Row) -> bool:
+    times = row.get("begin"), row.get("end")
+    named = isinstance(row.get("actor"), str) and isinstance(row.get("phase"), str)
+    return named and all(isinstance(time, int | float) and abs(time) < 1e12 for time in times)
 
 
 def _ascending(rows: list[Row]) -> list[Row]:
     """One row a step; of two rows of one step the later one stands."""
     by_step = {row["step"]: row for row in rows}
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _sample_files(folder: Path) -> dict[int, Path]:
-    found = {}
-    for path in folder.glob("step_*.jsonl"):
-        if match := re.fullmatch(r"step_(\d+)\.jsonl", path.name):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
-
-
-def _read_status(path: Path) -> Mapping[str, Any]:
-    try:
-        status = json.loads(_read_text(path) or "{}")
-    except ValueError:
-        return {}
-    if not isinstance(status, dict):
-        return {}
-    return {"status": RUNNING} | status
 
 
 def _read_text(path: Path) -> str:

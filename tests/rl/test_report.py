@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
-import shutil
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +18,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.errors import DataError
-from rl.report import Budget, build_report
-from rl.report.embed import evenly, to_script_json
+from rl.report import Budget, build_comparison, build_report
+from rl.report.block import compressed, to_script_json
+from rl.report.json_lines import JsonLines
+from rl.report.recipe_differences import recipe_differences
+from rl.report.samples import evenly
 from rl.run_directory import RunDirectory
-from rl.sample import Kept, Prompt, Sample, Scored, Status
-from rl.trajectory import Trajectory, token_texts
+from tests.rl.report_runs import ALARMS, episode, trajectory, write_lines, write_run
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&lt;<!--\u2028\u202e{{data}}"
 
 
 class Page(HTMLParser):
-    """The page's elements, and the text of its scripts and styles."""
+    """The page's elements, the text of its scripts and styles, and what its blocks hold."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        self._open = "data" if dict(attrs).get("id") == "run-data" else tag
+        self._open = dict(attrs).get("id") or tag if tag == "script" else tag
         self.texts.setdefault(self._open, [])
 
     def handle_data(self, data):
@@ -56,132 +56,19 @@ class Page(HTMLParser):
 
     @property
     def data(self):
-        return json.loads(self.text("data"))
+        return json.loads(self.text("run-data"))
 
+    @property
+    def run(self):
+        (run,) = self.data["runs"]
+        return run
 
-SPECIAL_TOKENS = (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<think>",
-    "</think>",
-)
+    def block(self, name: str, number: int = 0):
+        return json.loads(zlib.decompress(base64.b64decode(self.text(f"block-{number}-{name}")), 31))
 
-
-def encode(text: str) -> list[int]:
-    """Bytes, with one id for each special token: the shape of the byte tokenizer."""
-    pieces = re.split("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")", text)
-    ids = [[256 + SPECIAL_TOKENS.index(piece)] if piece in SPECIAL_TOKENS else list(piece.encode()) for piece in pieces]
-    return [token for piece in ids for token in piece]
-
-
-def decode(ids: list[int]) -> str:
-    pieces = (bytes([token]) if token < 256 else SPECIAL_TOKENS[token - 256].encode() for token in ids)
-    return b"".join(pieces).decode(errors="replace")
-
-
-def trajectory(
-    rng, step, index, text="The sum is 4 + 5 = 9.</think>9<｜end▁of▁sentence｜>", prompt="4 + 5 = ?", **changes
-):
-    head = f"<｜begin▁of▁sentence｜><｜User｜>{prompt}<｜Assistant｜><think>"
-    ids = encode(head) + encode(text)
-    sampled = np.arange(len(ids)) >= len(encode(head))
-    logprobs = np.where(sampled, -rng.exponential(0.25, len(ids)), 0).astype(np.float32)
-    sizes = np.where(sampled, rng.integers(1, 12, len(ids)), 0)
-    rows = [
-        np.array(sorted({token, *range(size)})) if size else np.array([], int)
-        for token, size in zip(ids, sizes, strict=True)
-    ]
-    sample = Sample(
-        prompt=Prompt(
-            id=f"sums/{step * 7}", domain="sums", messages=({"role": "user", "content": prompt},), answer="9"
-        ),
-        index=index,
-        token_ids=np.array(ids, np.int32),
-        sampled=sampled,
-        rollout_logprobs=logprobs,
-        versions=np.where(sampled, max(step - 1 - index % 2, 0), -1).astype(np.int32),
-        routes=np.zeros((len(ids), 2, 2), np.uint8),
-        routed=np.arange(len(ids)) < len(ids) - 1,
-        kept=Kept.from_rows(rows),
-        status=Status.TRUNCATED if index % 5 == 4 else Status.FINISHED,
-    )
-    reward = float(rng.random() < 0.3 + step / 200)
-    options = {"log_ratios": np.where(sampled, rng.normal(0, 0.02, len(ids)), 0), "advantage": reward - 0.5} | changes
-    return Trajectory(
-        scored=Scored(sample=sample, reward=reward, parts={"sums": reward, "format": 1.0, "length_penalty": -0.125}),
-        token_texts=token_texts(ids, decode),
-        masked=index == 3,
-        **options,
-    )
-
-
-def step_metrics(rng, step, steps):
-    learned = 1 / (1 + math.exp(-(step - steps * 0.35) / (steps * 0.12)))
-    reward = 0.38 + 0.55 * learned + rng.normal(0, 0.03)
-    rollout, learn = 1.6 + rng.random() * 0.3, 1.1 + rng.random() * 0.2
-    return {
-        "step": step,
-        "time/step_s": 0.4 + rollout + learn * 0.6,
-        "time/rollout_s": rollout,
-        "time/reward_s": 0.05 + rng.random() * 0.02,
-        "time/learn_s": learn,
-        "time/sync_s": 0.08,
-        "tokens/generated": int(9000 + rng.normal(0, 400)),
-        "tokens/trained": int(8800 + rng.normal(0, 400)),
-        "tokens_per_s": 3100 + rng.normal(0, 150),
-        "reward/mean": reward,
-        "reward/sums": reward,
-        "reward/sums/format": min(1.0, 0.7 + 0.3 * learned),
-        "reward/sums/length_penalty": -0.1 + 0.08 * learned,
-        "accuracy/sums": min(max(reward, 0), 1),
-        "length/mean": 62 - 20 * learned + rng.normal(0, 1.5),
-        "length/truncated": max(0.04 * (1 - learned) + rng.normal(0, 0.004), 0),
-        "groups/zero_variance": 0.1 + 0.6 * learned,
-        "groups/failed": 0,
-        "groups/replaced": 0,
-        "samples/failed": int(rng.random() < 0.1),
-        "loss/policy": rng.normal(0, 0.01),
-        "loss/kl": 0.002 * step / steps,
-        "loss/total": rng.normal(0, 0.01),
-        "entropy": 0.62 - 0.45 * learned + rng.normal(0, 0.01),
-        "ratio/mean": 1 + rng.normal(0, 0.002),
-        "ratio/clipped": abs(rng.normal(0.004, 0.001)),
-        "grad_norm": 0.6 + abs(rng.normal(0, 0.15)),
-        "lr": 1e-4 * min(step / 10, 1),
-        "mask/off_policy": abs(rng.normal(0.02, 0.008)),
-        "kept/mean_size": 9 - 4 * learned,
-        "kept/share": 0.98,
-        "routes/replayed": 0.995,
-        "mismatch/logprob_abs": abs(rng.normal(2e-6, 3e-7)),
-        "mismatch/kl": abs(rng.normal(1e-9, 2e-10)),
-        "staleness/mean": 0.7 + rng.normal(0, 0.1),
-        "staleness/max": 1,
-        "sync/bytes": 7_340_032,
-        "sync/verified": 1,
-        "sync/version": step,
-        "user/brevity": rng.random(),
-    }
-
-
-def write_run(path: Path, steps=30, trajectories=4, sample_every=5, end=True) -> RunDirectory:
-    """A run as the driver would leave it, with invented numbers."""
-    rng = np.random.default_rng(0)
-    run = RunDirectory.create(path, recipe="name: demo\nsystem: '<b>&</b>'\n")
-    for step in range(1, 41):
-        run.log_supervised({"step": step, "loss/supervised": 4 * math.exp(-step / 12) + 0.6 + rng.normal(0, 0.03)})
-    run.log({"step": 0, "eval/sums": 0.412})
-    for step in range(1, steps + 1):
-        metrics = step_metrics(rng, step, steps)
-        if step % 10 == 0:
-            metrics["eval/sums"] = 0.41 + 0.52 * step / steps
-        run.log(metrics)
-        if step % sample_every == 0:
-            run.log_samples(step, [trajectory(rng, step, index) for index in range(trajectories)])
-    if end:
-        run.finish()
-    return run
+    @property
+    def trajectories(self):
+        return [self.block(one["block"])[one["place"]] for one in self.block("index")]
 
 
 @pytest.fixture
@@ -198,18 +85,18 @@ def page_of(run, **budget) -> tuple[str, Page, tuple[str, ...]]:
 def test_the_embedded_numbers_are_those_of_the_files(run):
     _, page, notes = page_of(run)
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert page.data["metrics"]["steps"] == [row["step"] for row in rows]
+    assert page.run["metrics"]["steps"] == [row["step"] for row in rows]
     for name in ("reward/mean", "eval/sums", "user/brevity"):
-        column = page.data["metrics"]["columns"][name]
+        column = page.run["metrics"]["columns"][name]
         assert [value is None for value in column] == [name not in row for row in rows]
         assert column == [pytest.approx(row[name], rel=1e-5) if name in row else None for row in rows]
-    assert len(page.data["supervised"]["columns"]["loss/supervised"]) == 40
+    assert len(page.run["supervised"]["columns"]["loss/supervised"]) == 40
     assert notes == ()
 
 
 def test_the_embedded_trajectories_are_those_of_the_files(run):
     _, page, _ = page_of(run)
-    shown = page.data["trajectories"]
+    shown = page.trajectories
     records = [
         json.loads(line)
         for step in (5, 10, 15, 20, 25, 30)
@@ -217,11 +104,62 @@ def test_the_embedded_trajectories_are_those_of_the_files(run):
     ]
     assert [entry["id"] for entry in shown] == [record["id"] for record in records]
     for entry, record in zip(shown, records, strict=True):
-        assert entry["tokens"] == record["tokens"] and entry["messages"] == record["messages"]
-        assert entry["sampled"] == "".join(map(str, record["sampled"]))
-        assert entry["kept_sizes"] == record["kept_sizes"] and entry["versions"] == record["versions"]
-        assert entry["log_ratios"] == pytest.approx(record["log_ratios"], rel=1e-3)
-        assert (entry["reward"], entry["masked"], entry["cut"]) == (record["reward"], record["masked"], 0)
+        (sequence,) = entry["sequences"]
+        assert sequence["tokens"] == record["tokens"] and entry["messages"] == record["messages"]
+        assert sequence["sampled"] == "".join(map(str, record["sampled"]))
+        assert sequence["routed"] == "".join(map(str, record["routed"]))
+        assert sequence["kept_sizes"] == record["kept_sizes"] and sequence["versions"] == record["versions"]
+        assert sequence["log_ratios"] == pytest.approx(record["log_ratios"], rel=6e-3)
+        assert sequence["rollout_logprobs"] == pytest.approx(record["rollout_logprobs"], rel=6e-3)
+        assert (entry["reward"], sequence["masked"], sequence["cut"]) == (record["reward"], record["masked"], 0)
+
+
+def test_an_episode_keeps_its_turns_its_sequences_and_the_judges_words(tmp_path):
+    rng = np.random.default_rng(0)
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        run.log({"step": 5, "reward/mean": 0.5})
+        run.log_samples(5, [episode(rng, 5, 0, comment="Untested.")])
+    _, page, _ = page_of(run)
+    (record,) = map(json.loads, (run.samples / "step_5.jsonl").read_text().splitlines())
+    (entry,) = page.trajectories
+    assert [turn["reply"] for turn in entry["turns"]] == [turn["reply"] for turn in record["turns"]]
+    assert entry["turns"][0]["calls"] == [{"name": "search", "arguments": {"pattern": "total_pages", "path": "."}}]
+    assert entry["turns"][1]["malformed"] and entry["turns"][2]["results"] == record["turns"][2]["results"]
+    assert [one["tokens"] for one in entry["sequences"]] == [record["earlier"][0]["tokens"], record["tokens"]]
+    assert [one["masked"] for one in entry["sequences"]] == [True, False]
+    assert entry["comments"] == {"rubric": "Untested."} and json.loads(entry["state"]) == record["final_state"]
+    (summary,) = page.block("index")
+    expected = [
+        "masked",
+        "several versions",
+        "calls tools",
+        "tool errors",
+        "malformed",
+        "commented",
+        "restarted context",
+    ]
+    assert summary["flags"] == expected and summary["turns"] == 4
+    assert summary["tokens"] == sum(map(sum, (record["earlier"][0]["sampled"], record["sampled"])))
+    ratios = [abs(ratio) for one in (record["earlier"][0], record) for ratio in one["log_ratios"]]
+    assert summary["mismatch"] == pytest.approx(max(ratios), rel=6e-3)
+
+
+def test_timeline_and_alarms_are_those_of_the_files(tmp_path):
+    run = write_run(tmp_path / "demo", extras=True)
+    write_lines(run.path / "timeline.jsonl", [{"actor": "x", "phase": "y", "begin": "0", "end": 1}, ["no span"]])
+    _, page, notes = page_of(run)
+    assert page.run["alarms"] == list(ALARMS)
+    rows = [json.loads(line) for line in (run.path / "timeline.jsonl").read_text().splitlines()][:-2]
+    spans = page.block("timeline")
+    for key in ("actor", "phase", "detail"):
+        assert [spans["names"][place] for place in spans[key]] == [row[key] for row in rows]
+    assert spans["step"] == [row["step"] for row in rows]
+    assert spans["begin"] == [pytest.approx(1000 * row["begin"], abs=0.5) for row in rows]
+    assert spans["length"] == [pytest.approx(1000 * (row["end"] - row["begin"]), abs=0.6) for row in rows]
+    assert notes == ("2 lines of timeline.jsonl could not be read.",)
+    _, page, notes = page_of(run, spans=10)
+    assert page.block("timeline")["begin"] == spans["begin"][-10:]
+    assert notes[-1] == f"The timeline shows the last 10 of {len(rows)} spans."
 
 
 def test_the_header_gives_the_key_numbers(run):
@@ -247,18 +185,22 @@ def test_a_run_that_did_not_finish_says_so(tmp_path, end, shown):
 
 def test_the_page_needs_no_network(run):
     html, page, _ = page_of(run)
+    html = re.sub(r'(<script type="application/gzip"[^>]*>)[^<]*', r"\1", html)  # base64 may spell anything
     assert not re.search(r"""(src|href|url|@import)\s*[=(]?\s*["']?(https?:)?//""", html)
     urls = set(re.findall(r"https?://[^\"'\s<]+", page.text("script") + page.text("style")))
     assert urls <= {"http://www.w3.org/2000/svg"}  # a namespace, never fetched
     for _tag, attributes in page.tags:
         assert (attributes.get("href") or "#").startswith("#") and "src" not in attributes
-    assert not re.search(r"\b(fetch|XMLHttpRequest|import)\s*\(", page.text("script"))
+    # The one request in the script is for a page that is served; the policy of this one forbids it.
+    assert len(re.findall(r"\b(?:fetch|XMLHttpRequest|WebSocket|EventSource|import)\s*\(", page.text("script"))) == 1
+    assert "connect-src" not in html
 
 
 def test_the_security_policy_admits_only_the_pages_own_script_and_style(run):
     _, page, _ = page_of(run)
     (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy and policy.startswith("default-src 'none'")
+    assert [tag for tag, a in page.tags if tag == "script" and not a] == ["script"]
     for kind in ("script", "style"):
         digest = base64.b64encode(hashlib.sha256(page.text(kind).encode()).digest()).decode()
         assert f"{kind}-src 'sha256-{digest}'" in policy
@@ -274,9 +216,11 @@ def test_hostile_text_stays_text(tmp_path):
         run.log({"step": 1, "reward/mean": 0.5, f"eval/{HOSTILE}": 0.5})
         run.log_samples(1, [trajectory(rng, 1, 0, text=HOSTILE, prompt=HOSTILE)])
     html, page, _ = page_of(run)
-    assert [tag for tag, _ in page.tags].count("script") == 2 and "img" not in [tag for tag, _ in page.tags]
-    (shown,) = page.data["trajectories"]
-    assert shown["messages"][0]["content"] == HOSTILE and HOSTILE in "".join(shown["tokens"])
+    scripts = [attributes.get("type") for tag, attributes in page.tags if tag == "script"]
+    assert scripts == ["application/json", *["application/gzip"] * 3, None]  # timeline, index, one step
+    assert "img" not in [tag for tag, _ in page.tags]
+    (shown,) = page.trajectories
+    assert shown["messages"][0]["content"] == HOSTILE and HOSTILE in "".join(shown["sequences"][0]["tokens"])
     assert html.count('id="run-data"') == 1
 
 
@@ -298,7 +242,7 @@ def test_the_expected_answer_is_shown_alone(run, answer, shown):
     record = {"step": 5, "id": "a", "tokens": [], "answer": answer}
     (run.samples / "step_5.jsonl").write_text(json.dumps(record) + "\n")
     _, page, _ = page_of(run)
-    assert page.data["trajectories"][0]["answer"] == shown
+    assert page.trajectories[0]["answer"] == shown
 
 
 def test_lone_surrogates_do_not_break_the_page(tmp_path):
@@ -307,38 +251,41 @@ def test_lone_surrogates_do_not_break_the_page(tmp_path):
     record = {"step": 1, "id": "a", "tokens": ["\ud800"], "sampled": [1], "messages": []}
     (run.samples / "step_1.jsonl").write_text(json.dumps(record) + "\n")
     _, page, _ = page_of(run)
-    assert page.data["trajectories"][0]["tokens"] == ["?"]
+    assert page.trajectories[0]["sequences"][0]["tokens"] == ["?"]
 
 
 def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path):
-    run = write_run(tmp_path / "demo", steps=400, trajectories=6, sample_every=2)
-    html, page, notes = page_of(run, steps=100, sample_steps=30, sample_bytes=150_000, tokens=30)
-    steps = page.data["metrics"]["steps"]
-    assert len(steps) <= 100 and steps[0] == 0 and steps[-1] == 400
-    assert set(range(10, 401, 10)) <= set(steps)  # no evaluation is dropped
-    shown = page.data["trajectories"]
-    assert len(to_script_json(shown).encode()) <= 151_000
-    kept = sorted({entry["step"] for entry in shown})
-    assert kept[0] == 2 and kept[-1] == 400 and max(np.diff(kept)) <= 2 * min(np.diff(kept))
-    assert all(len(entry["tokens"]) == 30 and entry["cut"] > 0 for entry in shown)
-    assert notes[0] == f"Curves show {len(steps)} of 401 metrics steps, evenly chosen."
-    assert f"Trajectories are those of {len(kept)} of 200 recorded steps" in notes[1]
-    assert all(note in html for note in notes)
+    run = write_run(tmp_path / "demo", steps=200, trajectories=4, sample_every=2)
+    _, page, notes = page_of(run, steps=100, sample_bytes=40_000, tokens=30)
+    steps = page.run["metrics"]["steps"]
+    assert len(steps) <= 100 and steps[0] == 0 and steps[-1] == 200
+    assert set(range(10, 201, 10)) <= set(steps)  # no evaluation is dropped
+    index = page.block("index")
+    kept = sorted({one["step"] for one in index})
+    assert 20_000 <= sum(len(page.text(f"block-0-{step}")) for step in kept) <= 40_000
+    assert kept[0] == 2 and kept[-1] == 200 and max(np.diff(kept)) <= 2 * min(np.diff(kept))
+    cut = [sequence for entry in page.trajectories for sequence in entry["sequences"]]
+    assert all(len(sequence["tokens"]) == 30 and sequence["cut"] > 0 for sequence in cut)
+    assert notes[0] == f"Curves show {len(steps)} of 201 metrics steps, evenly chosen."
+    assert notes[1] == f"Trajectories are those of {len(kept)} of 100 recorded steps, evenly chosen."
+    assert notes[2] == f"{len(cut)} trajectories cut after 30 tokens."
+    assert page.run["notes"] == list(notes)
 
 
 def test_where_few_steps_fit_each_shows_fewer_trajectories(tmp_path):
     run = write_run(tmp_path / "demo", trajectories=12)
-    _, page, notes = page_of(run, sample_bytes=40_000)
-    shown = page.data["trajectories"]
-    by_step = Counter(entry["step"] for entry in shown)
-    assert set(by_step) == {5, 10, 15, 20, 25, 30} and set(by_step.values()) == {4}
-    assert len(to_script_json(shown).encode()) <= 40_100
-    assert notes == ("Of 72 trajectories of these steps, the page holds 24.",)
+    _, whole, _ = page_of(run)
+    every = sum(len(whole.text(f"block-0-{step}")) for step in (5, 10, 15, 20, 25, 30))
+    _, page, notes = page_of(run, sample_bytes=every * 2 // 3)
+    by_step = Counter(one["step"] for one in page.block("index"))
+    assert set(by_step) == {5, 10, 15, 20, 25, 30} and len(set(by_step.values())) == 1
+    assert 2 <= by_step[5] < 12
+    assert notes == (f"Of 72 trajectories of these steps, the page holds {6 * by_step[5]}.",)
 
 
 def test_a_trajectory_larger_than_the_budget_is_left_out(run):
     _, page, notes = page_of(run, sample_bytes=500)
-    assert page.data["trajectories"] == []
+    assert page.block("index") == []
     assert notes[-1] == "Of 8 trajectories of these steps, the page holds 0."
 
 
@@ -355,11 +302,11 @@ def test_corrupt_lines_are_skipped_and_counted(run):
         file.write('{"step": 31, "reward/mean": 0.\nnot json\n[1]\n{"reward/mean": 1}\n')
     with open(run.samples / "step_5.jsonl", "ab") as file:
         file.write(b'\xff\xfe\n{"step": 5, "tokens": "text"}\n{"step": 5, "tokens": ["a"], "sampled": [1, 1]}\n')
-    html, page, notes = page_of(run)
-    assert len(page.data["metrics"]["steps"]) == 31 and len(page.data["trajectories"]) == 24
-    assert notes[0].startswith("4 lines of the metrics could not be read")
-    assert notes[1].startswith("3 lines of the trajectories could not be read")
-    assert notes[0] in html
+    _, page, notes = page_of(run)
+    assert len(page.run["metrics"]["steps"]) == 31 and len(page.trajectories) == 24
+    assert notes[0] == "4 lines of metrics.jsonl could not be read."
+    assert notes[1] == "3 lines of the trajectories could not be read and were skipped."
+    assert page.run["notes"] == list(notes)
 
 
 def command(*arguments):
@@ -390,7 +337,7 @@ def test_a_run_that_ended_in_its_cold_start_still_has_a_report(tmp_path):
     run.log_supervised({"step": 1, "loss/supervised": 3.0})
     run.stop("out of demonstrations")
     html, page, _ = page_of(run)
-    assert page.data["metrics"]["steps"] == [] and page.data["supervised"]["columns"] == {"loss/supervised": [3.0]}
+    assert page.run["metrics"]["steps"] == [] and page.run["supervised"]["columns"] == {"loss/supervised": [3.0]}
     assert "out of demonstrations" in html
 
 
@@ -399,25 +346,51 @@ def test_nothing_to_report_is_a_data_error(tmp_path):
         build_report(tmp_path)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync --virtual-time-budget=3000 --window-size=1280,900 --dump-dom"
+def test_a_comparison_holds_every_run_and_where_their_recipes_differ(tmp_path):
+    one = write_run(tmp_path / "one", recipe="name: one\nlearner: {lr: 1.0e-6, betas: [0.9, 0.95]}\nseed: 0\n")
+    two = write_run(tmp_path / "two", steps=20, seed=1, recipe="name: two\nlearner: {lr: 2.0e-6, betas: [0.9, 0.99]}\n")
+    path, notes = build_comparison([one.path, two.path], tmp_path / "both.html")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert [run["name"] for run in page.data["runs"]] == ["one", "two"] and notes == ()
+    assert [run["metrics"]["steps"][-1] for run in page.data["runs"]] == [30, 20]
+    assert page.data["differences"] == [
+        {"key": "learner.lr", "values": ["1.0e-06", "2.0e-06"]},
+        {"key": "learner.betas[1]", "values": ["0.95", "0.99"]},
+        {"key": "seed", "values": ["0", None]},
+    ]
+    assert len(page.block("index", 0)) == 24 and len(page.block("index", 1)) == 16
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="draws the page in Chromium, which is not installed")
-def test_a_browser_draws_every_curve_and_keeps_hostile_text_inert(tmp_path):
-    assert CHROMIUM
-    rng = np.random.default_rng(0)
-    run = write_run(tmp_path / "demo", end=False)
-    run.log_samples(1, [trajectory(rng, 1, 0, text=f"so {HOSTILE}</think>9", prompt=HOSTILE)])
-    run.finish()
-    page, _ = build_report(run.path)
-    browser = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    dom = subprocess.run(browser, capture_output=True, text=True, timeout=120).stdout
-    assert "<title>demo · Keel run report</title>" in dom  # the hostile script did not run
-    titles = re.findall(r"<h4>([^<]+)</h4>(?=<span class=\"key\"|</div>)", dom)
-    expected = {"Reward", "Held-out accuracy", "Staleness", "Time per step", "user/brevity", "Supervised loss"}
-    assert expected <= set(titles)
-    assert len(re.findall(r'<path class="line', dom)) >= len(titles)
-    assert 'class="message thinking"' in dom and 'class="message reply"' in dom
-    assert "<img" not in dom and dom.count("<script") == 2
+@pytest.mark.parametrize(
+    ("recipes", "keys"),
+    [
+        (["a: 1", "a: 1"], []),
+        (["a: {b: 1, c: []}", "a: {b: 1, c: {}}"], ["a.c"]),
+        (["a: null", "a: ''"], ["a"]),
+        (["a: yes", "a: 'yes'"], ["a"]),
+        (["a: [", "a: 1"], ["(recipe.yaml)", "a"]),
+        (["name: x\nruns: y", "name: z"], []),
+    ],
+)
+def test_recipes_differ_where_a_value_differs(recipes, keys):
+    assert [row["key"] for row in recipe_differences(recipes)] == keys
+
+
+def test_lines_are_read_on_while_they_are_written(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = JsonLines(path)
+    assert lines.read() and lines.rows == []
+    path.write_bytes(b'{"step": 1}\n{"step": ')
+    assert lines.read() and lines.rows == [{"step": 1}] and lines.skipped == 0
+    with open(path, "ab") as file:
+        file.write(b"2}\n\xff\n")
+    assert lines.read() and lines.rows == [{"step": 1}, {"step": 2}] and lines.skipped == 1
+    path.write_bytes(b'{"step": 7}\n')
+    assert not lines.read() and lines.rows == [{"step": 7}] and lines.skipped == 0
+    path.unlink()
+    assert not lines.read() and lines.rows == []
+
+
+@given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_a_block_reads_back(value):
+    assert json.loads(zlib.decompress(compressed(value), 31)) == value

@@ -1,85 +1,48 @@
 // Line and stacked-area charts that share a cursor over the steps.
 
-const MARGIN = { top: 10, right: 12, bottom: 22, left: 50 };
-const HEIGHT = 168;
-const SMOOTHING = 0.85; // of the moving average drawn over noisy curves
+const MARGIN = { top: 8, right: 10, bottom: 20, left: 46 };
+const HEIGHT = 150;
+const SMOOTHING = 0.04; // of a noisy curve, that each point of its smoothed one reaches to either side
 
-// The steps of one table, and the one every chart points at. Pinned means that it stays when the pointer leaves.
-class Cursor {
-  constructor(steps) {
-    this.steps = steps;
-    this.index = steps.length - 1;
-    this.active = false;
-    this.pinned = false;
-    this.listeners = [];
-  }
+// Values are numbers, null where one is missing, and undefined at steps that a run does not have (of several runs).
+const known = (value) => value !== null && value !== undefined;
 
-  move(index, { pin = false } = {}) {
-    this.index = Math.min(Math.max(index, 0), this.steps.length - 1);
-    this.active = true;
-    if (pin) this.pinned = true;
-    this.notify();
-  }
-
-  leave() {
-    if (this.pinned) return;
-    this.release();
-  }
-
-  release() {
-    this.pinned = this.active = false;
-    this.index = this.steps.length - 1;
-    this.notify();
-  }
-
-  notify() {
-    for (const listener of this.listeners) listener(this);
-  }
-}
-
-function nearest(sorted, value) {
-  let low = 0;
-  let high = sorted.length - 1;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (sorted[middle] < value) low = middle;
-    else high = middle;
-  }
-  return Math.abs(sorted[low] - value) <= Math.abs(sorted[high] - value) ? low : high;
-}
-
-function ticks(low, high, count) {
-  const rough = (high - low) / count;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
-  const first = Math.ceil(low / step - 1e-9);
-  const marks = [];
-  for (let i = first; i * step <= high + step * 1e-9; i += 1) marks.push(Number((i * step).toPrecision(12)));
-  return marks;
-}
-
-// A curve written on few of the steps (evaluation) is joined across the others; in any other a gap is a missing number.
+// A curve written on few of its steps (evaluation) is joined across the others; in any other a gap is a missing number.
 function isSparse(values) {
-  return values.filter((value) => value !== null).length <= values.length / 2;
+  let numbers = 0;
+  let gaps = 0;
+  for (const value of values) {
+    if (value === null) gaps += 1;
+    else if (value !== undefined) numbers += 1;
+  }
+  return numbers <= gaps;
 }
 
-function movingAverage(values) {
-  let average = null;
-  let weight = 0;
-  return values.map((value) => {
-    if (value === null) return null;
-    average = SMOOTHING * (average ?? 0) + (1 - SMOOTHING) * value;
-    weight = SMOOTHING * weight + (1 - SMOOTHING);
-    return average / weight;
+// The mean over the neighbours of each point, nearer ones weighing more; it does not lag behind the curve.
+function smoothed(values) {
+  const points = [];
+  values.forEach((value, i) => known(value) && points.push(i));
+  const reach = Math.max(Math.round(points.length * SMOOTHING), 2);
+  const result = values.slice();
+  points.forEach((place, n) => {
+    let sum = 0;
+    let weights = 0;
+    for (let k = Math.max(n - reach, 0); k <= Math.min(n + reach, points.length - 1); k += 1) {
+      const weight = reach + 1 - Math.abs(k - n);
+      sum += weight * values[points[k]];
+      weights += weight;
+    }
+    result[place] = sum / weights;
   });
+  return result;
 }
 
 function linePath(values, x, y, joined) {
   let path = "";
   let pen = false;
   values.forEach((value, i) => {
-    if (value === null) {
-      if (!joined) pen = false;
+    if (!known(value)) {
+      if (value === null && !joined) pen = false;
       return;
     }
     path += `${pen ? "L" : "M"}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
@@ -91,10 +54,8 @@ function linePath(values, x, y, joined) {
 class Chart {
   // figure: {title, about, format, zero, smooth, stack, series: [{label, values, colour}], outline: series or null}
   constructor(figure, cursor) {
-    this.figure = figure;
     this.cursor = cursor;
-    this.curves = figure.outline ? [...figure.series, figure.outline] : figure.series;
-    this.format = FORMATS[figure.format];
+    this.take(figure);
     this.svg = vector("svg", { height: HEIGHT, "aria-hidden": "true" });
     this.values = this.curves.map(() => element("b"));
     const keys = this.curves.map((curve, i) => {
@@ -110,8 +71,21 @@ class Chart {
     this.svg.addEventListener("pointermove", (event) => this.point(event));
     this.svg.addEventListener("pointerdown", (event) => this.point(event, true));
     this.svg.addEventListener("pointerleave", () => cursor.leave());
-    cursor.listeners.push(() => this.follow());
+    this.searchable = [figure.title, ...figure.names, ...this.curves.map((curve) => curve.label)].join(" ").toLowerCase();
+    cursor.listeners.push(Object.assign(() => this.follow(), { ofChart: true }));
     new ResizeObserver(() => this.draw()).observe(this.svg);
+  }
+
+  take(figure) {
+    this.figure = figure;
+    this.curves = figure.outline ? [...figure.series, figure.outline] : figure.series;
+    this.format = FORMATS[figure.format];
+  }
+
+  // The same figure with other numbers.
+  update(figure) {
+    this.take(figure);
+    this.draw({ anyway: true });
   }
 
   point(event, pin = false) {
@@ -129,9 +103,9 @@ class Chart {
     let values = series.flatMap((curve) => curve.values);
     if (stack) values = this.cursor.steps.map((_, i) => series.reduce((sum, curve) => sum + (curve.values[i] ?? 0), 0));
     if (outline) values = values.concat(outline.values);
-    values = values.filter((value) => value !== null);
-    let low = Math.min(...values);
-    let high = Math.max(...values);
+    values = values.filter(known);
+    let low = values.reduce((least, value) => Math.min(least, value), Infinity);
+    let high = values.reduce((most, value) => Math.max(most, value), -Infinity);
     if (zero || stack) {
       low = Math.min(low, 0);
       high = Math.max(high, 0);
@@ -145,9 +119,9 @@ class Chart {
     return [low, high];
   }
 
-  draw() {
+  draw({ anyway = false } = {}) {
     const width = Math.round(this.svg.getBoundingClientRect().width);
-    if (!width || width === this.width) return;
+    if (!width || (width === this.width && !anyway)) return;
     this.width = width;
     const steps = this.cursor.steps;
     const [low, high] = this.extent();
@@ -160,6 +134,10 @@ class Chart {
     this.svg.replaceChildren();
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.axes(low, high, place, width);
+    for (const step of this.cursor.alarms) {
+      if (step < steps[0] || step > steps.at(-1)) continue;
+      this.svg.append(vector("line", { class: "alarm-mark", x1: place(step), x2: place(step), y1: HEIGHT - MARGIN.bottom - 6, y2: HEIGHT - MARGIN.bottom }));
+    }
     if (this.figure.stack) this.areas();
     else this.lines(this.figure.series);
     if (this.figure.outline) this.lines([this.figure.outline], "outline");
@@ -196,19 +174,19 @@ class Chart {
   lines(curves, extra = "") {
     for (const { values, colour } of curves) {
       const sparse = isSparse(values);
-      const points = values.filter((value) => value !== null).length;
+      const points = values.filter(known).length;
       const smooth = this.figure.smooth && !sparse && points >= 20;
       const raw = vector("path", { class: `line ${colour} ${extra} ${smooth ? "raw" : ""}` });
       raw.setAttribute("d", linePath(values, this.x, this.y, sparse));
       this.svg.append(raw);
       if (smooth) {
         const path = vector("path", { class: `line ${colour}` });
-        path.setAttribute("d", linePath(movingAverage(values), this.x, this.y, false));
+        path.setAttribute("d", linePath(smoothed(values), this.x, this.y, false));
         this.svg.append(path);
       }
       if (points > 30) continue;
       values.forEach((value, i) => {
-        if (value === null) return;
+        if (!known(value)) return;
         this.svg.append(vector("circle", { class: `mark ${colour} ${smooth ? "raw" : ""}`, cx: this.x(i), cy: this.y(value), r: 2.2 }));
       });
     }
@@ -216,7 +194,7 @@ class Chart {
 
   areas() {
     const { series } = this.figure;
-    const rows = this.cursor.steps.map((_, i) => i).filter((i) => series.some((curve) => curve.values[i] !== null));
+    const rows = this.cursor.steps.map((_, i) => i).filter((i) => series.some((curve) => known(curve.values[i])));
     const base = rows.map(() => 0);
     const edge = () => rows.map((row, i) => `${this.x(row).toFixed(1)} ${this.y(base[i]).toFixed(1)}`);
     for (const { values, colour } of series) {
@@ -231,13 +209,13 @@ class Chart {
     const { index, active } = this.cursor;
     this.curves.forEach((curve, i) => {
       let at = index;
-      if (!active || isSparse(curve.values)) while (at > 0 && curve.values[at] === null) at -= 1;
+      if (!active || isSparse(curve.values)) while (at > 0 && !known(curve.values[at])) at -= 1;
       const value = curve.values[at];
-      this.values[i].textContent = value === null ? "–" : this.format(value);
+      this.values[i].textContent = known(value) ? this.format(value) : "–";
       if (!this.dots) return;
       const onLine = !this.figure.stack || curve === this.figure.outline;
-      this.dots[i].setAttribute("visibility", active && onLine && value !== null ? "visible" : "hidden");
-      if (value === null) return;
+      this.dots[i].setAttribute("visibility", active && onLine && known(value) ? "visible" : "hidden");
+      if (!known(value)) return;
       this.dots[i].setAttribute("cx", this.x(at));
       this.dots[i].setAttribute("cy", this.y(value));
     });
@@ -245,5 +223,45 @@ class Chart {
     this.rule.setAttribute("visibility", active ? "visible" : "hidden");
     this.rule.setAttribute("x1", this.x(index));
     this.rule.setAttribute("x2", this.x(index));
+  }
+}
+
+// All charts of a table, in sections; takes new numbers without being built again as long as its curves are the same.
+class CurvesView {
+  constructor(cursor) {
+    this.cursor = cursor;
+    this.node = element("div");
+    this.charts = [];
+    this.shape = "";
+  }
+
+  show(sections) {
+    const figures = sections.flatMap((section) => section.figures);
+    const shape = JSON.stringify(sections.map(({ title, figures: all }) => [title, all.map((f) => [f.title, f.series.map((one) => one.label), f.outline?.label])]));
+    if (shape === this.shape) {
+      this.charts.forEach((chart, i) => chart.update(figures[i]));
+      return;
+    }
+    this.shape = shape;
+    this.cursor.listeners = this.cursor.listeners.filter((listener) => !listener.ofChart);
+    this.charts = figures.map((figure) => new Chart(figure, this.cursor));
+    let at = 0;
+    this.groups = sections.map(({ title, figures: all }) => {
+      const charts = this.charts.slice(at, (at += all.length));
+      const grid = element("div", { class: "grid-of-charts" }, ...charts.map((chart) => chart.node));
+      return { charts, node: element("section", { class: "group" }, element("h3", {}, title), grid) };
+    });
+    this.node.replaceChildren(...this.groups.map((group) => group.node));
+    this.filter(this.words ?? "");
+  }
+
+  // Only charts in whose title or labels every word occurs.
+  filter(text) {
+    this.words = text;
+    const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const { charts, node } of this.groups ?? []) {
+      for (const chart of charts) chart.node.hidden = !words.every((word) => chart.searchable.includes(word));
+      node.hidden = charts.every((chart) => chart.node.hidden);
+    }
   }
 }

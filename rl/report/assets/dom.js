@@ -1,13 +1,22 @@
-// Elements and numbers. Text only ever enters the page as a text node, so nothing a model wrote can become markup.
+// Elements and numbers. Text only ever enters the page as a text node, so nothing a model wrote can become markup, and
+// characters that act instead of being seen (controls, marks of direction, zero-width ones, tags) are spelled out.
+
+const ACTING =
+  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u115f\u1160\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0e\ufeff\ufff9-\ufffb\u{e0000}-\u{e01ef}]/gu;
+
+function visible(text) {
+  return String(text).replace(ACTING, (character) => `⟨U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
+}
 
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name === "on") for (const [event, handler] of Object.entries(value)) node.addEventListener(event, handler);
     else if (value === true) node.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, visible(value));
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  const given = children.flat().filter((child) => child !== null && child !== undefined && child !== "");
+  node.append(...given.map((child) => (child instanceof Node ? child : visible(child))));
   return node;
 }
 
@@ -16,6 +25,15 @@ function vector(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
+}
+
+function button(text, action, attributes = {}) {
+  return element("button", { type: "button", class: "quiet", on: { click: action }, ...attributes }, text);
+}
+
+function select(label, options, action) {
+  const choices = options.map(([value, text]) => element("option", { value }, text));
+  return element("select", { "aria-label": label, on: { input: action } }, ...choices);
 }
 
 function significant(value, digits) {
@@ -32,6 +50,10 @@ function minus(text) {
   return text.replace(/^-/, "−");
 }
 
+function signed(value, digits) {
+  return `${value > 0 ? "+" : ""}${significant(value, digits)}`;
+}
+
 function decimal(value, places) {
   return minus(value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places }));
 }
@@ -44,6 +66,15 @@ function bytes(value) {
     unit += 1;
   }
   return `${significant(value, 3)} ${units[unit]}`;
+}
+
+// 0.42 s, 12.3 s, 4:12 or 2:03:10.
+function duration(seconds) {
+  if (seconds < 60) return `${significant(seconds, 3)} s`;
+  const whole = Math.round(seconds);
+  const two = (number) => String(number).padStart(2, "0");
+  const minutes = Math.floor(whole / 60);
+  return minutes < 60 ? `${minutes}:${two(whole % 60)}` : `${Math.floor(minutes / 60)}:${two(minutes % 60)}:${two(whole % 60)}`;
 }
 
 const FORMATS = {
@@ -67,4 +98,25 @@ function axisLabel(mark, step, format) {
   if (mark === 0 || step < 1e-4) return significant(mark, 3);
   const places = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (/^2\.5/.test(step.toExponential()) ? 1 : 0));
   return decimal(mark, places);
+}
+
+function ticks(low, high, count) {
+  const rough = (high - low) / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
+  const first = Math.ceil(low / step - 1e-9);
+  const marks = [];
+  for (let i = first; i * step <= high + step * 1e-9; i += 1) marks.push(Number((i * step).toPrecision(12)));
+  return marks;
+}
+
+function nearest(sorted, value) {
+  let low = 0;
+  let high = sorted.length - 1;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] < value) low = middle;
+    else high = middle;
+  }
+  return Math.abs(sorted[low] - value) <= Math.abs(sorted[high] - value) ? low : high;
 }

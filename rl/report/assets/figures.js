@@ -37,8 +37,15 @@ const SECTIONS = [
   {
     title: "Time and throughput",
     figures: [
-      { title: "Time per step", about: "Parts overlap when generation runs ahead.", keys: ["time/rollout_s", "time/reward_s", "time/learn_s", "time/sync_s", "time/*"], outline: "time/step_s", format: "seconds", stack: true },
-      { title: "Generation speed", about: "Tokens per second, all engines together.", keys: ["tokens_per_s"], format: "count", zero: true },
+      { title: "Time per step", about: "Waiting for groups, learning, weight sync, evaluation.", keys: ["time/rollout_s", "time/learn_s", "time/sync_s", "time/evaluate_s"], outline: "time/step_s", format: "seconds", stack: true },
+      { title: "Inside learning", about: "On a rank, mean over ranks.", keys: ["time/forward_s", "time/backward_s", "time/optimizer_s"], outline: "time/learn_s", format: "seconds", stack: true },
+      { title: "Idle", about: "Seconds of a step with nothing to do.", keys: ["time/learner_idle_s", "time/engines_idle_s"], format: "seconds", zero: true },
+      { title: "Scoring", about: "From a group's last token to its rewards.", keys: ["time/reward_s"], format: "seconds", zero: true },
+      { title: "Other times", about: "Seconds in a step.", keys: ["time/*"], format: "seconds", zero: true },
+      { title: "Generation speed", about: "Tokens per second, over the step and while engines were busy.", keys: ["tokens_per_s", "speed/engines_tokens_per_s"], format: "count", zero: true },
+      { title: "Learner's arithmetic", about: "10¹² operations a second and rank.", keys: ["speed/learner_tflops"], format: "number", zero: true },
+      { title: "Learner's MFU", about: "Share of the GPU's dense bf16 peak.", keys: ["speed/learner_mfu"], format: "share", zero: true },
+      { title: "GPU memory", about: "10⁹ bytes, the most over ranks and engines.", keys: ["memory/*"], format: "number", zero: true },
       { title: "Tokens", about: "Generated and trained in a step.", keys: ["tokens/*"], format: "count", zero: true },
       { title: "Weights sent", about: "Bytes of a weight sync.", keys: ["sync/bytes"], format: "bytes", zero: true },
       { title: "Weight syncs verified", about: "1 when the checksums of engine and learner agree.", keys: ["sync/verified"], format: "number", zero: true },
@@ -51,7 +58,7 @@ const SECTIONS = [
 const COLOURS = 6;
 
 function hasValues(values) {
-  return values?.some((value) => value !== null) ?? false;
+  return values?.some(known) ?? false;
 }
 
 // "reward/math" under "Reward" reads "math", "staleness/max" reads "max"; names that people chose stay as they are.
@@ -69,6 +76,7 @@ function matching(key, names) {
   });
 }
 
+// The figure with the curves it finds. What an outline shows may be drawn as one, or elsewhere, too.
 function withSeries(figure, columns, used) {
   const wanted = figure.keys.flatMap((key) => matching(key, Object.keys(columns)));
   const isNew = (name) => name !== figure.outline && !used.has(name) && hasValues(columns[name]);
@@ -77,17 +85,18 @@ function withSeries(figure, columns, used) {
   if (figure.distinct && names.length === 2 && String(columns[names[0]]) === String(columns[names[1]])) names.pop(); // one domain
   const series = names.map((name, i) => ({ label: shortLabel(name, figure), values: columns[name], colour: `c${i % COLOURS}` }));
   let outline = null;
-  if (figure.outline && hasValues(columns[figure.outline])) {
+  if (figure.outline && hasValues(columns[figure.outline]) && (series.length || !used.has(figure.outline))) {
     used.add(figure.outline);
     outline = { label: shortLabel(figure.outline, figure), values: columns[figure.outline], colour: "ink" };
   }
-  if (!series.length && outline) return { ...figure, stack: false, series: [{ ...outline, colour: "c0" }], outline: null };
-  return { ...figure, series, outline };
+  const shown = { ...figure, names: [...names, figure.outline ?? ""], series, outline };
+  if (!series.length && outline) return { ...shown, stack: false, series: [{ ...outline, colour: "c0" }], outline: null };
+  return shown;
 }
 
 function otherFigures(columns, used) {
   const names = Object.keys(columns).filter((name) => !used.has(name) && hasValues(columns[name]));
-  return names.map((name) => ({ title: name, about: "", format: "number", series: [{ label: name, values: columns[name], colour: "c0" }], outline: null }));
+  return names.map((name) => ({ title: name, names: [name], about: "", format: "number", series: [{ label: name, values: columns[name], colour: "c0" }], outline: null }));
 }
 
 // Every section with at least one curve. A metric that no figure names gets one of its own under "Other".
@@ -111,8 +120,42 @@ const SUPERVISED = [
   { title: "Tokens", about: "Trained in a step.", keys: ["tokens/trained"], format: "count", zero: true },
 ];
 
-function supervisedSection(columns) {
+function supervisedSections(columns) {
   const used = new Set();
   const named = SUPERVISED.map((figure) => withSeries(figure, columns, used)).filter((figure) => figure.series.length);
-  return { title: "Cold start", figures: [...named, ...otherFigures(columns, used)] };
+  return [{ title: "Cold start", figures: [...named, ...otherFigures(columns, used)] }];
+}
+
+// The tables of several runs over all of their steps; undefined where a run has no such step.
+function joined(tables) {
+  const steps = [...new Set(tables.flatMap((table) => table.steps))].sort((a, b) => a - b);
+  const place = new Map(steps.map((step, i) => [step, i]));
+  const columns = tables.map((table) => {
+    const spread = (values) => {
+      const all = new Array(steps.length).fill(undefined);
+      table.steps.forEach((step, i) => (all[place.get(step)] = values[i]));
+      return all;
+    };
+    return Object.fromEntries(Object.entries(table.columns).map(([name, values]) => [name, spread(values)]));
+  });
+  return { steps, columns };
+}
+
+// One figure for each metric of a section, with a curve for each run that has it.
+function comparedSection({ title, figures }, columns, names) {
+  const compare = (figure, name) => {
+    const series = columns.flatMap((of, i) => (hasValues(of[name]) ? [{ label: names[i], values: of[name], colour: `c${i % COLOURS}` }] : []));
+    const single = figure.names.filter(Boolean).length === 1;
+    const about = single ? figure.about : `${figure.title}. ${figure.about}`;
+    return { ...figure, title: single ? figure.title : name, about, names: [name], series, stack: false, outline: null };
+  };
+  return { title, figures: figures.flatMap((figure) => figure.names.filter(Boolean).map((name) => compare(figure, name))) };
+}
+
+// Sections for the tables of one run or several; ``sections`` makes them of columns.
+function figuresOf(tables, names, sections) {
+  if (tables.length === 1) return { steps: tables[0].steps, sections: sections(tables[0].columns) };
+  const { steps, columns } = joined(tables);
+  const every = Object.assign({}, ...[...columns].reverse());
+  return { steps, sections: sections(every).map((section) => comparedSection(section, columns, names)) };
 }

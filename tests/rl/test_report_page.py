@@ -1,0 +1,315 @@
+"""The report's page in a real browser: what it draws, how it is used, and that nothing a model wrote acts in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from rl.report import build_comparison, build_report
+from rl.report.server import ReportServer
+from rl.run_directory import RunDirectory
+from tests.rl.browser import CHROMIUM, Browser
+from tests.rl.report_runs import (
+    ALARMS,
+    ASSISTANT,
+    BOS,
+    USER,
+    encode,
+    episode,
+    spans,
+    step_metrics,
+    trajectory,
+    write_lines,
+    write_run,
+)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="drives a real browser: apt-get install chromium")
+
+PAYLOADS = (
+    "</script><script>window.owned = 1</script>",
+    "<img src=x onerror='window.owned = 2'>",
+    "\"'><svg onload=window.owned=3>",
+    "<!--<script>window.owned = 4//",
+    "\u2028window.owned = 5\u2029",
+    "\u202eowned\u2066\u200b\x1b]0;owned\x07",
+    "{{data}} ${window.owned = 6} </style></title></textarea>",
+)
+HOSTILE = "".join(PAYLOADS)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as browser:
+        browser.look(width=1280, height=900)
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> RunDirectory:
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", extras=True, recipe="name: demo\nseed: 0\n")
+
+
+@pytest.fixture
+def page(browser: Browser, demo: RunDirectory) -> Iterator[Browser]:
+    """The demo's report, opened as a file; whatever a test does must neither raise nor ask the network for anything."""
+    path, _ = build_report(demo.path)
+    browser.open(path.as_uri())
+    browser.wait("document.querySelectorAll('.list li').length > 0")
+    yield browser
+    assert browser.errors == []
+    assert browser.requests == [path.as_uri()]
+
+
+def texts(browser: Browser, selector: str) -> list[str]:
+    return browser.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((node) => node.textContent)")
+
+
+def go_to(browser: Browser, tab: str) -> None:
+    browser.click(f"nav a[href='#{tab}']")
+    browser.wait(f"!document.getElementById('{tab}').hidden")
+
+
+def test_every_metric_has_a_curve(page: Browser):
+    titles = set(texts(page, ".chart h4"))
+    assert {"Reward", "Held-out accuracy", "Staleness", "Time per step", "user/brevity", "Supervised loss"} <= titles
+    for number in range(page.run("document.querySelectorAll('.group').length")):  # drawn when they come into sight
+        group = f"document.querySelectorAll('.group')[{number}]"
+        page.run(f"{group}.scrollIntoView()")
+        page.wait(
+            f"[...{group}.querySelectorAll('.chart')].every((chart) => chart.querySelector('path.line, path.area'))"
+        )
+    assert page.run("document.querySelectorAll('.chart').length") == len(texts(page, ".chart h4"))
+
+
+def test_a_click_on_a_curve_holds_a_step_and_the_slider_moves_it(page: Browser):
+    page.click(".chart svg")
+    (held,) = texts(page, ".step-bar output")
+    assert held.endswith(", held")
+    step = int(held.removeprefix("Step ").removesuffix(", held"))
+    assert 10 <= step <= 20  # a click in the middle of 30 steps
+    page.click("details.numbers summary")
+    page.wait("document.querySelectorAll('.numbers th').length > 20")
+    rows = dict(zip(texts(page, ".numbers th"), texts(page, ".numbers td"), strict=True))
+    assert rows["sync/version"] == str(step)
+    page.run("document.querySelector('.step-bar input[type=range]').focus()")
+    page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight", windowsVirtualKeyCode=39)
+    page.wait(f"document.querySelector('.step-bar output').textContent === 'Step {step + 1}, held'")
+    page.type("input[aria-label='Filter curves']", "staleness")
+    page.wait("[...document.querySelectorAll('.chart:not([hidden])')].filter((c) => c.offsetWidth).length < 5")
+    assert "Staleness" in texts(page, ".chart:not([hidden]) h4")
+
+
+def test_an_alarm_is_read_and_leads_to_its_step(page: Browser):
+    assert texts(page, ".alarm summary b") == ["mismatch", "entropy"]
+    page.click(".alarm:nth-child(2) summary")
+    assert texts(page, ".alarm[open] .sentence") == [ALARMS[1]["sentence"]]
+    page.click(".alarm[open] .places button")
+    page.wait("document.querySelector('.step-bar output').textContent === 'Step 12, held'")
+
+
+def test_the_timeline_says_who_did_what_and_who_idled(page: Browser):
+    go_to(page, "timeline")
+    page.wait("document.querySelector('.timeline canvas').height > 100")
+    page.run("[...document.querySelectorAll('.controls button')].find((b) => b.textContent === 'Whole run').click()")
+    page.wait("document.querySelector('.timeline .range').textContent.startsWith('0 s')")
+    assert texts(page, ".share .actor") == ["driver", "engine 0", "engine 1", "rewards", "learner"]
+    head = texts(page, ".spent thead th")
+    shares = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in page.run(TABLE)}
+    rows = list(spans(np.random.default_rng(), 1))  # only for the names
+    assert {row["phase"] for row in rows} <= set(head)
+    assert shares["learner"]["generate"] == "" and float(shares["learner"]["step"].split(" ")[0]) > 30
+    total = sum(float(cell.split(" ")[0]) for cell in shares["learner"].values() if cell)
+    assert total == pytest.approx(100, abs=0.3)
+    lane = page.run(
+        "(() => { const box = document.querySelector('.timeline canvas').getBoundingClientRect();"
+        " return [box.x, box.y, box.width]; })()"
+    )
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=lane[0] + 5, y=lane[1] + 36)
+    page.wait("[...document.querySelectorAll('.tip')].some((tip) => tip.textContent.includes('driver: start'))")
+    page.click("button[aria-label='Zoom in']")
+    page.wait("!document.querySelector('.timeline .range').textContent.startsWith('0 s')")
+
+
+TABLE = """[...document.querySelectorAll('.spent tbody tr')].map((row) => [...row.children].map((cell) =>
+    cell.firstChild?.textContent ?? ''))"""
+
+
+def test_the_reader_filters_orders_and_searches(page: Browser):
+    go_to(page, "trajectories")
+    assert texts(page, ".count") == ["36 of 36 trajectories"]
+    page.choose("select[aria-label=domain]", "coding")
+    assert texts(page, ".count") == ["12 of 36 trajectories"]
+    page.choose("select[aria-label=flag]", "masked")
+    assert texts(page, ".count") == ["6 of 36 trajectories"]
+    page.type("input[aria-label='reward from']", "0.5")
+    assert texts(page, ".count") == ["0 of 36 trajectories"]
+    assert texts(page, ".pane") == ["No trajectory matches these filters."]
+    page.run("[...document.querySelectorAll('.filters button')].find((b) => b.textContent === 'Clear').click()")
+    assert texts(page, ".count") == ["36 of 36 trajectories"]
+    page.choose("select[aria-label=order]", "latest")
+    assert texts(page, ".item-step")[0] == "step 30" and texts(page, ".item-step")[-1] == "step 5"
+    page.type("input[type=search][placeholder='Search the text']", "SLICE skipped")
+    page.wait("document.querySelector('.count').textContent === '12 of 36 trajectories'")
+    page.wait("CSS.highlights.get('found')?.size > 0")
+    found = page.run("[...CSS.highlights.get('found')].map((range) => range.toString().toLowerCase())")
+    assert set(found) == {"slice", "skipped"}
+
+
+def test_an_episode_reads_as_a_conversation(page: Browser):
+    go_to(page, "trajectories")
+    page.choose("select[aria-label=domain]", "coding")
+    page.wait("document.querySelectorAll('.turn-head').length === 4")
+    parts = page.run("[...document.querySelectorAll('.pane > .message, .pane > .restart, .pane > .malformed')].map("
+                     "(node) => [node.className, node.textContent])")  # fmt: skip
+    kinds = [name.replace("message ", "").strip() for name, _ in parts]
+    assert kinds == [
+        *("given system", "given"),
+        *("thinking", "calls", "result"),
+        *("thinking", "calls", "malformed", "result failed", "restart"),
+        *("thinking", "calls", "result failed"),
+        *("thinking", "reply"),
+    ]
+    assert "search(pattern=total_pages, path=.)" in parts[4][1] and "shelf.py:3" in parts[4][1]
+    assert parts[-1][1].endswith("The slice skipped the first book; it is gone.<｜end▁of▁sentence｜>")
+    assert texts(page, ".comment") == ["rubric saysMended, but untested."]
+    assert "1 of 2 sequences masked as off-policy" in texts(page, ".pane h3 .pill")
+    page.hover(".message.thinking .token.warm, .message.thinking .token.cool")
+    page.wait("[...document.querySelectorAll('.tip')].some((tip) => tip.textContent.includes('learner − rollout'))")
+    page.choose("select[aria-label=colour]", "routed")
+    page.wait("document.querySelector('.scale')?.textContent.includes('routed live')")
+    page.click(".siblings .chip:last-child")
+    page.wait("location.hash.includes('coding')")
+
+
+def test_a_link_opens_the_trajectory_it_names(page: Browser):
+    go_to(page, "trajectories")
+    page.click(".list li:nth-child(8) button")
+    page.wait("location.hash.startsWith('#trajectories/0/')")
+    address, title = page.run("location.href"), texts(page, ".pane h3")
+    page.call("Page.navigate", url="about:blank")
+    page.requests.clear()
+    page.open(address)
+    page.wait(f"document.querySelector('.pane h3')?.textContent === {json.dumps(title[0])}")
+    page.requests[:] = [address.partition("#")[0]]
+
+
+def test_nothing_a_model_wrote_acts(browser: Browser, tmp_path):
+    rng = np.random.default_rng(0)
+    with RunDirectory.create(tmp_path / "demo", recipe=f"system: {HOSTILE}\n") as run:
+        run.log({"step": 1, "reward/mean": 0.5, f"reward/sums/{HOSTILE}": 0.5})
+        texts = [HOSTILE] * (len(encode(f"{BOS}{USER}{HOSTILE}{ASSISTANT}<think>so")))
+        said = trajectory(rng, 1, 0, text="so", prompt=HOSTILE, comment=HOSTILE, token_texts=texts)
+        run.log_samples(1, [said, episode(rng, 1, 0, result=HOSTILE, comment=HOSTILE)])
+        write_lines(run.path / "alarms.jsonl", [ALARMS[0] | {"sentence": HOSTILE, "alarm": HOSTILE, "step": 1}])
+        write_lines(run.path / "timeline.jsonl", [row | {"detail": HOSTILE, "actor": HOSTILE} for row in spans(rng, 1)])
+    path, _ = build_report(run.path)
+    browser.open(f"{path.as_uri()}#trajectories")
+    for item in (1, 2):
+        browser.wait("document.querySelectorAll('.list li').length === 2")
+        browser.click(f".list li:nth-child({item}) button")
+        browser.wait("document.querySelector('.comment')?.textContent.includes('window.owned')")
+        browser.run("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+        browser.hover(".pane .stream .token")
+        browser.wait("[...document.querySelectorAll('.tip')].some((tip) => !tip.hidden)")
+        assert_inert(browser)
+        assert "⟨U+202E⟩owned⟨U+2066⟩⟨U+200B⟩⟨U+001B⟩]0;owned⟨U+0007⟩" in browser.run("document.body.innerText")
+    for tab in ("curves", "timeline", "recipe"):
+        go_to(browser, tab)
+        assert_inert(browser)
+    assert browser.errors == [] and browser.requests == [f"{path.as_uri()}"]
+
+
+def assert_inert(browser: Browser) -> None:
+    time.sleep(0.1)  # what would act, acts soon
+    assert browser.run("window.owned") is None
+    assert browser.run("document.title") == "demo · Keel run report"
+    assert browser.run("document.querySelectorAll('img, iframe, object, embed, form:not(.filters)').length") == 0
+    assert browser.run("document.querySelectorAll('svg').length === document.querySelectorAll('.chart svg').length")
+    acting = """(() => {
+        const body = document.body.cloneNode(true);
+        body.querySelectorAll('script').forEach((node) => node.remove());
+        return /[\\u0000-\\u0008\\u001b\\u200b\\u2028-\\u202e\\u2066-\\u2069]/.test(body.innerHTML);
+    })()"""
+    assert browser.run(acting) is False
+
+
+def test_runs_are_compared_curve_by_curve(browser: Browser, demo: RunDirectory, tmp_path):
+    other = write_run(tmp_path / "other", steps=20, seed=1, recipe="name: other\nseed: 1\n")
+    path, _ = build_comparison([demo.path, other.path], tmp_path / "both.html")
+    browser.open(path.as_uri())
+    browser.wait("document.querySelectorAll('.list li').length > 0")
+    assert texts(browser, ".runs thead th") == ["", "demo", "other"]
+    reward = "[...document.querySelectorAll('.chart')].find((c) => c.querySelector('h4').textContent === 'Reward')"
+    assert browser.run(f"{reward}.querySelectorAll('.legend .key').length") == 2
+    assert browser.run(f"{reward}.querySelectorAll('path.line:not(.raw)').length") == 2
+    go_to(browser, "recipe")
+    assert texts(browser, ".differences tbody th") == ["seed"]
+    assert texts(browser, ".differences tbody td") == ["0", "1"]
+    go_to(browser, "trajectories")
+    assert texts(browser, ".count") == ["52 of 52 trajectories"]
+    browser.choose("select[aria-label=run]", "1")
+    assert texts(browser, ".count") == ["16 of 52 trajectories"]
+    assert browser.errors == []
+
+
+@contextlib.contextmanager
+def served(*runs: RunDirectory) -> Iterator[str]:
+    with ReportServer([run.path for run in runs], port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.url
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_served_page_follows_the_run(browser: Browser, tmp_path):
+    rng = np.random.default_rng(0)
+    run = write_run(tmp_path / "demo", steps=5, end=False)
+    with served(run) as url:
+        browser.open(url)
+        browser.wait("document.querySelectorAll('.list li').length === 4")
+        assert texts(browser, ".standing .pill") == ["not finished"]
+        browser.wait("document.querySelector('.step-bar output').textContent === 'Latest, step 5'")
+        browser.run("document.querySelector('.chart').marked = true")
+        run.log(step_metrics(rng, 6, 30) | {"eval/sums": 0.9})
+        run.log_samples(6, [trajectory(rng, 6, 0, text="news</think>9")])
+        write_lines(run.path / "timeline.jsonl", spans(rng, 6))
+        write_lines(run.path / "alarms.jsonl", [ALARMS[0]])
+        browser.wait("document.querySelector('.step-bar output').textContent === 'Latest, step 6'")
+        browser.wait("document.querySelectorAll('.list li').length === 5")
+        assert browser.run("document.querySelector('.chart').marked")  # it was not built again
+        assert texts(browser, ".alarm summary b") == ["entropy"]
+        assert "41.2% → 90.0%+48.8 points, step 0 to 6" in texts(browser, ".tile dd")
+        go_to(browser, "timeline")
+        browser.wait("document.querySelectorAll('.share .actor').length === 5")
+        go_to(browser, "trajectories")
+        browser.type("input[type=search][placeholder='Search the text']", "news")
+        browser.wait("document.querySelector('.count').textContent === '1 of 5 trajectories'")
+        run.finish()
+        browser.wait("document.querySelector('.standing .pill').textContent === 'finished'")
+        assert all(request.startswith(url) for request in browser.requests)
+        assert browser.errors == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_no_view_is_wider_than_the_window(browser: Browser, demo: RunDirectory, width, dark):
+    path, _ = build_report(demo.path)
+    browser.look(width=width, height=900, dark=dark)
+    try:
+        for tab in ("curves", "timeline", "trajectories", "recipe"):
+            browser.open(f"{path.as_uri()}#{tab}")
+            browser.wait("document.querySelectorAll('.list li').length > 0")
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            light = browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(250, 250, 248)"
+            assert light is not dark
+    finally:
+        browser.look(width=1280, height=900)
