@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.delta import row_delta
 
@@ -119,23 +120,30 @@ def _allowed(ordered, rows, there, num_words, first, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def _forward_tiles(
-    acc, highest, total, q_first, q_rest, keys, values, bitmask, rows, row_there, start, length, low, high,
-    stride_key, stride_value, num_words, scale,
+    acc, highest, total, q_first, q_rest, keys, values, key_first, key_rest, value, bitmask, rows, row_there, start,
+    length, low, high, head, stride_key, stride_key_head, stride_value, stride_value_head, num_words, scale,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DIAGONAL: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys [low, high) of one sequence."""
+    """Online softmax over the keys [low, high) of one sequence; under TMA whole blocks of them come by descriptors."""
     lane = tl.arange(0, BLOCK_N)
     for first in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         places = first + lane
         there = places < length
+        allowed = there
         if MASKED:
             allowed = _allowed(bitmask, start + rows, row_there, num_words, first, BLOCK_M, BLOCK_N)
-        k = _tile(keys, start + places, there, stride_key, 0, FIRST, BLOCK_FIRST)
+        if TMA:
+            k = key_first.load([start + first, head * stride_key_head])
+        else:
+            k = _tile(keys, start + places, there, stride_key, 0, FIRST, BLOCK_FIRST)
         scores = tl.dot(q_first, tl.trans(k), input_precision=PRECISION)
         if REST > 0:
-            k = _tile(keys, start + places, there, stride_key, FIRST, REST, BLOCK_REST)
+            if TMA:
+                k = key_rest.load([start + first, head * stride_key_head + FIRST])
+            else:
+                k = _tile(keys, start + places, there, stride_key, FIRST, REST, BLOCK_REST)
             scores = tl.dot(q_rest, tl.trans(k), scores, input_precision=PRECISION)
         if MASKED:
             scores = tl.where(allowed, scores, float("-inf"))
@@ -146,7 +154,10 @@ def _forward_tiles(
         shrink = tl.exp2(highest * scale - shift)
         probs = tl.exp2(scores * scale - shift[:, None])
         total = total * shrink + tl.sum(probs, axis=1)
-        v = _tile(values, start + places, there, stride_value, 0, VALUE, BLOCK_V)
+        if TMA:
+            v = value.load([start + first, head * stride_value_head])
+        else:
+            v = _tile(values, start + places, there, stride_value, 0, VALUE, BLOCK_V)
         acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         highest = higher
     return acc, highest, total
@@ -154,40 +165,41 @@ def _forward_tiles(
 
 @triton.jit
 def _forward_kernel(
-    queries, keys, values, bitmask, cu_seqlens, out, lse, scale, num_heads, num_sequences, num_words,
-    stride_query, stride_query_head, stride_key, stride_key_head, stride_value, stride_value_head,
+    queries, keys, values, key_first, key_rest, value, bitmask, cu_seqlens, out, lse, scale, num_heads, num_sequences,
+    num_words, stride_query, stride_query_head, stride_key, stride_key_head, stride_value, stride_value_head,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of queries, H). out [N, H, v], lse fp32 [N, H] (base 2, -inf for no keys)."""
     start, length, block, _ = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
     if length == 0:
         return
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1)
     rows = block + tl.arange(0, BLOCK_M)
     row_there = rows < length
-    query = queries + head * stride_query_head
+    query = queries + head.to(tl.int64) * stride_query_head
     q_first = _tile(query, start + rows, row_there, stride_query, 0, FIRST, BLOCK_FIRST)
     q_rest = q_first
     if REST > 0:
         q_rest = _tile(query, start + rows, row_there, stride_query, FIRST, REST, BLOCK_REST)
-    keys += head * stride_key_head
-    values += head * stride_value_head
+    keys += head.to(tl.int64) * stride_key_head
+    values += head.to(tl.int64) * stride_value_head
     # A finite start keeps the differences defined for rows that have seen no key yet.
     highest = tl.full([BLOCK_M], -1.0e30, dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
     diagonal = block // BLOCK_N * BLOCK_N
     acc, highest, total = _forward_tiles(
-        acc, highest, total, q_first, q_rest, keys, values, bitmask, rows, row_there, start, length, 0, diagonal,
-        stride_key, stride_value, num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M,
-        BLOCK_N, MASKED, False, STAGES, PRECISION,
+        acc, highest, total, q_first, q_rest, keys, values, key_first, key_rest, value, bitmask, rows, row_there, start,
+        length, 0, diagonal, head, stride_key, stride_key_head, stride_value, stride_value_head, num_words, scale,
+        FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED, False, STAGES, PRECISION, TMA,
     )  # fmt: skip
     acc, highest, total = _forward_tiles(
-        acc, highest, total, q_first, q_rest, keys, values, bitmask, rows, row_there, start, length, diagonal,
-        tl.minimum(block + BLOCK_M, length), stride_key, stride_value, num_words, scale, FIRST, REST, VALUE,
-        BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED, True, STAGES, PRECISION,
+        acc, highest, total, q_first, q_rest, keys, values, key_first, key_rest, value, bitmask, rows, row_there, start,
+        length, diagonal, tl.minimum(block + BLOCK_M, length), head, stride_key, stride_key_head, stride_value,
+        stride_value_head, num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N,
+        MASKED, True, STAGES, PRECISION, False,
     )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     _store(out + head * VALUE, start + rows, row_there, num_heads * VALUE, acc, 0, VALUE, BLOCK_V)
@@ -197,11 +209,12 @@ def _forward_kernel(
 
 @triton.jit
 def _grad_queries_tiles(
-    grad_first, grad_rest, q_first, q_rest, d_out, keys, values, bitmask, probs_out, d_scores_out, rows, row_there,
-    row_lse, row_delta, start, length, low, high, stride_key, stride_value, num_words, scale,
+    grad_first, grad_rest, q_first, q_rest, d_out, keys, values, key_first, key_rest, value, bitmask, probs_out,
+    d_scores_out, rows, row_there, row_lse, row_delta, start, length, low, high, head, stride_key, stride_key_head,
+    stride_value, stride_value_head, num_words, scale,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DIAGONAL: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The keys [low, high) of one sequence; probs_out and d_scores_out at the first tile of this block of queries."""
     lane = tl.arange(0, BLOCK_N)
@@ -209,13 +222,21 @@ def _grad_queries_tiles(
     for first in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         places = first + lane
         there = places < length
+        allowed = there
         if MASKED:
             allowed = _allowed(bitmask, start + rows, row_there, num_words, first, BLOCK_M, BLOCK_N)
-        k_first = _tile(keys, start + places, there, stride_key, 0, FIRST, BLOCK_FIRST)
-        v = _tile(values, start + places, there, stride_value, 0, VALUE, BLOCK_V)
+        if TMA:
+            k_first = key_first.load([start + first, head * stride_key_head])
+            v = value.load([start + first, head * stride_value_head])
+        else:
+            k_first = _tile(keys, start + places, there, stride_key, 0, FIRST, BLOCK_FIRST)
+            v = _tile(values, start + places, there, stride_value, 0, VALUE, BLOCK_V)
         scores = tl.dot(q_first, tl.trans(k_first), input_precision=PRECISION)
         if REST > 0:
-            k_rest = _tile(keys, start + places, there, stride_key, FIRST, REST, BLOCK_REST)
+            if TMA:
+                k_rest = key_rest.load([start + first, head * stride_key_head + FIRST])
+            else:
+                k_rest = _tile(keys, start + places, there, stride_key, FIRST, REST, BLOCK_REST)
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
         d_probs = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         probs = tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None])
@@ -235,12 +256,13 @@ def _grad_queries_tiles(
 
 @triton.jit
 def _grad_queries_kernel(
-    queries, keys, values, bitmask, cu_seqlens, grad_out, lse, delta, probs_out, d_scores_out, grad_queries, scale,
+    queries, keys, values, key_first, key_rest, value, bitmask, cu_seqlens, grad_out, lse, delta, probs_out,
+    d_scores_out, grad_queries, scale,
     first_head, num_tiles, num_heads, num_sequences, num_words, stride_query, stride_query_head, stride_key,
     stride_key_head, stride_value, stride_value_head,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of queries, heads of a group). grad_queries [N, H, d]; probs_out and d_scores_out in its dtype,
     [heads of the group, num_tiles, BLOCK_M queries, BLOCK_M keys].
@@ -248,10 +270,10 @@ def _grad_queries_kernel(
     start, length, block, before = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
     if length == 0:
         return
-    head = (first_head + tl.program_id(1)).to(tl.int64)
+    head = first_head + tl.program_id(1)
     rows = block + tl.arange(0, BLOCK_M)
     row_there = rows < length
-    query = queries + head * stride_query_head
+    query = queries + head.to(tl.int64) * stride_query_head
     q_first = _tile(query, start + rows, row_there, stride_query, 0, FIRST, BLOCK_FIRST)
     grad_first = tl.zeros([BLOCK_M, BLOCK_FIRST], dtype=tl.float32)
     q_rest = q_first
@@ -265,20 +287,22 @@ def _grad_queries_kernel(
     # The row of a query that sees nothing has -inf there, and no finite score may become infinite beside it.
     row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
     row_delta = tl.load(delta + place, mask=row_there, other=0.0) * scale
-    keys += head * stride_key_head
-    values += head * stride_value_head
+    keys += head.to(tl.int64) * stride_key_head
+    values += head.to(tl.int64) * stride_value_head
     order = block // BLOCK_M
     pairs = (tl.program_id(1).to(tl.int64) * num_tiles + before + order * (order + 1) // 2) * (BLOCK_M * BLOCK_M)
     grad_first, grad_rest = _grad_queries_tiles(
-        grad_first, grad_rest, q_first, q_rest, d_out, keys, values, bitmask, probs_out + pairs, d_scores_out + pairs,
-        rows, row_there, row_lse, row_delta, start, length, 0, block, stride_key, stride_value, num_words, scale,
-        FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED, False, STAGES, PRECISION,
+        grad_first, grad_rest, q_first, q_rest, d_out, keys, values, key_first, key_rest, value, bitmask,
+        probs_out + pairs, d_scores_out + pairs, rows, row_there, row_lse, row_delta, start, length, 0, block, head,
+        stride_key, stride_key_head, stride_value, stride_value_head, num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST,
+        BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED, False, STAGES, PRECISION, TMA,
     )  # fmt: skip
     grad_first, grad_rest = _grad_queries_tiles(
-        grad_first, grad_rest, q_first, q_rest, d_out, keys, values, bitmask, probs_out + pairs, d_scores_out + pairs,
-        rows, row_there, row_lse, row_delta, start, length, block, tl.minimum(block + BLOCK_M, length), stride_key,
-        stride_value, num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED,
-        True, STAGES, PRECISION,
+        grad_first, grad_rest, q_first, q_rest, d_out, keys, values, key_first, key_rest, value, bitmask,
+        probs_out + pairs, d_scores_out + pairs, rows, row_there, row_lse, row_delta, start, length, block,
+        tl.minimum(block + BLOCK_M, length), head, stride_key, stride_key_head, stride_value, stride_value_head,
+        num_words, scale, FIRST, REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, MASKED, True, STAGES,
+        PRECISION, False,
     )  # fmt: skip
     target = grad_queries + head * (FIRST + REST)
     stride = num_heads * (FIRST + REST)
@@ -288,12 +312,49 @@ def _grad_queries_kernel(
 
 
 @triton.jit
+def _grad_keys_tiles(
+    grad_first, grad_rest, grad_v, queries, grad_out, probs, d_scores, query_first, query_rest, upstream, pairs,
+    pair_scores, start, length, low, high, head, tile, num_heads, stride_query, stride_query_head,
+    FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The queries [low, high) of one sequence; `tile` is the first of the pairs with this block of keys."""
+    within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    for first in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+        places = first + tl.arange(0, BLOCK_N)
+        there = places < length
+        order = first // BLOCK_M
+        row = (tile + order * (order + 1) // 2) * BLOCK_M + first % BLOCK_M
+        if TMA:
+            p = pairs.load([row, 0])
+            d_s = pair_scores.load([row, 0])
+            d_out = upstream.load([start + first, head * VALUE])
+            q_first = query_first.load([start + first, head * stride_query_head])
+        else:
+            source = row.to(tl.int64) * BLOCK_M
+            p = tl.load(probs + source + within)
+            d_s = tl.load(d_scores + source + within)
+            d_out = _tile(grad_out, start + places, there, num_heads * VALUE, 0, VALUE, BLOCK_V)
+            q_first = _tile(queries, start + places, there, stride_query, 0, FIRST, BLOCK_FIRST)
+        grad_v = tl.dot(tl.trans(p), d_out, grad_v, input_precision=PRECISION)
+        grad_first = tl.dot(tl.trans(d_s), q_first, grad_first, input_precision=PRECISION)
+        if REST > 0:
+            if TMA:
+                q_rest = query_rest.load([start + first, head * stride_query_head + FIRST])
+            else:
+                q_rest = _tile(queries, start + places, there, stride_query, FIRST, REST, BLOCK_REST)
+            grad_rest = tl.dot(tl.trans(d_s), q_rest, grad_rest, input_precision=PRECISION)
+    return grad_first, grad_rest, grad_v
+
+
+@triton.jit
 def _grad_keys_kernel(
-    queries, cu_seqlens, grad_out, probs, d_scores, grad_keys, grad_values, first_head, num_tiles, num_heads,
-    num_sequences, stride_query, stride_query_head,
+    queries, cu_seqlens, grad_out, probs, d_scores, query_first, query_rest, upstream, pairs, pair_scores, grad_keys,
+    grad_values, first_head, num_tiles, num_heads, num_sequences, stride_query, stride_query_head,
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of keys, heads of a group). BLOCK_M keys are owned, BLOCK_N queries come by at a time."""
     start, length, last, before = _rows_of(tl.program_id(0), cu_seqlens, num_sequences, BLOCK_M, BLOCK_S)
@@ -301,29 +362,28 @@ def _grad_keys_kernel(
         return
     # The first block of keys has the most work.
     block = (length - 1) // BLOCK_M * BLOCK_M - last
-    head = (first_head + tl.program_id(1)).to(tl.int64)
+    head = first_head + tl.program_id(1)
     grad_first = tl.zeros([BLOCK_M, BLOCK_FIRST], dtype=tl.float32)
     grad_v = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
+    grad_rest = grad_first
     if REST > 0:
         grad_rest = tl.zeros([BLOCK_M, BLOCK_REST], dtype=tl.float32)
-    query = queries + head * stride_query_head
-    upstream = grad_out + head * VALUE
-    tile = tl.program_id(1).to(tl.int64) * num_tiles + before + block // BLOCK_M
-    within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    for first in tl.range(block, length, BLOCK_N, num_stages=STAGES):
-        places = first + tl.arange(0, BLOCK_N)
-        there = places < length
-        order = first // BLOCK_M
-        source = (tile + order * (order + 1) // 2) * (BLOCK_M * BLOCK_M) + first % BLOCK_M * BLOCK_M
-        p = tl.load(probs + source + within)
-        d_s = tl.load(d_scores + source + within)
-        d_out = _tile(upstream, start + places, there, num_heads * VALUE, 0, VALUE, BLOCK_V)
-        q_first = _tile(query, start + places, there, stride_query, 0, FIRST, BLOCK_FIRST)
-        grad_v = tl.dot(tl.trans(p), d_out, grad_v, input_precision=PRECISION)
-        grad_first = tl.dot(tl.trans(d_s), q_first, grad_first, input_precision=PRECISION)
-        if REST > 0:
-            q_rest = _tile(query, start + places, there, stride_query, FIRST, REST, BLOCK_REST)
-            grad_rest = tl.dot(tl.trans(d_s), q_rest, grad_rest, input_precision=PRECISION)
+    queries += head.to(tl.int64) * stride_query_head
+    grad_out += head.to(tl.int64) * VALUE
+    tile = tl.program_id(1) * num_tiles + before + block // BLOCK_M
+    whole = tl.maximum(length // BLOCK_N * BLOCK_N, block) if TMA else length
+    grad_first, grad_rest, grad_v = _grad_keys_tiles(
+        grad_first, grad_rest, grad_v, queries, grad_out, probs, d_scores, query_first, query_rest, upstream, pairs,
+        pair_scores, start, length, block, whole, head, tile, num_heads, stride_query, stride_query_head, FIRST, REST,
+        VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, STAGES, PRECISION, TMA,
+    )  # fmt: skip
+    if TMA:
+        # Beyond the sequence rows of the next one follow, which may hold NaN.
+        grad_first, grad_rest, grad_v = _grad_keys_tiles(
+            grad_first, grad_rest, grad_v, queries, grad_out, probs, d_scores, query_first, query_rest, upstream, pairs,
+            pair_scores, start, length, whole, length, head, tile, num_heads, stride_query, stride_query_head, FIRST,
+            REST, VALUE, BLOCK_FIRST, BLOCK_REST, BLOCK_V, BLOCK_M, BLOCK_N, 1, PRECISION, False,
+        )  # fmt: skip
     rows = block + tl.arange(0, BLOCK_M)
     row_there = rows < length
     target = grad_keys + head * (FIRST + REST)
@@ -416,10 +476,12 @@ class _PackedAttention(torch.autograd.Function):
             tiles = _launches(queries.shape[-1], values.shape[-1], queries.element_size()).forward
             mask, num_words = (cu_seqlens, 0) if ordered is None else (ordered, ordered.shape[1])
             num_sequences = cu_seqlens.shape[0] - 1
+            blocks = _blocks(queries, values, num_sequences, tiles)
+            tma = takes_descriptors(queries, keys, values)
             _forward_kernel[_grid(queries, num_sequences, tiles)](
-                queries, keys, values, mask, cu_seqlens, out, lse, scale * LOG2_E, num_heads, num_sequences, num_words,
-                *_strides(queries, keys, values), MASKED=ordered is not None,
-                **_blocks(queries, values, num_sequences, tiles),
+                queries, keys, values, *_descriptors(tma, tiles.other, (keys, 0), (keys, 1), (values, 0)), mask,
+                cu_seqlens, out, lse, scale * LOG2_E, num_heads, num_sequences, num_words,
+                *_strides(queries, keys, values), MASKED=ordered is not None, TMA=tma, **blocks,
             )  # fmt: skip
         ctx.save_for_backward(queries, keys, values, cu_seqlens, ordered, out, lse)
         ctx.scale = scale
@@ -449,19 +511,54 @@ def _backward(
     group = min(num_heads, max(1, PAIRS_LIMIT // (2 * size * queries.element_size())))
     probs, d_scores = torch.empty(2, group * size, dtype=queries.dtype, device=queries.device)
     mask, num_words = (cu_seqlens, 0) if ordered is None else (ordered, ordered.shape[1])
+    tma = takes_descriptors(queries, keys, values)
     for first in range(0, num_heads, group):
         heads = min(group, num_heads - first)
         tiles = launches.grad_queries
         _grad_queries_kernel[_grid(queries, num_sequences, tiles, heads)](
-            queries, keys, values, mask, cu_seqlens, grad_out, lse, delta, probs, d_scores, grad_queries, scale, first,
-            num_tiles, num_heads, num_sequences, num_words, *_strides(queries, keys, values),
-            MASKED=ordered is not None, **_blocks(queries, values, num_sequences, tiles),
+            queries, keys, values, *_descriptors(tma, tiles.other, (keys, 0), (keys, 1), (values, 0)), mask, cu_seqlens,
+            grad_out, lse, delta, probs, d_scores, grad_queries, scale, first, num_tiles, num_heads, num_sequences,
+            num_words, *_strides(queries, keys, values), MASKED=ordered is not None, TMA=tma,
+            **_blocks(queries, values, num_sequences, tiles),
         )  # fmt: skip
         tiles = launches.grad_keys
+        pairs = [(part.view(-1, 1, own), 0) for part in (probs, d_scores)]
         _grad_keys_kernel[_grid(queries, num_sequences, tiles, heads)](
-            queries, cu_seqlens, grad_out, probs, d_scores, grad_keys, grad_values, first, num_tiles, num_heads,
-            num_sequences, *_strides(queries), **_blocks(queries, values, num_sequences, tiles),
+            queries, cu_seqlens, grad_out, probs, d_scores,
+            *_descriptors(tma, tiles.other, (queries, 0), (queries, 1), (grad_out, 0), *pairs), grad_keys, grad_values,
+            first, num_tiles, num_heads, num_sequences, *_strides(queries), TMA=tma,
+            **_blocks(queries, values, num_sequences, tiles),
         )  # fmt: skip
+
+
+def takes_descriptors(*tensors: torch.Tensor) -> bool:
+    """Whether descriptors can copy blocks of these [N, H, d]: whole 16 bytes, in one or two pieces of columns."""
+    return all(
+        tensor.element_size() == 2
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(0) % 8 == 0
+        and all(width in (0, 16, 32, 64, 128, 256) for width in _pieces(tensor.shape[-1]))
+        for tensor in tensors
+    )
+
+
+def _pieces(dim: int) -> tuple[int, int]:
+    """The two blocks of columns, powers of two, that `dim` columns are: 192 are 128 and 64, 128 are 128 and 0."""
+    first = 1 << (dim.bit_length() - 1)
+    return first, dim - first
+
+
+def _descriptors(tma: bool, rows: int, *parts: tuple[torch.Tensor, int]) -> list[Any]:
+    """Of blocks of `rows` rows and one piece of a head's columns; without `tma`, what stands in their place."""
+    found = []
+    for tensor, piece in parts:
+        width = _pieces(tensor.shape[-1])[piece]
+        if not (tma and width):
+            found.append(tensor)
+            continue
+        span = (tensor.shape[1] - 1) * tensor.stride(1) + tensor.shape[2]
+        found.append(TensorDescriptor(tensor, [tensor.shape[0], span], [tensor.stride(0), 1], [rows, width]))
+    return found
 
 
 def _grid(queries: torch.Tensor, num_sequences: int, tiles: Tiles, heads: int | None = None) -> tuple[int, int]:
@@ -475,9 +572,8 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 def _blocks(queries: torch.Tensor, values: torch.Tensor, num_sequences: int, tiles: Tiles) -> dict[str, Any]:
     """The kernels' constants."""
-    dim, value_dim = queries.shape[-1], values.shape[-1]
-    first = 1 << (dim.bit_length() - 1)  # 192 columns are 128 and 64
-    rest = dim - first
+    value_dim = values.shape[-1]
+    first, rest = _pieces(queries.shape[-1])
     return {
         "FIRST": first,
         "REST": rest,

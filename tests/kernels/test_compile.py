@@ -25,7 +25,8 @@ FP32 = {"lse", "delta"}
 INT32 = {"indices", "bitmask", "cu_seqlens"}
 TENSORS = {
     "queries", "keys", "values", "out", "grad_out", "grad_queries", "grad_keys", "grad_values", "probs_out",
-    "d_scores_out", "probs", "d_scores", "pairs", *FP32, *INT32,
+    "d_scores_out", "probs", "d_scores", "key_first", "key_rest", "value", "query_first", "query_rest", "upstream",
+    "pairs", "pair_scores", *FP32, *INT32,
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def masked_constants(tiles: masked_mha.Tiles, *, masked: bool = True) -> dict[st
     queries, values = (torch.empty(1, 1, width, dtype=torch.bfloat16) for width in (192, 128))
     constants = masked_mha._blocks(queries, values, 4, tiles)
     del constants["num_warps"]
-    return constants | ({"MASKED": True} if masked else {})
+    return constants | {"TMA": False} | ({"MASKED": True} if masked else {})
 
 
 MASKED = masked_mha

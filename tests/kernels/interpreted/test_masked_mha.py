@@ -82,11 +82,13 @@ def test_the_reference_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     test_values_and_gradients(SHAPES[0], True)
 
 
+@pytest.mark.parametrize("dims", [(24, 16), (48, 32)], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
-def test_half_precision(masked: bool) -> None:
+def test_half_precision(masked: bool, dims: tuple[int, int]) -> None:
     """16-bit inputs take the large tiles: sequences of more than one of them, in columns of two blocks."""
     lengths, heads = [150, 3], 1
-    inputs = [tensor.half().requires_grad_() for tensor in make(lengths, heads, 24, 16)]
+    inputs = [tensor.half().requires_grad_() for tensor in make(lengths, heads, *dims)]
+    assert masked_mha.takes_descriptors(*inputs) == (dims[0] == 48)
     chosen, bitmask = choose(lengths, 0.3) if masked else (None, None)
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     wanted, _ = exact(exact_inputs, lengths, chosen)
