@@ -24,7 +24,7 @@ from kernels.delta import row_delta
 
 LOG2_E = 1.4426950408889634
 # What the backward pass keeps of pairs of queries and keys at a time, in bytes: at least one head's.
-PAIRS_LIMIT = 1 << 30
+PAIRS_LIMIT = 2 << 30
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
@@ -57,7 +57,7 @@ def _launches(dim: int, value_dim: int, element_size: int) -> Launches:
     if dim + value_dim <= 320:
         return Launches(
             forward=Tiles(own=128, other=128, warps=8, stages=2),
-            grad_queries=Tiles(own=128, other=64, warps=8, stages=2),
+            grad_queries=Tiles(own=128, other=64, warps=8, stages=3),
             grad_keys=Tiles(own=128, other=64, warps=8, stages=3),
         )
     return Launches(

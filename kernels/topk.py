@@ -168,10 +168,10 @@ def _fill(pointer, begin, k, value, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _select(x, columns, low, usable, target, k, FILL: tl.constexpr):
+def _select(x, columns, begin, low, usable, target, k, LISTED: tl.constexpr, FILL: tl.constexpr):
     """Writes the columns of the k highest of the scores x, [G, 32] in ascending order, to target[:k], then -1.
 
-    `usable` scores reach the key `low`.
+    `usable` scores reach the key `low`. The columns are LISTED at the pointers `columns`, or count from `begin` on.
     """
     top = tl.reduce(_flat(x), 0, _nan_or_higher)
     threshold = _score_of(_kth_key(x, low, usable, top, k, 0))
@@ -188,7 +188,14 @@ def _select(x, columns, low, usable, target, k, FILL: tl.constexpr):
     lane = tl.arange(0, 32)
     below = (tl.full([32], 1, tl.int32) << lane) - 1
     place = place[:, None] + _popcount(words[:, None] & below[None, :])
-    tl.store(target + place, columns, mask=((words[:, None] >> lane[None, :]) & 1) != 0)
+    chosen = ((words[:, None] >> lane[None, :]) & 1) != 0
+    slot = tl.arange(0, words.shape[0])[:, None] * 32 + lane[None, :]
+    if LISTED:
+        # Read once more, so that they take no registers during the search.
+        index = tl.load(columns + slot, mask=chosen, other=0)
+    else:
+        index = begin + slot
+    tl.store(target + place, index, mask=chosen)
     _fill(target, tl.sum(found, axis=0), k, -1, FILL)
 
 
@@ -331,7 +338,7 @@ def _topk_kernel(
     if length <= TILE:
         x = tl.load(source + begin + slot, mask=slot < length, other=float("-inf"))
         usable, low = _usable(x)
-        _select(x, begin + slot, low, usable, target, k, FILL)
+        _select(x, target, begin, low, usable, target, k, False, FILL)
     elif LONG:
         words += row.to(tl.int64) * max_words
         survivors += row.to(tl.int64) * TILE
@@ -355,11 +362,11 @@ def _topk_kernel(
         if fits:
             columns = tl.load(survivors + slot, mask=slot < total, other=0)
             x = tl.load(source + columns, mask=slot < total, other=float("-inf"))
-            _select(x, columns, hint, total, target, k, FILL)
+            _select(x, survivors, begin, hint, total, target, k, True, FILL)
         else:
             _walk(
                 source, base, begin, end, num_words, row_length, words,
-                words + tl.num_programs(0).to(tl.int64) * max_words, target, k, hint, SCAN, FILL, WORDS,
+                words + tl.num_programs(0).to(tl.int64) * max_words, target, k, hint, SCAN // 4, FILL, WORDS,
             )  # fmt: skip
 
 
