@@ -151,7 +151,7 @@ def _forward_tiles(
             scores = tl.where(rows[:, None] >= places[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         shift = higher * scale
-        shrink = tl.exp2(highest * scale - shift)
+        shrink = tl.exp2((highest - higher) * scale)
         probs = tl.exp2(scores * scale - shift[:, None])
         total = total * shrink + tl.sum(probs, axis=1)
         if TMA:
