@@ -49,10 +49,10 @@ def save_byte_tokenizer(path: str | os.PathLike[str]) -> None:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory, without network. Raises ValueError when there is none."""
+    """The tokenizer of a model directory, without network or code of its own. Raises ValueError when there is none."""
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise ValueError(f"{path} has no tokenizer_config.json; a model directory needs its tokenizer's files")
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def _symbol(byte: int) -> str:

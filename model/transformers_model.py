@@ -237,6 +237,7 @@ def load_transformers(
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
+                use_safetensors=True,  # a .bin file is a pickle
                 attn_implementation=attn_implementation or attention.NAME,
                 experts_implementation=stacks.NAME,
                 output_loading_info=True,

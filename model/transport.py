@@ -104,9 +104,13 @@ class StagingBuffers:
         return bucket, buffer
 
 
-def open_store(host: str) -> TCPStore:
-    """The store of a group, on a free port of this process; ``store.port`` says which."""
-    return TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+def open_store(host: str, size: int | None = None) -> TCPStore:
+    """The store of a group of ``size``, on a free port of this process; ``store.port`` says which."""
+    # Left to itself it would listen on every interface, to anyone.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 class BroadcastGroup:

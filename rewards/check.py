@@ -26,6 +26,7 @@ from rewards.protocol import Fault, Outcome, Reward, part_name
 from rewards.saved import read_samples, siblings
 from rewards.worker import SerialWorker, Surroundings, late
 from rl.config import RewardUse
+from rl.environ import chosen_variables
 from rl.errors import RecipeError, UserError
 from rl.printable import printable
 from rl.sample import Sample
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         samples = read_samples(options.samples)[: options.limit]
         judge = judge_of(options)
         began = time.perf_counter()
-        outcomes = list(_called(use, samples, Surroundings(directory=os.getcwd(), judge=judge, env=tuple(options.env))))
+        surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=chosen_variables(options.env))
+        outcomes = list(_called(use, samples, surroundings))
         seconds = time.perf_counter() - began
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from rewards.judge import JudgeAddress
 from rewards.protocol import Fault, Outcome, check_names, part_name
 from rewards.worker import ConcurrentWorker, SerialWorker, Surroundings, Traits, late, most_s
 from rl.config import Domain, RewardUse
+from rl.environ import chosen_variables
 from rl.errors import RecipeError, RunStopped, UserError
 from rl.plugin import describe
 from rl.sample import Sample, Scored, Status
@@ -70,13 +71,13 @@ class RewardPool:
     ) -> RewardPool:
         """Starts the workers and imports every reward in them.
 
-        ``judge`` is for rewards that ask one, and ``env`` names environment variables that rewards may read.
+        ``judge`` is for rewards that ask one, and ``env`` names variables of this process that rewards may read.
 
         Raises RecipeError for a reward that cannot be used, a domain without rewards, and two parts of one name.
         """
         for name, domain in domains.items():
             check_names(name, domain)
-        surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=tuple(env))
+        surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=chosen_variables(env))
         uses = {name: list(domain.rewards) for name, domain in domains.items()}
         pool = cls(uses, max(1, num_workers), surroundings)
         try:

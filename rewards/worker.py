@@ -13,33 +13,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import faulthandler
-import itertools
 import os
-import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.judge import JudgeAddress, appoint
 from rewards.protocol import Fault, Outcome, Reward, RewardFunction, read_result, read_results, resolve
 from rl.config import RewardUse
+from rl.environ import forget_environment
 from rl.plugin import describe
 from rl.sample import Sample
 
 CANCEL_GRACE_S = 1.0
 """How much longer than its timeout an async call may take on a serial worker, to be cancelled before it is killed."""
-
-
-KEPT_VARIABLES = re.compile(
-    "PATH|HOME|USER|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|SHELL|PWD|VIRTUAL_ENV|LD_LIBRARY_PATH|PYTHON.*|RAY_.*|OMP_.*|MKL_.*"
-    "|CUDA_VISIBLE_DEVICES|NVIDIA_VISIBLE_DEVICES|HF_HOME|HF_HUB_OFFLINE|XDG_.*|NLTK_DATA"
-)
-"""Environment variables that say where things are. A driver's environment holds keys and tokens beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +49,8 @@ class Surroundings:
     directory: str
     """Joins the import path."""
     judge: JudgeAddress | None = None
-    env: tuple[str, ...] = ()
-    """Environment variables that stay, beside those of ``KEPT_VARIABLES``."""
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment variables beside those that every worker keeps."""
 
 
 MAX_KNOWN = 100_000
@@ -228,22 +219,3 @@ def _key(function: RewardFunction, sample: Sample) -> tuple[Any, ...]:
 def late(timeout_s: float) -> str:
     """The reason of a call that outstayed its timeout."""
     return f"took longer than its timeout of {timeout_s:g} s"
-
-
-def forget_environment(*, keep: Sequence[str]) -> None:
-    """Removes every environment variable but those of ``KEPT_VARIABLES`` and ``keep`` from this process.
-
-    Also from the memory that ``/proc/<pid>/environ`` shows, which outlives ``unsetenv``.
-    """
-    names = [name for name in os.environ if name not in keep and not KEPT_VARIABLES.fullmatch(name)]
-    libc = ctypes.CDLL(None)
-    entries = ctypes.POINTER(ctypes.c_void_p).in_dll(libc, "environ")
-    for index in itertools.count():
-        address = entries[index]
-        if address is None:
-            break
-        name, _, value = ctypes.string_at(address).partition(b"=")
-        if os.fsdecode(name) in names:
-            ctypes.memset(address + len(name) + 1, 0, len(value))
-    for name in names:
-        del os.environ[name]

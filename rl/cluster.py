@@ -1,22 +1,62 @@
-"""What the Ray cluster that a run joined consists of: each node is asked about its own GPUs and memory."""
+"""The Ray cluster of a run: joining one or starting it here, and what it consists of."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.ray_logging import stdout_deduplicator
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rl.config import Recipe
+from rl.environ import needed_environment
 from rl.hardware import Hardware, parse_nvidia_smi
+from rl.placement import threads_needed
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Of the cluster that a run starts for itself; weights and batches of small models are all that passes through it."""
 
 UNKNOWN_BYTES = 1 << 50
 """Stands for the memory of GPUs whose driver says nothing: large enough that nothing is refused for it."""
 _QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+
+
+def join_cluster(recipe: Recipe) -> None:
+    """``RAY_ADDRESS`` names a cluster, as it does under ``ray job submit``; without it one starts here."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the GPUs they see
+    # It says at every start that Ray's own authentication is on, which is as it should be.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # A reward that hangs costs its worker, which the run reports as a sample left out; Ray would add a paragraph each.
+    stdout_deduplicator.skip_re = re.compile("A worker died or was killed while executing a task")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    ray_constants.ENABLE_RAY_CLUSTER = False  # no other node may join, so every server listens on loopback only
+    with needed_environment():
+        ray.init(
+            address="local",  # a cluster that happens to run here is joined only when RAY_ADDRESS names it
+            # Threads are what an actor is given on this machine; more actors than cores share them.
+            num_cpus=max(threads_needed(recipe), os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+        )
+
+
+def address_for_workers() -> str:
+    """Where a server of the driver's must listen for the workers to reach it: loopback where they are all here."""
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    return "127.0.0.1" if alone else ray.util.get_node_ip_address()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

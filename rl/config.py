@@ -448,5 +448,6 @@ class Recipe:
     """Trajectories written to ``samples/`` each step."""
     judge: Judge = field(default_factory=Judge)
     reward_env: list[str] = field(default_factory=list)
-    """Environment variables that rewards may read, beside those that say where programs and libraries are."""
+    """Environment variables that rewards and tools in processes of their own may read, beside those that say where
+    programs and libraries are."""
     reward_workers: int = 1

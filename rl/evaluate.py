@@ -25,17 +25,19 @@ import numpy as np
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.protocol import part_name
+from rl.cluster import join_cluster
 from rl.config import ContextStrategy, Recipe
+from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
 from rl.prompts import load_split
 from rl.recipe import load_recipe
 from rl.sample import Prompt, Sample, Scored, Status
+from rl.secrets import redact, redact_tracebacks
 from rl.system import (
     Generation,
     check_environments,
     check_model,
     closing_episodes,
-    join_cluster,
     seeds_of,
     start_rewards,
 )
@@ -233,10 +235,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", choices=[str(one) for one in ContextStrategy], help="strategy of environments")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, with a row for each prompt")
     arguments = parser.parse_intermixed_args(argv)
+    conceal_environment()
+    redact_tracebacks()
     try:
         result = run(arguments)
     except UserError as error:
-        print(f"keel: {error}", file=sys.stderr)
+        print(f"keel: {redact(str(error))}", file=sys.stderr)
         return 1
     for domain, figures in result["domains"].items():
         print(f"{domain}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -22,8 +22,10 @@ from typing import Any
 from model.tokenizer import load_tokenizer
 from rewards.judge import JudgeAddress
 from rl.config import Judge, Model, Placement, Recipe, Sampling
+from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
 from rl.sample import Prompt, Status
+from rl.secrets import redact
 from rollout.conversation import Conversation, split_reply
 from rollout.pool import EnginePool
 
@@ -188,8 +190,9 @@ def _error(message: str) -> dict[str, Any]:
 
 
 async def _serve_until_interrupted(arguments: Sequence[str]) -> None:
+    from rl.cluster import join_cluster
     from rl.recipe import load_recipe
-    from rl.system import cancel_on_sigterm, join_cluster
+    from rl.system import cancel_on_sigterm
 
     if not arguments:
         raise RecipeError("name a recipe: python -m rl.judge RECIPE.yaml [key.path=value ...]")
@@ -208,12 +211,13 @@ async def _serve_until_interrupted(arguments: Sequence[str]) -> None:
 
 def main() -> int:
     """The command line; returns the exit status."""
+    conceal_environment()
     try:
         asyncio.run(_serve_until_interrupted(sys.argv[1:]))
     except KeyboardInterrupt:
         pass
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl.run_directory import FINISHED, RunDirectory
+from rl.secrets import redact
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
@@ -207,7 +208,7 @@ class Progress:
         self._entered = now
 
     def _print(self, line: str, style: str | None = None) -> None:
-        self._console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
+        self._console.print(redact(line), style=style, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Course:

@@ -23,6 +23,7 @@ from rl.errors import RecipeError
 from rl.recipe_checks import violations
 from rl.recipe_schema import conform
 from rl.recipe_source import Layer, dump, merge, parse, parse_value
+from rl.secrets import learn_secrets, redact
 
 _LOOKS_RELATIVE = re.compile(r"\.\.?/")
 
@@ -49,13 +50,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key = getattr(error, "full_key", None) or ""
         raise RecipeError(f"{layer.place(key)}: {key}: {str(error).splitlines()[0]}") from error
     assert isinstance(recipe, Recipe)
+    learn_secrets(asdict(recipe))
     for key, sentence in violations(recipe):
         raise RecipeError(f"{layer.place(key)}: {sentence}")
     return recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe, defaults included; loading it gives an equal recipe."""
+    """The whole recipe, defaults included; loading it gives an equal recipe. A secret becomes a reference to it."""
     return dump(_plain(asdict(recipe)))
 
 
@@ -152,7 +154,7 @@ def _sections(parent: Any) -> Iterator[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Values as YAML has them, with ``${`` kept from being read as a reference to another key."""
+    """Values as YAML has them, without secrets, and with ``${`` kept from being read as a reference to another key."""
     if isinstance(value, dict):
         return {key: _plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -160,5 +162,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        return redact(re.sub(r"(\\*)\$\{", r"\1\1\\${", value))
     return value

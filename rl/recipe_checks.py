@@ -261,6 +261,11 @@ def _judge_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     judge = recipe.judge
     yield "judge", judge.url is None or judge.path is None, "give either judge.url or judge.path, not both"
     yield (
+        "judge.api_key",
+        judge.api_key is None or judge.api_key.isidentifier(),
+        "judge.api_key takes the name of the environment variable that holds the key, and this is no such name",
+    )
+    yield (
         "judge.model",
         judge.url is None or judge.model is not None,
         "judge.model is missing; name the model that the endpoint shall judge with",

@@ -32,6 +32,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rl.errors import RecipeError, UserError
+from rl.secrets import redact
 from rl.timeline import Timeline
 from rl.trajectory import Trajectory
 
@@ -210,10 +211,10 @@ class _JsonLines:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or all of this one."""
+    """Writes a file so that a reader sees the old one or all of this one, and no secret."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(redact(text), encoding="utf-8")
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)

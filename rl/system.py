@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import re
 import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray._private.ray_logging import stdout_deduplicator
 from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -26,14 +22,14 @@ from model.outline import outline
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox
-from rl.cluster import cluster_hardware
+from rl.cluster import address_for_workers, cluster_hardware, join_cluster
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
 from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
 from rl.judge import start_judge
-from rl.placement import seats, shared_gpus, threads_needed
+from rl.placement import seats, shared_gpus
 from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
 from rl.sync import Sync, Transport, connect, publish
@@ -47,8 +43,6 @@ from trainer.learner import Learner
 from trainer.phase import Phase
 
 RESERVATION_S = 60
-OBJECT_STORE_BYTES = 512 << 20
-"""Of the cluster that a run starts for itself; weights and batches of small models are all that passes through it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +199,7 @@ async def start(
 @asynccontextmanager
 async def closing_episodes(recipe: Recipe, pool: EnginePool, conversation: Conversation) -> AsyncIterator[Episodes]:
     """The environments of the recipe's domains, whose processes end with the block."""
-    episodes = Episodes(recipe.domains, pool, conversation, sandbox=Sandbox())
+    episodes = Episodes(recipe.domains, pool, conversation, sandbox=Sandbox(), env=recipe.reward_env)
     try:
         yield episodes
     finally:
@@ -224,7 +218,7 @@ def check_environments(recipe: Recipe) -> None:
 
 async def start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
     """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
-    address = await judge.enter_async_context(start_judge(recipe, host=ray.util.get_node_ip_address()))
+    address = await judge.enter_async_context(start_judge(recipe, host=address_for_workers()))
     return await RewardPool.start(
         recipe.domains, num_workers=recipe.reward_workers, judge=address, env=recipe.reward_env
     )
@@ -303,28 +297,6 @@ def cancel_on_sigterm() -> None:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-
-
-def join_cluster(recipe: Recipe) -> None:
-    """``RAY_ADDRESS`` names a cluster, as it does under ``ray job submit``; without it one starts here."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the GPUs they see
-    # It says at every start that Ray's own authentication is on, which is as it should be.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    # A reward that hangs costs its worker, which the run reports as a sample left out; Ray would add a paragraph each.
-    stdout_deduplicator.skip_re = re.compile("A worker died or was killed while executing a task")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-        return
-    ray.init(
-        address="local",  # a cluster that happens to run here is joined only when RAY_ADDRESS names it
-        # Threads are what an actor is given on this machine; more actors than cores share them.
-        num_cpus=max(threads_needed(recipe), os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
-    )
 
 
 def seeds_of(run_seed: int, draw: int, size: int) -> list[int]:

@@ -26,6 +26,7 @@ from rl.canary import Canary
 from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
+from rl.environ import conceal_environment
 from rl.errors import RunStopped, UserError
 from rl.evaluate import evaluate
 from rl.plan_text import add_plan_arguments, show_plan
@@ -34,6 +35,7 @@ from rl.recipe import load_recipe, to_yaml
 from rl.report import build_report
 from rl.rollouts import Rollouts
 from rl.run_directory import FINISHED, RunDirectory
+from rl.secrets import redact, redact_tracebacks
 from rl.step_log import StepClock, StepLog
 from rl.system import System, check_environments, check_model, open_conversation, prepare_model, start
 from rl.utilization import Utilization
@@ -168,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the whole resolved recipe and stop")
     add_plan_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
+    conceal_environment()
+    redact_tracebacks()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.show:
@@ -180,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         data = load_data(recipe)
         return launch(recipe, data)
     except UserError as error:
-        print(f"keel: {error}", file=sys.stderr)
+        print(f"keel: {redact(str(error))}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("keel: interrupted", file=sys.stderr)

@@ -19,16 +19,23 @@ from rollout.pool import EnginePool
 class Episodes:
     """Runs the episodes of every domain that has an environment. Needs no more threads the more episodes there are.
 
-    Raises RecipeError for an environment that cannot be. ``sandbox`` is what environments run untrusted programs in.
+    Raises RecipeError for an environment that cannot be. ``sandbox`` is what environments run untrusted programs in;
+    ``env`` names the environment variables that those in processes of their own are given.
     """
 
     def __init__(
-        self, domains: Mapping[str, Domain], pool: EnginePool, conversation: Conversation, *, sandbox: Any = None
+        self,
+        domains: Mapping[str, Domain],
+        pool: EnginePool,
+        conversation: Conversation,
+        *,
+        sandbox: Any = None,
+        env: Sequence[str] = (),
     ) -> None:
         self._pool = pool
         self._conversation = conversation
         self._environments = {
-            name: EnvironmentPool(domain.environment, sandbox=sandbox)
+            name: EnvironmentPool(domain.environment, sandbox=sandbox, env=env)
             for name, domain in domains.items()
             if domain.environment is not None
         }

@@ -280,6 +280,8 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
     parallel = settings.tensor_parallel > 1
     return {
         "model": model_path,
+        "load_format": "safetensors",  # others are pickles
+        "trust_remote_code": False,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # the directory's own would add stop tokens
         "dtype": settings.dtype,

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from model.checksum import Checksums
+from model.transport import open_store
 from rl.config import Dsa, EngineKind, Offload, Placement, Recipe
 from rl.errors import DataError, RecipeError
 from rl.sample import NDArray
@@ -56,7 +57,7 @@ class LearnerRank:
 
     def open_store(self, host: str) -> int:
         """On rank 0: opens the rendezvous on a free port and returns it."""
-        store = TCPStore(host, 0, self.world_size, is_master=True, wait_for_workers=False)
+        store = open_store(host, self.world_size)
         self._store = store
         return store.port
 

@@ -1,20 +1,24 @@
 """A process that runs environments somebody else wrote, one after another, for :mod:`rollout.environments.worker`.
 
-It is driven over its standard input and output by pickled messages, each behind its length in 8 bytes; what the
-environment prints goes to standard error. Calls run at the same time where the environment's methods are coroutines.
+It is driven over its standard input by pickled messages, each behind its length in 8 bytes, and answers on its standard
+output in JSON, because a process that runs tools must not get code into the driver. What the environment prints goes to
+standard error. Calls run at the same time where the environment's methods are coroutines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import os
 import pickle
 import struct
 import sys
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from rl.plugin import describe
+from rl.sample import ToolResult
 from rollout.environments.protocol import Environment, answer
 from rollout.environments.registry import construct
 
@@ -34,15 +38,18 @@ class Host:
         except Exception as error:
             result, failure = None, describe(error)
         try:
-            message = pickle.dumps((number, failure, result))
+            message = json.dumps((number, failure, result), default=_plain).encode()
         except Exception as error:
-            message = pickle.dumps((number, f"{method} returned what cannot be sent: {describe(error)}", None))
+            failure = f"{method} returned what cannot be sent: {describe(error)}"
+            message = json.dumps((number, failure, None)).encode()
         self._out.write(LENGTH.pack(len(message)) + message)
         self._out.flush()
 
     async def _result(self, method: str, arguments: tuple[Any, ...]) -> Any:
         if method == "open":
-            self._environment = construct(*arguments)
+            use, prompt, env = arguments
+            os.environ.update(env)  # not what the process began with, which all others of the user can read
+            self._environment = construct(use, prompt)
             await _settled(self._environment.start())
             return list(self._environment.tools)
         if self._environment is None:
@@ -53,6 +60,12 @@ class Host:
         if method == "close":
             self._environment = None
         return result
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    if isinstance(value, ToolResult):
+        return asdict(value)
+    raise TypeError(f"a {type(value).__name__} is no JSON value")
 
 
 async def _settled(value: Any) -> Any:

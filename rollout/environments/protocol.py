@@ -82,7 +82,7 @@ class Environment:
         return None
 
     def final_state(self) -> Any:
-        """The state at the end, as plain values, for the rewards (``sample.final_state``)."""
+        """The state at the end, as JSON values, for the rewards (``sample.final_state``)."""
         return None
 
     async def close(self) -> None:

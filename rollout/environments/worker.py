@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from rl.config import EnvironmentUse
+from rl.environ import chosen_variables, outside_environment
 from rl.sample import Prompt, ToolCall, ToolResult
 from rollout.environments.host import LENGTH
 from rollout.environments.protocol import Environment, EnvironmentFailed
@@ -27,11 +29,13 @@ CLOSE_S = 10.0
 class EnvironmentPool:
     """The environments of one domain: at most ``use.concurrency`` are open at a time, others wait for a place.
 
-    Raises RecipeError when the recipe's environment cannot be. ``sandbox`` is handed to environments that ask for it.
+    Raises RecipeError when the recipe's environment cannot be. ``sandbox`` is handed to environments that ask for it,
+    and ``env`` names the variables of this process that those in processes of their own have beside the usual ones.
     """
 
-    def __init__(self, use: EnvironmentUse, *, sandbox: Any = None) -> None:
+    def __init__(self, use: EnvironmentUse, *, sandbox: Any = None, env: Sequence[str] = ()) -> None:
         self.use = use
+        self._env = chosen_variables(env)
         self._sandbox = sandbox
         self._isolated = getattr(resolve(use.use, use.args), "isolated", True)
         self._places = asyncio.Semaphore(use.concurrency)
@@ -67,7 +71,7 @@ class EnvironmentPool:
     async def _hosted(self, prompt: Prompt) -> AsyncIterator[Environment]:
         host = self._idle.pop() if self._idle else HostProcess()
         self._hosts.add(host)
-        environment = _Hosted(prompt, self.use, host)
+        environment = _Hosted(prompt, self.use, host, self._env)
         ended_well = False
         try:
             yield environment
@@ -101,21 +105,22 @@ class _Unmade(Environment):
 class _Hosted(Environment):
     """An environment in a process of its own."""
 
-    def __init__(self, prompt: Prompt, use: EnvironmentUse, host: HostProcess) -> None:
+    def __init__(self, prompt: Prompt, use: EnvironmentUse, host: HostProcess, env: Mapping[str, str]) -> None:
         self._prompt = prompt
         self._use = use
         self._host = host
+        self._env = env
         self._tools: Sequence[Mapping[str, Any]] = ()
 
     async def start(self) -> None:
-        self._tools = await self._host.ask("open", self._use, self._prompt)
+        self._tools = await self._host.ask("open", self._use, self._prompt, self._env)
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
         return self._tools
 
     async def call(self, call: ToolCall) -> ToolResult:
-        return await self._host.ask("call", call)
+        return ToolResult(**await self._host.ask("call", call))
 
     async def next_user_message(self, answer: str) -> str | None:
         return await self._host.ask("next_user_message", answer)
@@ -183,6 +188,7 @@ class HostProcess:
             "rollout.environments.host",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=outside_environment(),
             start_new_session=True,
         )
         self._reading = asyncio.create_task(self._read(self._process))
@@ -193,10 +199,10 @@ class HostProcess:
             while True:
                 header = await process.stdout.readexactly(LENGTH.size)
                 message = await process.stdout.readexactly(LENGTH.unpack(header)[0])
-                number, failure, result = pickle.loads(message)
+                number, failure, result = json.loads(message)
                 if number in self._waiting and not self._waiting[number].done():
                     self._waiting[number].set_result((failure, result))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError):
             self.broken = True
             for future in self._waiting.values():
                 if not future.done():

@@ -1,0 +1,182 @@
+"""Secrets of a run: who can read them, where they are written, and who can knock at its doors."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from rl.recipe import load_recipe, to_yaml
+from rl.secrets import is_secret_name, learn_secrets, redact
+from tests.rl.tiny_runs import REPOSITORY, Run, environment, read_lines, write_recipe
+
+IN_ENVIRONMENT = {
+    "JUDGE_API_KEY": "sk-judge-s3cret-1111",
+    "WANDB_API_KEY": "wandb-s3cret-2222",
+    "HF_TOKEN": "hf_s3cret3333",
+    "SCORER_TOKEN": 'scorer-s3cret-"4444"-ä',
+    "SOMETHING": "s3cret-under-no-telling-name",
+    "HTTPS_PROXY": "http://me:proxy-s3cret-5555@proxy:8080",
+}
+REWARDS = [{"use": "tests.rl.snooping:snoops"}, {"use": "tests.rl.snooping:leaks", "retries": 0, "timeout_s": 5}]
+RECIPE = {
+    "extends": "tiny.yaml",
+    "steps": 100_000,
+    "learner": {"ranks": 2},
+    "reward_workers": 2,
+    "reward_env": ["SCORER_TOKEN"],
+    "log_samples": 100,
+    "judge": {
+        "url": "https://judge:url-s3cret-6666@127.0.0.1:1/v1?api_key=query-s3cret-7777",
+        "model": "judge",
+        "api_key": "JUDGE_API_KEY",
+    },
+    "domains": {
+        "sums": {"rewards": REWARDS},
+        "tools": {
+            "prompts": "${domains.sums.prompts}",
+            "thinking": False,
+            "group_size": 2,
+            "rewards": [{"use": "format"}],
+            "environment": {
+                "use": "tests.rl.snooping:Snoop",
+                "max_turns": 1,
+                "args": {
+                    "env": {"GITHUB_TOKEN": "${oc.env:HF_TOKEN}"},
+                    "headers": {"Authorization": "Bearer header-s3cret-8888"},
+                },
+            },
+        },
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A run with secrets wherever users have them, stopped after a few steps."""
+
+    run: Run
+    printed: str
+    listening: list[tuple[str, str]]
+    """Addresses at which its processes listened, and which process it was."""
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("secrets")
+    write_recipe(folder)
+    (folder / "secret.yaml").write_text(yaml.safe_dump(RECIPE))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rl.train", str(folder / "secret.yaml"), f"runs={folder / 'runs'}"],
+        cwd=REPOSITORY,
+        env=environment() | IN_ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run = Run(folder / "runs" / "tiny")
+    try:
+        deadline = time.monotonic() + 120
+        while not (run.path / "samples" / "step_3.jsonl").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        listening = list(_listening(psutil.Process(process.pid)))
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    yield Watched(run=run, printed=printed, listening=listening)
+
+
+def _listening(root: psutil.Process) -> Iterator[tuple[str, str]]:
+    for process in (root, *root.children(recursive=True)):
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                yield connection.laddr.ip.removeprefix("::ffff:"), f"{connection.laddr.port} of {process.cmdline()}"
+
+
+def test_no_secret_is_written_anywhere(watched: Watched):
+    contents = {str(path): path.read_bytes() for path in watched.run.path.rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "status.json", "report.html", "step_1.jsonl"} <= {Path(name).name for name in contents}
+    assert "401 Unauthorized: ${oc.env:SCORER_TOKEN}" in watched.printed
+    for name, content in {**contents, "output": watched.printed.encode()}.items():
+        assert b"s3cret" not in content, name
+
+
+def test_a_written_recipe_refers_to_the_secrets_of_the_environment(watched: Watched, monkeypatch: pytest.MonkeyPatch):
+    for name, value in IN_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    again = load_recipe(watched.run.path / "recipe.yaml")
+    environment = again.domains["tools"].environment
+    assert environment is not None and environment.args["env"]["GITHUB_TOKEN"] == IN_ENVIRONMENT["HF_TOKEN"]
+    assert again.judge.api_key == "JUDGE_API_KEY"
+    assert again.judge.url == "https://judge:***@127.0.0.1:1/v1?api_key=***"
+    assert to_yaml(again) == (watched.run.path / "recipe.yaml").read_text()
+
+
+def test_rewards_and_tools_see_no_secret_but_those_they_are_given(watched: Watched):
+    """Not even in what ``/proc`` shows of their parents, of the driver and of every other process."""
+    rows = [row for path in (watched.run.path / "samples").iterdir() for row in read_lines(path)]
+    scored = [row for row in rows if row["domain"] == "sums"]
+    assert scored and all(row["parts"]["snoops"] == 1 for row in scored)
+    assert {row["index"] for row in scored} == {0, 2, 3}  # `leaks` could read what it was given, and told
+    states = [row["final_state"] for row in rows if row["domain"] == "tools"]
+    assert states and all(
+        state == {"seen": [], "readable": True, "given": "${oc.env:SCORER_TOKEN}"} for state in states
+    )
+
+
+def test_every_server_listens_on_loopback_only(watched: Watched):
+    names = " ".join(process for _, process in watched.listening)
+    assert all(part in names for part in ("raylet", "gcs_server", "LearnerRank", "EngineActor", "SerialWorker"))
+    assert [one for one in watched.listening if not ipaddress.ip_address(one[0]).is_loopback] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, True) for name in ("OPENAI_API_KEY", "HF_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "apikey")),
+        *((name, True) for name in ("Authorization", "X-Api-Key", "MYSQL_PWD", "GITHUB_PAT", "db_password")),
+        *((name, False) for name in ("TOKENIZERS_PARALLELISM", "max_tokens", "KEYBOARD", "author", "monkey", "PATH")),
+        *((name, False) for name in ("RAY_AUTH_TOKEN_PATH", "SSH_AUTH_SOCK", "RAY_AUTH_MODE")),
+    ],
+)
+def test_names_that_say_so(name: str, expected: bool):
+    assert is_secret_name(name) == expected
+
+
+def test_what_only_looks_like_a_secret_is_left_alone():
+    recipe = {
+        "args": {"key": "question", "token": "<|endoftext|>", "stop_token": "a b", "url": "http://host:80/v1?q=1"}
+    }
+    learn_secrets(recipe)
+    text = "the question is at http://host:80/v1?q=1 <|endoftext|>"
+    assert redact(text) == text
+
+
+def test_the_traceback_of_a_crash_shows_no_secret():
+    script = """
+from rl.secrets import learn_secrets, redact_tracebacks
+redact_tracebacks()
+learn_secrets({})
+import os
+raise RuntimeError("cannot log in with " + os.environ["SCORER_TOKEN"])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env=environment() | IN_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: cannot log in with ${oc.env:SCORER_TOKEN}\n")
