@@ -30,6 +30,7 @@ class Microbatch:
     """
 
     sample_ids: tuple[str, ...]  # [S]
+    domains: tuple[str, ...]  # [S], for what is measured by domain; nothing is computed differently
     token_ids: NDArray  # int32 [N]
     positions: NDArray  # int32 [N], from 0 in every sequence
     cu_seqlens: NDArray  # int32 [S + 1]
@@ -52,6 +53,8 @@ class Microbatch:
                 )
         if len(self.cu_seqlens) != len(self.sample_ids) + 1 or self.cu_seqlens[-1] != len(self.token_ids):
             raise ValueError(f"micro-batch of {self.sample_ids[0]}: cu_seqlens does not cover its tokens")
+        if len(self.domains) != len(self.sample_ids):
+            raise ValueError(f"micro-batch of {self.sample_ids[0]}: domains and sample_ids are not equally many")
         if (self.routes is None) != (self.routed is None):
             raise ValueError(f"micro-batch of {self.sample_ids[0]}: routes and routed must be given together")
 
@@ -251,6 +254,7 @@ def idle() -> Microbatch:
     zeros = np.zeros(2, np.float32)
     return Microbatch(
         sample_ids=("idle",),
+        domains=("",),
         token_ids=np.zeros(2, np.int32),
         positions=np.arange(2, dtype=np.int32),
         cu_seqlens=np.array([0, 2], np.int32),
@@ -267,6 +271,7 @@ def _concatenate(row: list[WeightedSample]) -> Microbatch:
     routes, routed = _join_routes(samples)
     return Microbatch(
         sample_ids=tuple(sample.id for sample in samples),
+        domains=tuple(sample.prompt.domain for sample in samples),
         token_ids=np.concatenate([sample.token_ids for sample in samples]).astype(np.int32, copy=False),
         positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import kernels
 from model import LanguageModel, Routing
+from trainer.domain_gradients import DomainGradients
 from trainer.pack import Microbatch
 
 
@@ -75,6 +76,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.domain_gradients: DomainGradients | None = None
 
     def forward(
         self,
@@ -101,8 +103,11 @@ class Policy(nn.Module):
         rows = tokens.sampled.nonzero().squeeze(1)
         # A sequence's first token is never sampled, so t - 1 lies in the same sequence. With no sampled token at all
         # this still gives the head a (zero) gradient: ranks must agree on which parameters have one.
+        hidden = output.hidden[0, rows - 1]
+        if self.domain_gradients is not None:
+            self.domain_gradients.observe(hidden)
         logprobs, entropy = kernels.kept_logprobs(
-            output.hidden[0, rows - 1],
+            hidden,
             self.model.lm_head.weight,
             tokens.token_ids[rows],
             tokens.kept_ids,

@@ -24,6 +24,7 @@ from rl.config import Dsa, EngineKind, Offload, Placement, Recipe
 from rl.errors import DataError, RecipeError
 from rl.sample import NDArray
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
+from trainer.domain_gradients import DomainGradients
 from trainer.loading import load_sharded
 from trainer.pack import Minibatch
 from trainer.phase import Phase, freeze, optimization, trains_indexer
@@ -84,6 +85,9 @@ class LearnerRank:
         temperature = self.recipe.sampling.temperature if phase == Phase.REINFORCEMENT else 1.0
         policy = self._policy(model_dir, temperature)
         freeze(policy.model, self.recipe, phase)
+        if phase == Phase.REINFORCEMENT and len(self.recipe.domains) > 1:
+            hidden_size = policy.model.outline.hidden_size
+            policy.domain_gradients = DomainGradients(list(self.recipe.domains), hidden_size, self.device)
         self._engine = DeepSpeedEngine(policy, optimization(self.recipe, phase), self.sharding)
         if phase == Phase.REINFORCEMENT and any(domain.kl_beta != 0 for domain in self.recipe.domains.values()):
             frozen = shard_frozen(self._policy(model_dir, temperature), self.sharding)
@@ -135,6 +139,7 @@ class LearnerRank:
                 device=self.device,
                 reference=self.reference,
                 indexer_weight=indexer_weight,
+                domain_gradients=self.policy.domain_gradients,
             )
             for minibatch in minibatches
         ]

@@ -14,6 +14,7 @@ from rl.loss import grpo_loss
 from rl.metrics import Mean, merge
 from rl.sample import NDArray
 from trainer.deepspeed_engine import DeepSpeedEngine, StepOutcome
+from trainer.domain_gradients import DomainGradients
 from trainer.pack import Microbatch, Minibatch
 from trainer.policy import PackedTokens, PolicyOutput
 
@@ -58,6 +59,7 @@ def grpo_step(
     device: torch.device,
     reference: Reference | None = None,
     indexer_weight: float | None = None,
+    domain_gradients: DomainGradients | None = None,
 ) -> RankStep:
     """Runs this rank's micro-batches (``minibatch.share(rank)``), then the optimizer step of all ranks.
 
@@ -70,6 +72,8 @@ def grpo_step(
         tokens = PackedTokens.of(
             micro, device, keep_routing=objective.keep_routing, keep_sampling_mask=objective.keep_sampling_mask
         )
+        if domain_gradients is not None:
+            domain_gradients.expect(micro)
         ref_logprobs = reference.logprobs(tokens, micro.kl_beta) if reference else None
         output = engine(tokens, indexer_loss=None if indexer_weight is None else "sparse")
         loss, tally = grpo_loss(
@@ -95,6 +99,8 @@ def grpo_step(
         total += float(loss.detach())
         tallies += [tally, measure(micro, tokens, output)]
         logprobs |= by_sample(micro, output.logprobs)
+    if domain_gradients is not None:
+        tallies.append(domain_gradients.shares())
     return RankStep(
         outcome=engine.step(),
         loss=total,

@@ -80,6 +80,7 @@ def test_every_metric_of_the_design_page_is_there_every_step(full: tuple[Run, st
         for domain in ("sums", "free"):
             assert row[f"reward/{domain}"] is not None
             assert row[f"accuracy/{domain}"] is not None
+        assert row["grad_share/sums"] + row["grad_share/free"] == pytest.approx(1.0)
     evaluated = [row["step"] for row in run.rows if "eval/sums" in row and "eval/free" in row]
     assert evaluated == [0, 2, 4]
 

@@ -17,6 +17,7 @@ from rl.metrics import merge
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks
 from tests.trainer.samples import advantages_of, groups_of, live_weights, tiny_recipe
+from tests.trainer.test_domain_gradients import DOMAINS, minibatch_of, mixed_groups, recipe_of, shares_of
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
 from trainer.step import RankStep
@@ -269,3 +270,15 @@ def test_the_warm_up_trains_the_indexer_and_the_cold_start_the_model(
     assert indexer[1] < 0.95 * indexer[0]
     imitation = [float(merge(steps[i].metrics for steps in supervised)["loss/supervised"]) for i in (0, -1)]
     assert imitation[1] < 0.8 * imitation[0]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_domains_shares_of_the_gradient_are_those_of_one_rank(
+    pair: Ranks, sole_rank: MakeRank, model_dir: Path, stage: int
+):
+    groups = mixed_groups(load_model(model_dir))
+    alone, shared = (minibatch_of(groups, advantages_of(groups), micro_tokens=30, ranks=ranks) for ranks in (1, 2))
+    expected = shares_of(sole_rank, recipe_of(), model_dir, alone)
+    assert expected.keys() == set(DOMAINS)
+    for shares in pair(shares_of, recipe_of(zero_stage=stage), model_dir, shared):
+        assert shares == pytest.approx(expected, rel=1e-3)
