@@ -214,6 +214,11 @@ class Rollout:
     """Whether a reply's bits are the same in any company, by vLLM's batch-invariant mode, which is slower. A sparse
     model needs ``dsa: keel``."""
 
+    @property
+    def selects_as_vllm(self) -> bool:
+        """Whether a sparse model's engines select keys in vLLM's arithmetic, which is not the learner's own."""
+        return self.engine == EngineKind.vllm and self.dsa == Dsa.vllm
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:

@@ -29,8 +29,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.models.deepseek_v2 import DeepseekV32IndexerCache
@@ -227,8 +229,8 @@ class Step:
     rope: Rope
     angles: tuple[torch.Tensor, torch.Tensor] | None = None
     """Cosine and sine of the batch's rows, fp32 [R, qk_rope_head_dim / 2] each."""
-    recorded: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
-    """While recording, the selections of every layer, by the layer's name: (seen int32 [R], places int32 [R, k])."""
+    recorded: dict[str, list[torch.Tensor]] | None = None
+    """While recording, the selections of every layer, by the layer's name: int32 [R, k] a batch."""
 
 
 class KeelAttention(DeepseekV32Attention):
@@ -307,7 +309,7 @@ class KeelAttention(DeepseekV32Attention):
             queries, pages, weights, rows.block_table, rows.owners, rows.seen, self.indexer.topk, longest
         )
         if self.step.recorded is not None and not captured:
-            self.step.recorded.setdefault(self.layer_name, []).append((rows.seen.cpu(), places.cpu()))
+            self.step.recorded.setdefault(self.layer_name, []).append(places.cpu())
         return places
 
     def _reserve(self, device: torch.device) -> None:
@@ -327,6 +329,8 @@ class KeelV32ForCausalLM(vllm_model.DeepseekV32ForCausalLM):
         for module in self.modules():
             if isinstance(module, KeelAttention):
                 module.step = self.step
+            if isinstance(module, GateLinear) and envs.VLLM_BATCH_INVARIANT:
+                module.LL_BF16_MAX_TOKENS = 0  # small batches would get another kernel, in this mode too
 
     def forward(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         cos, sin = self.step.rope(positions.unsqueeze(0)).of_tokens(torch.Size([1, positions.shape[0]]))

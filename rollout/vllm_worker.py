@@ -51,11 +51,8 @@ class WeightReader:
         """Begins to keep, or forgets, what every layer selects for the rows of prompts (``rollout.dsa: keel``)."""
         self.model_runner.get_model().step.recorded = {} if on else None
 
-    def recorded_selections(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Of every layer, by its name in vLLM, since recording began: how many keys each row saw, int32 [R], and which
-        of them it selected, int32 [R, index_topk], ascending, then -1."""
+    def recorded_selections(self) -> dict[str, torch.Tensor]:
+        """Of every layer, by its name in vLLM: which keys each row selected since recording began, in the order of the
+        rows, int32 [R, index_topk]: places in the row's own sequence, ascending, then -1."""
         recorded = self.model_runner.get_model().step.recorded
-        return {
-            layer: (torch.cat([seen for seen, _ in parts]), torch.cat([places for _, places in parts]))
-            for layer, parts in recorded.items()
-        }
+        return {layer: torch.cat(parts) for layer, parts in recorded.items()}

@@ -20,7 +20,7 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 
 from model.checksum import Checksums
 from model.transport import open_store
-from rl.config import Dsa, EngineKind, Offload, Placement, Recipe
+from rl.config import Offload, Placement, Recipe
 from rl.errors import DataError, RecipeError
 from rl.sample import NDArray
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
@@ -103,9 +103,7 @@ class LearnerRank:
             raise DataError(f"the model in {model_dir} cannot be loaded: {error}") from error
         # Ranks may disagree on whether a micro-batch outgrows index_topk, but must gather the same parameters.
         model.always_index = self.sharding.zero_stage == 3
-        rollout = self.recipe.rollout
-        if rollout.engine == EngineKind.vllm and rollout.dsa == Dsa.vllm:
-            model.index_arithmetic = "vllm"
+        model.index_arithmetic = "vllm" if self.recipe.rollout.selects_as_vllm else "plain"
         if self.recipe.learner.activation_checkpointing:
             model.recompute_activations()
         return Policy(model, temperature=temperature)

@@ -192,6 +192,7 @@ async def mismatch(recipe: Recipe, path: Path, options: argparse.Namespace) -> F
         await close(engine)
     device = "cuda" if recipe.rollout.engine == EngineKind.vllm else "cpu"
     module = load_model(path, dtype=getattr(torch, recipe.model.dtype), device=device).eval()
+    module.index_arithmetic = "vllm" if recipe.rollout.selects_as_vllm else "plain"
     seen: Figures = {}
     for name in lengths:
         for routes, kept in ((True, True), (False, True), (True, False)):

@@ -102,7 +102,6 @@ async def engine_selections(actor: VllmEngineActor, ours: bool, sequences: Seque
         await actor.generate([request])
         if ours:
             (kept,) = await actor._engine.collective_rpc("recorded_selections")
-            kept = {name: places for name, (_, places) in kept.items()}
         else:
             (kept,) = await actor._engine.collective_rpc(recorded_vllm)
         found.append({int(name.split(".layers.")[1].split(".")[0]): rows[: len(ids)] for name, rows in kept.items()})
@@ -145,13 +144,14 @@ async def alone_and_together(actor: VllmEngineActor) -> dict[str, float]:
     """Equal tokens and equal bits of log-probabilities: the same requests in a batch of others, and one by one."""
     requests = make_requests("company", 24, 700, 32)
     together = await actor.generate(requests)
-    equal, same_bits = [], []
+    equal, same_bits, largest = [], [], 0.0
     for request, in_company in list(zip(requests, together, strict=True))[:4]:
         await actor._engine.reset_prefix_cache()
         (alone,) = await actor.generate([replace(request, id=f"{request.id}-alone")])
         equal.append(np.array_equal(alone.token_ids, in_company.token_ids))
-        same_bits.append(np.array_equal(alone.logprobs, in_company.logprobs))
-    return {"equal_tokens": float(np.mean(equal)), "equal_bits": float(np.mean(same_bits))}
+        same_bits.append(float(np.mean(alone.logprobs == in_company.logprobs)))
+        largest = max(largest, float(np.abs(alone.logprobs - in_company.logprobs).max()))
+    return {"equal_tokens": float(np.mean(equal)), "equal_bits": float(np.mean(same_bits)), "largest": largest}
 
 
 async def speed(actor: VllmEngineActor, length: int) -> float:

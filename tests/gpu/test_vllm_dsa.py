@@ -101,7 +101,7 @@ def learner(model_path: Path) -> DeepseekV32:
 
 
 def test_bits_do_not_depend_on_the_company(seen: Observed):
-    assert seen.company == {"equal_tokens": 1.0, "equal_bits": 1.0}
+    assert seen.company == {"equal_tokens": 1.0, "equal_bits": 1.0, "largest": 0.0}
 
 
 def test_the_engine_says_what_it_selected(seen: Observed):
