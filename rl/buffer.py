@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,27 @@ class GroupBuffer:
             raise RuntimeError(f"cannot advance from version {self.version} to {version}: one batch raises it by one")
         self.version = version
         self._notify()
+
+    def state_dict(self, keep: Callable[[Group], int]) -> dict[str, Any]:
+        """All that it knows, fit for JSON; ``keep`` puts a group aside and returns its number."""
+        return {
+            "version": self.version,
+            "admitted": self._admitted,
+            "settled": self._settled,
+            "dropped": dict(self.dropped),
+            "generating": [[ticket.number, ticket.version] for ticket in sorted(self._generating)],
+            "finished": [[one.number, one.version, keep(self._finished[one])] for one in sorted(self._finished)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], groups: Sequence[Group]) -> list[Ticket]:
+        """Continues where ``state`` was written; returns the tickets whose groups must be generated again."""
+        self.version, self._admitted, self._settled = state["version"], state["admitted"], state["settled"]
+        self.dropped = Counter(state["dropped"])
+        generating = [Ticket(number, version) for number, version in state["generating"]]
+        self._generating = set(generating)
+        self._finished = {Ticket(number, version): groups[kept] for number, version, kept in state["finished"]}
+        self._notify()
+        return generating
 
     @property
     def _outstanding(self) -> int:

@@ -27,12 +27,11 @@ async def run_cold_start(
     model_dir: Path,
     run: RunDirectory,
     progress: Progress,
-) -> None:
-    """Leaves the learner ready for RL from the weights that the cold start ended with."""
+) -> Path:
+    """Leaves the learner ready for RL from the weights that the cold start ended with; returns where they are."""
+    out_dir = run.path / "cold_start"
     batches = shuffled_batches(demonstrations, recipe.supervised.batch_size, seed=recipe.seed)
-    results = cold_start(
-        system.learner, recipe.supervised, batches, model_dir=model_dir, out_dir=run.path / "cold_start"
-    )
+    results = cold_start(system.learner, recipe.supervised, batches, model_dir=model_dir, out_dir=out_dir)
     step = 0
     async for result in results:
         step += 1
@@ -41,7 +40,8 @@ async def run_cold_start(
         progress.supervised_step(metrics)
         for skipped in result.skipped:
             progress.warn(f"cold start step {skipped.step} skipped: its loss or gradient was not finite")
-    system.conversation.tokenizer.save_pretrained(run.path / "cold_start")
+    system.conversation.tokenizer.save_pretrained(out_dir)
+    return out_dir
 
 
 def encode_demonstrations(recipe: Recipe, data: RunData, conversation: Conversation) -> list[EncodedDemonstration]:

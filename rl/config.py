@@ -11,6 +11,7 @@ from enum import Enum, StrEnum
 from typing import Any, Optional
 
 MISSING = "???"
+RESUME_NEVER, RESUME_AUTO = "never", "auto"
 
 
 class EngineKind(StrEnum):
@@ -391,8 +392,14 @@ class Judge:
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     every: int = 0
-    """Steps between resumable checkpoints; 0 writes one after the last step only."""
+    """Steps between resumable checkpoints; 0 writes one after the last step only. Before the first step, and when the
+    run is interrupted, there is one in any case."""
     keep: int = 2
+    """The latest so many stay."""
+    best: Optional[str] = None
+    """Name of a metric, such as ``eval/math``: the checkpoint of the step where it was highest stays as well."""
+    grace_s: float = 25.0
+    """Seconds that a run which is interrupted (Ctrl-C, SIGTERM) may take to end its step and save itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +411,8 @@ class Faults:
     when none is left."""
     window_s: float = 3600.0
     """Seconds after which a fault no longer counts."""
+    learner_restores: int = 3
+    """How often a run whose learner died, fell silent or failed goes on from its last checkpoint by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +438,10 @@ class Recipe:
     name: str = MISSING
     """The run's directory is ``<runs>/<name>``."""
     runs: str = "runs"
+    resume: str = RESUME_AUTO
+    """What becomes of a run that the directory already holds: ``auto`` goes on with it unless it is finished, ``never``
+    refuses. Or a path: another run's directory or checkpoint that this one starts from, or an earlier one of its own.
+    """
     seed: int = 0
     steps: int = 100
     prompts_per_step: int = 32

@@ -22,6 +22,10 @@ class RunStopped(UserError, RuntimeError):
     """A run that must not go on: weights differ after a sync, losses stay non-finite, or no group can be scored."""
 
 
+class LearnerFailed(RunStopped):
+    """The learner's processes died, fell silent or failed; a checkpoint says what they knew."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: the nearest known one, or the known ones when none is near."""
     names = sorted(known)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 from rich.console import Console, Group, RenderableType
@@ -94,6 +94,15 @@ class Progress:
             course.resume(self._clock())
         if not self._live.is_started:
             self._print(f"{self.name}: {stage}")
+
+    def resume(self, step: int, rows: Sequence[Mapping[str, float]]) -> None:
+        """Goes on after ``step``, with the rows of metrics up to there; also back from a later one."""
+        self.evaluations = [(int(row["step"]), found) for row in rows if (found := _by_domain(row, "eval/"))]
+        self._training.rewind(step, self._clock())
+
+    def say(self, sentence: str) -> None:
+        """One line that stays on the screen."""
+        self._print(f"{self.name}: {sentence}")
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """A step of reinforcement learning. Step 0 is the evaluation before the first one."""
@@ -224,6 +233,10 @@ class _Course:
     def resume(self, now: float) -> None:
         if not self.begun:
             self._last = now
+
+    def rewind(self, step: int, now: float) -> None:
+        self.step, self._last, self.begun = step, now, False
+        self._intervals.clear()
 
     def advance(self, step: int, now: float) -> None:
         self.begun = True

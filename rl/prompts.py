@@ -20,6 +20,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -149,10 +150,14 @@ class PromptStream:
 
     __next__ = next
 
+    def restart(self) -> None:
+        """Begins the stream again."""
+        self._drawn = dict.fromkeys(self._drawn, 0)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and names, fit for JSON."""
         sizes = {name: len(members) for name, members in self._prompts.items()}
-        return {"seed": self._seed, "drawn": dict(self._drawn), "sizes": sizes}
+        return {"seed": self._seed, "drawn": dict(self._drawn), "sizes": sizes, "contents": dict(self._contents)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues exactly where the stream that wrote ``state`` stood; raises DataError if the prompts changed."""
@@ -166,7 +171,18 @@ class PromptStream:
                 f"the checkpoint's prompts were drawn from {_counts(state['sizes'])}, "
                 f"the recipe now gives {_counts(own['sizes'])}; resume with the same prompts"
             )
+        if changed := [name for name, content in state["contents"].items() if content != own["contents"][name]]:
+            raise DataError(
+                f"domains.{changed[0]} has other prompts, or in another order, than when the checkpoint was written; "
+                "resume with the same ones"
+            )
         self._drawn = dict(state["drawn"])
+
+    @cached_property
+    def _contents(self) -> dict[str, int]:
+        """A checksum of every domain's questions in their order."""
+        texts = {name: "\0".join(f"{p.id}\0{question(p)}" for p in members) for name, members in self._prompts.items()}
+        return {name: zlib.crc32(text.encode("utf-8", errors="replace")) for name, text in texts.items()}
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         known = self._shuffles.get(name)

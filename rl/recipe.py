@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rl.config import MISSING, Recipe
+from rl.config import MISSING, RESUME_AUTO, RESUME_NEVER, Recipe
 from rl.errors import RecipeError
 from rl.recipe_checks import violations
 from rl.recipe_schema import conform
@@ -58,7 +58,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included; loading it gives an equal recipe. A secret becomes a reference to it."""
-    return dump(_plain(asdict(recipe)))
+    return dump(to_plain(recipe))
+
+
+def to_plain(recipe: Recipe) -> dict[str, Any]:
+    """The same as plain values."""
+    return _plain(asdict(recipe))
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> Layer:
@@ -146,6 +151,8 @@ def _path_keys(tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
             for args in _sections({"": environment.get("args")}):
                 # What an environment's arguments mean is its own affair, so a path says that it is one.
                 yield from ((args, key) for key, value in args.items() if _LOOKS_RELATIVE.match(str(value)))
+    if tree.get("resume") not in (None, RESUME_NEVER, RESUME_AUTO):
+        yield tree, "resume"
     yield from ((section, "path") for key in ("model", "judge") for section in _sections({"": tree.get(key)}))
 
 

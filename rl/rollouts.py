@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rewards.pool import Failure
 from rl.buffer import GroupBuffer, Ticket
@@ -15,6 +16,7 @@ from rl.errors import RunStopped
 from rl.metrics import Mean
 from rl.prompts import PromptStream
 from rl.sample import Group, Prompt, Sample, Scored
+from rl.saved_groups import prompt_of
 from rl.system import System, seeds_of
 
 HOPELESS_STEPS = 3
@@ -42,11 +44,11 @@ class Rollouts:
         self.system = system
         self.prompts = prompts
         self.buffer = buffer
-        self.num_drawn = 0
+        self._unfinished: dict[Ticket, Prompt] = {}
         self._tally = Tally()
         self._failed_in_a_row = 0
         self._replaced: list[Group] = []  # since the last group that was added
-        self._replaced_before: dict[int, list[Group]] = {}  # by id() of a group in the buffer
+        self._replaced_before: dict[int, tuple[Group, list[Group]]] = {}  # by id() of a group in the buffer
         self._num_added = 0
         self._num_replaced = 0  # for the step's worth of groups that is being added
 
@@ -56,7 +58,8 @@ class Rollouts:
         Those belong to the batch and not to the moment: generation runs ahead of training, and ends before it.
         """
         tally, self._tally = self._tally, Tally()
-        tally.replaced = [old for group in batch for old in self._replaced_before.pop(id(group), ())]
+        before = [self._replaced_before.pop(id(group)) for group in batch if id(group) in self._replaced_before]
+        tally.replaced = [old for _, replaced in before for old in replaced]
         return tally
 
     async def run(self) -> None:
@@ -66,14 +69,59 @@ class Rollouts:
             RunStopped: no sample of ``HOPELESS_STEPS`` steps' worth of groups could be scored; says why.
         """
         async with asyncio.TaskGroup() as groups:
+            for ticket, prompt in self._unfinished.items():
+                groups.create_task(self._collect(ticket, prompt))
             while True:
                 ticket = await self.buffer.admission()
-                groups.create_task(self._collect(ticket, self.prompts.next(), self.num_drawn))
-                self.num_drawn += 1
+                prompt = self._unfinished[ticket] = self.prompts.next()
+                groups.create_task(self._collect(ticket, prompt))
 
-    async def _collect(self, ticket: Ticket, prompt: Prompt, draw: int) -> None:
+    def state_dict(self, keep: Callable[[Group], int]) -> dict[str, Any]:
+        """Everything but the prompts and the buffer, fit for JSON; ``keep`` puts a group aside for its number."""
+        tally = self._tally
+        return {
+            "unfinished": {str(ticket.number): prompt.id for ticket, prompt in self._unfinished.items()},
+            "replaced": [keep(group) for group in self._replaced],
+            "replaced_before": [
+                [keep(group), [keep(old) for old in replaced]] for group, replaced in self._replaced_before.values()
+            ],
+            "failed_in_a_row": self._failed_in_a_row,
+            "num_added": self._num_added,
+            "num_replaced": self._num_replaced,
+            "tally": {
+                "failed_tokens": tally.failed_tokens,
+                "scoring": [tally.scoring.total, tally.scoring.count],
+                "failed_groups": tally.failed_groups,
+                "failures": dict(tally.failures),
+            },
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], groups: Sequence[Group], again: Sequence[Ticket], prompts: Mapping[str, Prompt]
+    ) -> None:
+        """Continues where ``state`` was written: the groups of the tickets ``again`` are generated from the start.
+
+        ``prompts`` are those of the run by id. Raises DataError for one that is no longer there.
+        """
+        self._unfinished = {ticket: prompt_of(state["unfinished"][str(ticket.number)], prompts) for ticket in again}
+        self._replaced = [groups[number] for number in state["replaced"]]
+        self._replaced_before = {
+            id(groups[kept]): (groups[kept], [groups[number] for number in replaced])
+            for kept, replaced in state["replaced_before"]
+        }
+        self._failed_in_a_row = state["failed_in_a_row"]
+        self._num_added, self._num_replaced = state["num_added"], state["num_replaced"]
+        tally = state["tally"]
+        self._tally = Tally(
+            failed_tokens=tally["failed_tokens"],
+            scoring=Mean(*tally["scoring"]),
+            failed_groups=tally["failed_groups"],
+            failures=Counter(tally["failures"]),
+        )
+
+    async def _collect(self, ticket: Ticket, prompt: Prompt) -> None:
         size = self.recipe.domains[prompt.domain].group_size
-        seeds = seeds_of(self.recipe.seed, draw, size)
+        seeds = seeds_of(self.recipe.seed, ticket.number, size)  # tickets are numbered as prompts are drawn
         samples = await self.system.generate(prompt, seeds)
         self._settle(ticket, await self._score(prompt, samples))
 
@@ -90,6 +138,7 @@ class Rollouts:
 
     def _settle(self, ticket: Ticket, group: Group) -> None:
         """Hands a group to the buffer, or gives its place to a fresh prompt."""
+        del self._unfinished[ticket]
         if not group.scored:
             self._tally.failed_groups += 1
             self._failed_in_a_row += 1
@@ -102,7 +151,8 @@ class Rollouts:
             self._num_replaced += 1
             self.buffer.drop(ticket, "zero variance")
             return
-        self._replaced_before[id(group)], self._replaced = self._replaced, []
+        if self._replaced:
+            self._replaced_before[id(group)], self._replaced = (group, self._replaced), []
         self.buffer.add(ticket, group)
         self._num_added += 1
         if self._num_added % self.recipe.prompts_per_step == 0:

@@ -31,8 +31,11 @@ from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAt
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from rl import history
 from rl.errors import RecipeError, UserError
+from rl.run_lock import LOCK, RunLock
 from rl.secrets import redact
+from rl.stop import Interrupted
 from rl.timeline import Timeline
 from rl.trajectory import Trajectory
 
@@ -58,14 +61,18 @@ class RunDirectory:
             run.log({"step": 1, "reward/mean": 0.4})
     """
 
-    def __init__(self, path: Path, status: RunStatus) -> None:
-        """Use :meth:`create`."""
+    def __init__(self, path: Path, status: RunStatus, lock: RunLock) -> None:
+        """Use :meth:`create` or :meth:`resume`."""
         self.path = path
         self.status = status
+        self.timeline = Timeline(path / "timeline.jsonl")
+        self._lock = lock
+        self._open_logs()
+
+    def _open_logs(self) -> None:
         self._metrics = _JsonLines(self.metrics)
         self._supervised = _JsonLines(self.supervised)
-        self._events = EventFileWriter(str(path), flush_secs=10)
-        self.timeline = Timeline(path / "timeline.jsonl")
+        self._events = EventFileWriter(str(self.path), flush_secs=10)
 
     @classmethod
     def create(cls, path: str | Path, *, recipe: str) -> RunDirectory:
@@ -74,22 +81,39 @@ class RunDirectory:
         Raises :class:`RecipeError` when it holds anything, so that two runs never share a directory.
         """
         path = Path(path)
-        status = RunStatus(status=RUNNING, started=_now())
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise RecipeError(f"{path} already holds {_describe(path)}; choose another name=... or delete it")
-            with open(path / "status.json", "x") as claim:  # of two runs that start at once, one gets the directory
-                json.dump(asdict(status), claim, indent=2)
+            _refuse_content(path)
+            lock = RunLock(path)
+            try:
+                _refuse_content(path)  # of two runs that start at once, one gets the directory
+                status = RunStatus(status=RUNNING, started=_now())
+                write_whole(path / "status.json", json.dumps(asdict(status), indent=2))
+            except BaseException:
+                lock.release()
+                raise
         except FileExistsError as error:
-            if path.is_dir():
-                raise RecipeError(f"{path} was just taken by another run; choose another name=...") from error
             raise RecipeError(f"{path} is a file, so no run can be kept there; choose another name=...") from error
         except OSError as error:
             raise RecipeError(f"{path} cannot be written: {error.strerror}; choose another runs=...") from error
         write_whole(path / "recipe.yaml", recipe)
         (path / "samples").mkdir()
-        return cls(path, status)
+        return cls(path, status, lock)
+
+    @classmethod
+    def resume(cls, path: Path, *, recipe: str, step: int | None, lock: RunLock) -> RunDirectory:
+        """Takes over a run that an earlier process left after ``step``; None leaves nothing of it."""
+        before = read_status(path)
+        status = RunStatus(status=RUNNING, started=before.started if before else _now())
+        if step is None:
+            history.clear(path)
+        write_whole(path / "status.json", json.dumps(asdict(status), indent=2))
+        write_whole(path / "recipe.yaml", recipe)
+        (path / "samples").mkdir(exist_ok=True)
+        run = cls(path, status, lock)
+        if step is not None:
+            run.cut(step)
+        return run
 
     @property
     def recipe(self) -> Path:
@@ -131,7 +155,7 @@ class RunDirectory:
     def log_supervised(self, metrics: Mapping[str, float]) -> None:
         """Writes one step of the cold start, in the same form."""
         step = self._supervised.append(metrics)
-        self._add_event(step, metrics, prefix="supervised/")
+        self._add_event(step, metrics, prefix=history.SUPERVISED)
 
     def log_alarm(self, row: Mapping[str, Any]) -> None:
         """Appends one object to ``alarms.jsonl``, in one write."""
@@ -143,11 +167,33 @@ class RunDirectory:
         lines = (json.dumps(_jsonable({"step": step} | t.record()), ensure_ascii=False) for t in trajectories)
         write_whole(self.samples / f"step_{step}.jsonl", "".join(line + "\n" for line in lines))
 
-    def prune_checkpoints(self, keep: int) -> None:
-        """Deletes all checkpoints but the ``keep`` latest."""
-        kept = sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))[-keep:]
-        for path in set(self.checkpoints.glob("step_*")) - set(kept):
-            shutil.rmtree(path)
+    @property
+    def last_step(self) -> int:
+        """The last step with a row of metrics; -1 when there is none."""
+        return self._metrics.last
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row of metrics so far."""
+        return history.read_rows(self.metrics)
+
+    def cut(self, step: int) -> None:
+        """Takes back everything that was logged after ``step``, of the cold start too where none is over (-1)."""
+        self._events.close()
+        history.cut_rows(self.metrics, step)
+        history.cut_rows(self.alarms, step)
+        history.cut_samples(self.samples, step)
+        history.cut_events(self.path, step)
+        if step < 0:
+            history.clear_cold_start(self.path)
+        self._open_logs()
+
+    def flush(self) -> None:
+        """Returns when everything that was logged is on the disk."""
+        self._events.flush()
+        for path in (self.metrics, self.supervised):
+            if path.exists():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Marks the run as complete. Call it when everything that belongs to the run is on disk."""
@@ -161,6 +207,7 @@ class RunDirectory:
         """Removes the directory of a run that ended before anything happened in it."""
         self._events.close()
         shutil.rmtree(self.path)
+        self._lock.release()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -181,6 +228,7 @@ class RunDirectory:
         self._events.close()
         write_whole(self.path / "status.json", json.dumps(asdict(status), indent=2, ensure_ascii=False))
         self.status = status
+        self._lock.release()
 
     def _add_event(self, step: int, metrics: Mapping[str, float], prefix: str) -> None:
         values = [
@@ -197,16 +245,17 @@ class _JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._last = -1
+        rows = history.read_rows(path)
+        self.last = int(rows[-1]["step"]) if rows else -1
 
     def append(self, metrics: Mapping[str, float]) -> int:
         step = int(metrics["step"])
-        if step <= self._last:
-            raise ValueError(f"{self._path.name}: step {step} comes after step {self._last}")
+        if step <= self.last:
+            raise ValueError(f"{self._path.name}: step {step} comes after step {self.last}")
         row = {"step": step} | {name: _number(name, value) for name, value in metrics.items() if name != "step"}
         with open(self._path, "ab", buffering=0) as file:
             file.write(json.dumps(row).encode() + b"\n")
-        self._last = step
+        self.last = step
         return step
 
 
@@ -246,18 +295,31 @@ def _jsonable(value: Any) -> Any:
     return str(value)
 
 
-def _describe(path: Path) -> str:
+def read_status(path: Path) -> RunStatus | None:
+    """What the run in a directory says of itself; None when there is none."""
     try:
-        status = json.loads((path / "status.json").read_text())["status"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return RunStatus(**json.loads((path / "status.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _refuse_content(path: Path) -> None:
+    if any(one.name != LOCK for one in path.iterdir()):
+        raise RecipeError(f"{path} already holds {describe(path)}; choose another name=... or delete it")
+
+
+def describe(path: Path) -> str:
+    """What is in a directory, for a sentence."""
+    status = read_status(path)
+    if status is None:
         return "files"
-    return "a run that is running or was killed" if status == RUNNING else f"a {status} run"
+    return "a run that is running or was killed" if status.status == RUNNING else f"a {status.status} run"
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
+    if isinstance(error, KeyboardInterrupt | asyncio.CancelledError | Interrupted):
         return "interrupted"
     return " ".join(f"{type(error).__name__}: {error}".split())
 

@@ -72,8 +72,9 @@ class StepLog:
         clock: StepClock,
         measured: Mapping[str, float],
         evaluation: Evaluation | None,
-    ) -> None:
-        """One step of training; ``sync`` published the weights that it made, ``measured`` are metrics as they are."""
+    ) -> dict[str, float]:
+        """One step of training, whose row is returned; ``sync`` published the weights that it made, ``measured`` are
+        metrics as they are."""
         metrics = {"step": step, **self._rollout_metrics(groups, tally), **self._ages(groups, version=step - 1)}
         metrics |= {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
         metrics |= {"time/step_s": clock.total, "time/reward_s": float(tally.scoring)}
@@ -91,6 +92,7 @@ class StepLog:
             step, (self._trajectory(one, advantage, result.learner_logprobs) for one, advantage in logged)
         )
         self.alarms.stop_run()
+        return metrics
 
     def _write(self, metrics: dict[str, float]) -> None:
         self.run.log(metrics)

@@ -34,8 +34,12 @@ class Sync:
     version: int
     num_bytes: int
     seconds: float
-    num_tensors: int
+    checksums: Mapping[str, int]  # of every tensor, alike on both sides
     memory_gb: dict[str, float] = field(default_factory=dict)  # most reserved on a GPU, by who reserved it
+
+    @property
+    def num_tensors(self) -> int:
+        return len(self.checksums)
 
     def metrics(self) -> dict[str, float]:
         memory = {f"memory/{who}_gb": size for who, size in self.memory_gb.items()}
@@ -152,7 +156,7 @@ async def publish(transport: Transport, version: int) -> Sync:
         version=version,
         num_bytes=sent.num_bytes,
         seconds=time.perf_counter() - began,
-        num_tensors=len(sent.checksums),
+        checksums=sent.checksums,
         memory_gb=await transport.memory_gb(),
     )
 

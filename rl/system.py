@@ -157,14 +157,20 @@ def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Convers
 
 @asynccontextmanager
 async def start(
-    recipe: Recipe, model_dir: Path, conversation: Conversation, timeline: Timeline | None = None
+    recipe: Recipe,
+    model_dir: Path,
+    conversation: Conversation,
+    timeline: Timeline | None = None,
+    *,
+    cold_start: bool = False,
 ) -> AsyncIterator[System]:
-    """Joins the cluster named by the environment, or starts one on this machine, and runs the actors on it."""
+    """Joins the cluster named by the environment, or starts one on this machine, and runs the actors on it.
+
+    With a ``cold_start`` to come, which begins its own phases, the learner has none yet.
+    """
     timeline = timeline or Timeline()
-    # A cold start begins its own phases.
-    first_phase = None if recipe.supervised.steps else Phase.REINFORCEMENT
+    first_phase = None if cold_start else Phase.REINFORCEMENT
     join_cluster(recipe)
-    cancel_on_sigterm()
     plan = check_plan(recipe, model_costs(model_dir), await cluster_hardware(), slack=ESTIMATE_SLACK)
     reservation = await reserve(recipe)
     judge = AsyncExitStack()
@@ -172,7 +178,7 @@ async def start(
     starting = (
         asyncio.create_task(start_rewards(recipe, judge)),
         learning,
-        asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation, timeline)),
+        asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation, timeline, cold_start)),
     )
     try:
         with timeline.span("driver", "start"):
@@ -230,13 +236,14 @@ async def _start_pool(
     learning: asyncio.Task[Learner],
     reservation: Reservation,
     timeline: Timeline,
+    cold_start: bool,
 ) -> EnginePool:
     """Beside the learner; after it on shared GPUs, where vLLM measures how much memory is free."""
     options = reservation.engines
     if recipe.placement == Placement.split or recipe.rollout.engine != EngineKind.vllm:
         return await EnginePool.start(recipe, model_dir, actor_options=options, timeline=timeline)
     learner = await asyncio.shield(learning)
-    if not recipe.supervised.steps:
+    if not cold_start:
         await learner.sleep()
     gpus = shared_gpus(await learner.gpus(), recipe.rollout.tensor_parallel)
     return await EnginePool.start(recipe, model_dir, actor_options=options, gpus=gpus, timeline=timeline)
@@ -293,7 +300,7 @@ async def _close(part: asyncio.Task[Any]) -> None:
 
 
 def cancel_on_sigterm() -> None:
-    """SIGTERM, which ``ray job stop`` sends, ends the run like Ctrl-C. Comes after ``ray.init``, which sets its own."""
+    """SIGTERM ends the process like Ctrl-C. Comes after ``ray.init``, which sets its own."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

@@ -23,46 +23,60 @@ import numpy as np
 from rl.advantage import group_advantages
 from rl.buffer import GroupBuffer
 from rl.canary import Canary
+from rl.checkpoint import Saved
 from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
 from rl.environ import conceal_environment
-from rl.errors import RunStopped, UserError
+from rl.errors import LearnerFailed, RunStopped, UserError
 from rl.evaluate import evaluate
+from rl.loop_state import Loop
 from rl.plan_text import add_plan_arguments, show_plan
 from rl.progress import Progress, Stage
 from rl.recipe import load_recipe, to_yaml
 from rl.report import build_report
+from rl.resume import bring_back, open_run
 from rl.rollouts import Rollouts
 from rl.run_directory import FINISHED, RunDirectory
+from rl.saver import Saver
 from rl.secrets import redact, redact_tracebacks
 from rl.step_log import StepClock, StepLog
-from rl.system import System, check_environments, check_model, open_conversation, prepare_model, start
+from rl.stop import Interrupted, Stop
+from rl.system import System, check_environments, check_model, join_cluster, open_conversation, prepare_model, start
 from rl.utilization import Utilization
 from trainer.pack import pack
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory, progress: Progress) -> None:
-    """GRPO: ``recipe.steps`` rollout batches, each trained on and published before the next one is taken."""
+async def train(
+    recipe: Recipe, data: RunData, system: System, log: StepLog, stop: Stop, saver: Saver, saved: Saved | None
+) -> None:
+    """GRPO: ``recipe.steps`` rollout batches, each trained on and published before the next one is taken.
+
+    Goes on after the step that was ``saved``. Raises Interrupted between two steps when it is asked to stop.
+    """
     buffer = GroupBuffer(
         prompts_per_step=recipe.prompts_per_step, max_staleness=recipe.rollout.max_staleness, steps=recipe.steps
     )
     rollouts = Rollouts(recipe, system, data.stream, buffer)
-    log = StepLog(recipe, system.conversation, run, progress)
-    timeline = run.timeline
+    timeline = log.run.timeline
     shuffle = np.random.default_rng([recipe.seed, 1])
     canary = Canary(recipe, system, data.training)
+    loop = Loop(prompts=data.stream, buffer=buffer, rollouts=rollouts, shuffle=shuffle, learner=system.learner)
+    first = 1 if saved is None else saved.restore(loop, data.training)
     utilization = Utilization(system.plan)
     utilization.begin(await system.pool.stats())
     async with beside(rollouts.run()):
-        for step in range(1, recipe.steps + 1):
+        for step in range(first, recipe.steps + 1):
             clock = StepClock()
             replies = await canary.generate(step)
             clock.lap("canary")
             with timeline.span("driver", "rollout", step=step):
-                groups = await buffer.take(recipe.prompts_per_step)
+                groups = await stop.unless(buffer.take(recipe.prompts_per_step))
+            if groups is None:
+                await saver.stop(loop, system)
+                raise Interrupted
             clock.lap("rollout")
 
             advantages = [
@@ -100,34 +114,64 @@ async def train(recipe: Recipe, data: RunData, system: System, run: RunDirectory
                     evaluation = await evaluate(recipe, data.evaluation, system)
                 clock.lap("evaluate")
                 utilization.begin(await system.pool.stats())
-            log.step(step, groups, advantages, rollouts.take_tally(groups), result, sync, clock, checks, evaluation)
+            tally = rollouts.take_tally(groups)
             if is_due(recipe.checkpoint.every, step, recipe.steps):
-                async with system.interruption():
-                    with timeline.span("learner", "checkpoint", step=step):
-                        await system.learner.save_checkpoint(run.checkpoints / f"step_{step}")
-                run.prune_checkpoints(recipe.checkpoint.keep)
+                await saver.copy(step, loop, system, sync.checksums)
+                clock.lap("checkpoint")
+            checks |= saver.metrics()
+            row = log.step(step, groups, advantages, tally, result, sync, clock, checks, evaluation)
+            saver.write(step, row, sync.checksums)
+    await saver.settle()
 
 
-async def run_recipe(recipe: Recipe, data: RunData, run: RunDirectory, progress: Progress) -> None:
+async def run_recipe(
+    recipe: Recipe, data: RunData, run: RunDirectory, progress: Progress, saved: Saved | None = None
+) -> None:
+    """The whole run, or what is left of it after ``saved``; a learner that fails costs the steps since it was saved."""
+    stop, saver = Stop(recipe.checkpoint.grace_s), Saver(recipe, run, progress)
+    while True:
+        try:
+            await run_once(recipe, data, run, progress, stop, saver, saved)
+            return
+        except LearnerFailed as failure:
+            saved = saver.restore(failure)
+
+
+async def run_once(
+    recipe: Recipe,
+    data: RunData,
+    run: RunDirectory,
+    progress: Progress,
+    stop: Stop,
+    saver: Saver,
+    saved: Saved | None,
+) -> None:
     """Cold start, evaluation, training, evaluation, and the model that comes out."""
-    model_dir = prepare_model(recipe, run.path)
+    cold_start = saved is None and recipe.supervised.steps > 0
+    model_dir = saved.model_dir if saved else prepare_model(recipe, run.path)
     conversation = open_conversation(recipe, data, model_dir)
-    demonstrations = encode_demonstrations(recipe, data, conversation)
+    demonstrations = encode_demonstrations(recipe, data, conversation) if cold_start else []
+    data.stream.restart()
+    join_cluster(recipe)
+    stop.listen()
     timeline = run.timeline
-    async with start(recipe, model_dir, conversation, timeline) as system:
-        if recipe.supervised.steps:
+    async with start(recipe, model_dir, conversation, timeline, cold_start=cold_start) as system:
+        if cold_start:
             progress.enter(Stage.COLD_START)
             await system.pool.sleep()
             with timeline.span("learner", "cold start"):
-                await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
-        await system.publish(version=0)
-        if data.evaluation:
+                model_dir = await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
+        saver.follow(model_dir, saved)
+        await bring_back(saved, system) if saved else await saver.start((await system.publish(version=0)).checksums)
+        log = StepLog(recipe, conversation, run, progress)
+        if data.evaluation and run.last_step < 0 and (saved is None or saved.step == 0):
             progress.enter(Stage.EVALUATING)
             with timeline.span("driver", "evaluate", step=0):
                 before = await evaluate(recipe, data.evaluation, system)
-            StepLog(recipe, conversation, run, progress).before(before)
+            log.before(before)
         progress.enter(Stage.TRAINING)
-        await train(recipe, data, system, run, progress)
+        with stop.orderly():
+            await train(recipe, data, system, log, stop, saver, saved)
         progress.enter(Stage.SAVING)
         await system.pool.sleep()
         with timeline.span("learner", "save"):
@@ -186,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"keel: {redact(str(error))}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, asyncio.CancelledError, Interrupted):
         print("keel: interrupted", file=sys.stderr)
         return 130
 
@@ -196,17 +240,19 @@ def launch(recipe: Recipe, data: RunData) -> int:
 
     A run that ends before its first step leaves nothing behind, so that its name is free for the next attempt.
     """
-    run = RunDirectory.create(f"{recipe.runs}/{recipe.name}", recipe=to_yaml(recipe))
+    resumption = open_run(recipe, data)
+    run, saved = resumption.run, resumption.saved
     progress = Progress(recipe.name, steps=recipe.steps, supervised_steps=recipe.supervised.steps)
     try:
         try:
             with run, progress:
-                asyncio.run(run_recipe(recipe, data, run, progress))
+                resumption.tell(progress)
+                asyncio.run(run_recipe(recipe, data, run, progress, saved))
         finally:
             has_steps = run.metrics.exists() or run.supervised.exists()
             if has_steps:
                 write_report(run, progress)
-            if has_steps or run.status.status == FINISHED:
+            if has_steps or run.status.status == FINISHED or resumption.is_old:
                 progress.summary(run)
             else:
                 run.discard()

@@ -11,9 +11,9 @@ import kernels
 ROOT = Path(__file__).parents[1]
 
 LEAVES = {
-    "advantage", "buffer", "config", "demonstrations", "environ", "errors", "junit", "loss", "metrics", "placement",
-    "plugin", "printable", "procedural", "prompt_styles", "prompts", "recipe", "recipe_checks", "recipe_schema",
-    "recipe_source", "records", "sample", "secrets", "timeline",
+    "advantage", "buffer", "config", "demonstrations", "durable", "environ", "errors", "junit", "loss", "metrics",
+    "placement", "plugin", "printable", "procedural", "prompt_styles", "prompts", "recipe", "recipe_checks",
+    "recipe_schema", "recipe_source", "records", "sample", "saved_groups", "secrets", "timeline",
 }  # fmt: skip
 """Modules of rl/ that hold vocabulary and mathematics. Every other one there is a driver."""
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +26,7 @@ from rl.errors import RecipeError
 from trainer.expert_parallel import announce
 from trainer.parking import Parking
 from trainer.stopwatch import Stopwatch
-
-CHECKPOINT_TAG = "state"
+from trainer.training_state import SavedState, copy_state, num_updates, pieces, restore_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,18 +232,29 @@ class DeepSpeedEngine:
         bound = self.optimization.grad_clip or math.inf
         self._stage0_norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), bound))
 
-    def save(self, directory: Path) -> None:
-        """Writes weights and optimizer state, each rank its own part. All ranks call it."""
-        state = {"applied_steps": self.applied_steps}
-        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, client_state=state)
+    def copy_state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Copies in host memory of what this rank alone holds of weights and optimizer state, and how far they are."""
+        optimizer = self._engine.optimizer
+        held = list(pieces(self.module, optimizer, self.sharding.zero_stage))
+        count = num_updates(held, optimizer)
+        if self.sharding.zero_stage == 0:  # every rank holds everything
+            held = held[dist.get_rank() :: dist.get_world_size()]
+        return copy_state(held, optimizer), {"applied_steps": self.applied_steps, "num_updates": count}
 
-    def load(self, directory: Path) -> None:
-        """Restores what :meth:`save` wrote. All ranks call it, on an engine that has not stepped yet."""
-        _, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
-        self.applied_steps = state["applied_steps"]
-        if self.sharding.expert_parallel > 1 and self.sharding.zero_stage < 3:
-            # Rank 0's experts were loaded everywhere; the fp32 weights are each rank's own.
-            self._engine.optimizer.update_lp_params()
+    def restore_state(self, saved: SavedState) -> None:
+        """Goes on from what :meth:`copy_state` gave on any number of ranks. All ranks call it, on a fresh engine."""
+        optimizer, stage = self._engine.optimizer, self.sharding.zero_stage
+        if stage == 3:
+            optimizer.checkpoint_event_prologue()  # small parameters are whole between steps
+        held = pieces(self.module, optimizer, stage)
+        restore_state(held, optimizer, saved, max(header["num_updates"] for header in saved.headers))
+        self.applied_steps = int(saved.headers[0]["applied_steps"])
+        if stage in (1, 2):
+            optimizer.update_lp_params()
+        elif stage == 3:
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
 
     def sleep(self) -> None:
         """Moves fp32 weights, optimizer state and gradient buffers to host memory; the module stays where it is.

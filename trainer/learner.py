@@ -10,20 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
+import torch.distributed
 from ray.exceptions import RayActorError, RayTaskError
 
 from model.outline import outline
 from rl.config import Recipe, Supervised
-from rl.errors import RecipeError, RunStopped, UserError
+from rl.durable import FileRecord
+from rl.errors import LearnerFailed, RecipeError, RunStopped, UserError
 from rl.metrics import Mean, merge
 from rl.placement import gpu_shares
 from rl.sample import NDArray
+from trainer.checkpoint_writer import rank_file
 from trainer.pack import ATTENTION_SPAN, Minibatch, span_of
 from trainer.phase import Phase
 from trainer.rank import LOOPBACK, LearnerRank
 from trainer.sender import Offer, Sent
 from trainer.step import RankStep
 from trainer.supervised import EncodedDemonstration, pack_demonstrations
+
+WRITE_POLL_S = 0.1
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+"""What a rank raises when its GPU or its connection to the others fails it; other errors are bugs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +90,7 @@ class Learner:
         say where Ray puts each rank (`rl.placement`); without them it chooses.
 
         Raises:
-            RunStopped: a rank did not start, died or stopped answering; names the rank.
+            LearnerFailed: a rank did not start, died or stopped answering; names the rank.
             UserError: what a rank says about the recipe or the model directory.
         """
         learner = cls(recipe, _actors(recipe, actor_options), timeout_s=timeout_s)
@@ -184,23 +192,43 @@ class Learner:
 
     async def save_model(self, path: str | Path) -> None:
         """Writes the current weights in Hugging Face layout. Raises RunStopped when they cannot be written."""
-        await self._save("save_model", Path(path).absolute())
-
-    async def save_checkpoint(self, directory: str | Path) -> None:
-        """Writes what a later run needs to go on exactly from here; raises like :meth:`save_model`."""
-        await self._save("save_checkpoint", Path(directory).absolute())
-
-    async def _save(self, method: str, path: Path) -> None:
+        path = Path(path).absolute()
         try:
-            await self._all(method, path)
+            await self._all("save_model", path)
         except UserError:
             raise
         except RuntimeError as error:
             raise RunStopped(f"{path} could not be written: {error}") from error
 
+    async def copy_checkpoint(self) -> int:
+        """Copies what a later run needs to go on exactly from here to the ranks' host memory; returns its bytes."""
+        return sum(await self._all("copy_checkpoint"))
+
+    async def write_checkpoint(self, directory: str | Path) -> dict[str, FileRecord]:
+        """Writes the copies, by their files' names, while the ranks may already take their next step.
+
+        Raises OSError when a rank could not write, for a full disk for example.
+        """
+        await self._all("write_checkpoint", Path(directory).absolute())
+        while True:
+            outcomes = await self._all("checkpoint_written")
+            for outcome in outcomes:
+                if isinstance(outcome, OSError):
+                    raise outcome
+            if all(outcomes):
+                return {rank_file(rank): outcome for rank, outcome in enumerate(outcomes)}
+            await asyncio.sleep(WRITE_POLL_S)
+
     async def load_checkpoint(self, directory: str | Path) -> None:
-        """Goes on from :meth:`save_checkpoint`; comes right after :meth:`start` or :meth:`begin`."""
+        """Goes on from what any number of ranks wrote; comes right after :meth:`start` or :meth:`begin`."""
         await self._all("load_checkpoint", Path(directory).absolute())
+
+    def state_dict(self) -> dict[str, int]:
+        """What the handle itself counts; the ranks' state is in their own files."""
+        return {"num_steps": self.num_steps, "skipped_in_a_row": self._skipped_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.num_steps, self._skipped_in_a_row = state["num_steps"], state["skipped_in_a_row"]
 
     def close(self) -> None:
         """Ends the ranks' processes."""
@@ -274,7 +302,7 @@ class Learner:
             _raise_cause(method, {rank: call.exception() for rank, call in calls.items() if call.done()})
         if pending:
             silent = ", ".join(str(rank) for rank, call in calls.items() if call in pending)
-            raise RunStopped(f"learner rank {silent} did not finish {method.strip('_')} within {timeout_s:.0f} s")
+            raise LearnerFailed(f"learner rank {silent} did not finish {method.strip('_')} within {timeout_s:.0f} s")
         return [call.result() for call in calls.values()]
 
 
@@ -313,8 +341,10 @@ def _raise_cause(method: str, errors: Mapping[int, BaseException | None]) -> Non
             raise (error.cause if isinstance(error, RayTaskError) else error) from None
     for rank, error in failed.items():
         if isinstance(error, RayActorError):
-            raise RunStopped(f"learner rank {rank} died during {method}: {_first_line(error)}") from error
+            raise LearnerFailed(f"learner rank {rank} died during {method}: {_first_line(error)}") from error
     rank, error = next(iter(failed.items()))
+    if isinstance(error, RayTaskError) and isinstance(error.cause, DEVICE_ERRORS):
+        raise LearnerFailed(f"learner rank {rank} failed in {method}: {_first_line(error)}") from error
     raise RuntimeError(f"learner rank {rank} failed in {method}: {_first_line(error)}") from error
 
 

@@ -5,14 +5,11 @@ Almost every method is collective: the driver calls it on all ranks at once.
 
 from __future__ import annotations
 
-import json
 import os
-import random
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -21,10 +18,13 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 from model.checksum import Checksums
 from model.transport import open_store
 from rl.config import Offload, Placement, Recipe
+from rl.durable import FileRecord
 from rl.errors import DataError, RecipeError
 from rl.sample import NDArray
+from trainer.checkpoint_writer import CheckpointWriter, rank_file
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
 from trainer.domain_gradients import DomainGradients
+from trainer.generators import generator_states, restore_generators
 from trainer.loading import load_sharded
 from trainer.pack import Minibatch
 from trainer.phase import Phase, freeze, optimization, trains_indexer
@@ -32,6 +32,7 @@ from trainer.policy import Policy
 from trainer.sender import Offer, Sent, WeightSender
 from trainer.step import RankStep, Reference, grpo_step, score
 from trainer.supervised import supervised_step
+from trainer.training_state import SavedState
 from trainer.weights import save_whole_model, weight_checksums, whole_weights
 
 LOOPBACK = "127.0.0.1"
@@ -53,6 +54,7 @@ class LearnerRank:
         self.reference: Reference | None = None
         self._store: Store | None = None
         self._sender: WeightSender | None = None
+        self._writer = CheckpointWriter()
         self._asleep = False
         self._engine: DeepSpeedEngine | None = None
 
@@ -216,40 +218,52 @@ class LearnerRank:
         save_whole_model(self.policy.model, path, writer=self.rank == 0, max_bytes=GATHER_BYTES)
         dist.barrier()
 
-    def save_checkpoint(self, directory: Path) -> None:
-        """Writes everything that the next step depends on; ``layout.json``, without which nothing loads, comes last."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self.engine.save(directory)
-        torch.save(_rng_states(), directory / f"rng_{self.rank}.pt")
-        dist.barrier()
-        if self.rank == 0:
-            (directory / "layout.json").write_text(json.dumps(self._layout()))
+    def copy_checkpoint(self) -> int:
+        """Copies everything that the next step depends on to host memory; returns its bytes."""
+        tensors, progress = self.engine.copy_state()
+        generators, words = generator_states()
+        tensors |= {f"generator/{name}/{self.rank}": state for name, state in generators.items()}
+        header = {"ranks": self.world_size, "dtype": self._dtype, "generators": words, **progress}
+        self._writer.hold(tensors, header)
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def write_checkpoint(self, directory: Path) -> None:
+        """Begins to write the copies to a file of this rank's in ``directory``, beside what else the rank does."""
+        self._writer.begin(directory / rank_file(self.rank))
+
+    def checkpoint_written(self) -> FileRecord | OSError | None:
+        """What was written, or why it could not be; None while it is being written."""
+        return self._writer.outcome()
 
     def load_checkpoint(self, directory: Path) -> None:
-        """Restores a checkpoint into a phase that has just begun.
+        """Restores a checkpoint, of any number of ranks, into a phase that has just begun.
 
         Raises:
-            DataError: there is no checkpoint in ``directory``.
-            RecipeError: it was written with other ranks, another ZeRO stage or another dtype.
+            DataError: there is no whole checkpoint in ``directory``.
+            RecipeError: it was written with another dtype, or when other parameters were trained.
         """
-        layout = directory / "layout.json"
-        if not layout.is_file():
-            raise DataError(f"{directory} holds no learner checkpoint: {layout.name} is missing")
-        saved = json.loads(layout.read_text())
-        for key, value in self._layout().items():
-            if saved.get(key) != value:
-                raise RecipeError(f"{directory} was written with {key} {saved.get(key)}, but the recipe says {value}")
-        self.engine.load(directory)
-        _restore_rng(torch.load(directory / f"rng_{self.rank}.pt", weights_only=False))
+        with SavedState(directory) as saved:
+            dtype = saved.headers[0].get("dtype")
+            if dtype != self._dtype:
+                raise RecipeError(
+                    f"{directory} was written with model.dtype {dtype}, but the recipe says {self._dtype}"
+                )
+            trained = {name for name, one in self.policy.named_parameters() if one.requires_grad}
+            if others := sorted(trained ^ saved.parameters):
+                when = "was not" if others[0] in trained else "was"
+                raise RecipeError(
+                    f"{directory} was written when {others[0]} {when} trained; keep learner.indexer and the model"
+                )
+            self.engine.restore_state(saved)
+            if self.rank < len(saved.headers):
+                kinds = ("torch", "cuda") if torch.cuda.is_available() else ("torch",)
+                keys = {kind: f"generator/{kind}/{self.rank}" for kind in kinds}
+                tensors = {kind: saved.read(key) for kind, key in keys.items() if key in saved}
+                restore_generators(tensors, saved.headers[self.rank]["generators"])
 
-    def _layout(self) -> dict[str, Any]:
-        """What must not change between writing and reading a checkpoint: each rank reads its own shards."""
-        return {
-            "learner.ranks": self.world_size,
-            "learner.zero_stage": self.sharding.zero_stage,
-            "learner.expert_parallel": self.sharding.expert_parallel,
-            "model.dtype": str(self.sharding.dtype).removeprefix("torch."),
-        }
+    @property
+    def _dtype(self) -> str:
+        return str(self.sharding.dtype).removeprefix("torch.")
 
 
 def sharding_of(recipe: Recipe) -> Sharding:
@@ -272,20 +286,3 @@ def threads_of(recipe: Recipe, phase: Phase) -> int:
     return (
         recipe.learner.threads if phase == Phase.REINFORCEMENT else recipe.supervised.threads or recipe.learner.threads
     )
-
-
-def _rng_states() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-
-
-def _restore_rng(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    np.random.set_state(states["numpy"])
-    random.setstate(states["python"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,11 +204,3 @@ def test_bytes_that_spell_nothing_are_still_shown():
     assert token_texts([0xFF, 0x61], decode) == ["", "\ufffda"]
     assert token_texts([0x61, 0xE2, 0x82], decode)[0] == "a"
     assert "\ufffd" in "".join(token_texts([0x61, 0xE2, 0x82], decode))
-
-
-def test_only_the_latest_checkpoints_stay(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run", recipe="name: run\n")
-    for step in (2, 9, 10):
-        (run.checkpoints / f"step_{step}").mkdir(parents=True)
-    run.prune_checkpoints(2)
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_10", "step_9"]

@@ -55,7 +55,7 @@ class Desk:
             advantages or [np.zeros(len(group.scored)) for group in groups],
             tally or Tally(),
             StepResult(metrics={"loss/total": Mean(3.0, 2)}, skipped=skipped, learner_logprobs=logprobs or {}),
-            Sync(version=step, num_bytes=12, seconds=0.1, num_tensors=2),
+            Sync(version=step, num_bytes=12, seconds=0.1, checksums={}),
             clock,
             {"speed/learner_tflops": 7.0},
             evaluation,

@@ -112,7 +112,11 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
             assert checksums(sent.items()) == sums
             assert sums != checksums(cold.state_dict().items())
 
-            await learner.save_checkpoint(tmp_path / "checkpoint")
+            num_bytes = await learner.copy_checkpoint()
+            (tmp_path / "checkpoint").mkdir()
+            written = await learner.write_checkpoint(tmp_path / "checkpoint")
+            assert sorted(written) == ["rank_00000.safetensors", "rank_00001.safetensors"]
+            assert sum(record.bytes for record in written.values()) >= num_bytes
             after = values((await learner.step(batch(tmp_path / "cold", ranks=2, kl_beta=0.1))).metrics)
             await learner.begin(Phase.REINFORCEMENT, tmp_path / "cold")
             await learner.load_checkpoint(tmp_path / "checkpoint")

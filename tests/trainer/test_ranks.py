@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.numpy import load_file
 
 from model import LanguageModel, checksums, load_model
 from rl.config import IndexerTraining, Model, Recipe
-from rl.errors import RecipeError
+from rl.durable import FileRecord
+from rl.errors import DataError, RecipeError
 from rl.metrics import merge
+from tests.small_disk import full_disk
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks
 from tests.trainer.samples import advantages_of, groups_of, live_weights, tiny_recipe
 from tests.trainer.test_domain_gradients import DOMAINS, minibatch_of, mixed_groups, recipe_of, shares_of
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
+from trainer.rank import LearnerRank
 from trainer.step import RankStep
 from trainer.supervised import EncodedDemonstration, pack_demonstrations
 from trainer.weights import whole_weights
@@ -156,12 +164,23 @@ def test_bf16_needs_zero(sole_rank: MakeRank):
         sole_rank(in_dtype(tiny_recipe(zero_stage=0), "bfloat16"))
 
 
+def save_checkpoint(rank: LearnerRank, directory: Path) -> None:
+    """As the learner's handle does it, but waiting."""
+    directory.mkdir(exist_ok=True)
+    rank.copy_checkpoint()
+    rank.write_checkpoint(directory)
+    while rank.checkpoint_written() is None:
+        time.sleep(0.01)
+    assert isinstance(rank.checkpoint_written(), FileRecord)
+
+
 def interrupted(make: MakeRank, recipe: Recipe, model_dir: Path, directory: Path) -> list[tuple[Weights, list[float]]]:
     rank = make(recipe)
     steps = [minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size, num_steps=3)]
     rank.begin(Phase.REINFORCEMENT, model_dir)
     rank.step(steps[:2])
-    rank.save_checkpoint(directory)
+    save_checkpoint(rank, directory)
+    dist.barrier()
     runs = []
     for resumed in (False, True):
         if resumed:
@@ -183,33 +202,76 @@ def test_a_resumed_run_takes_bitwise_the_same_steps(
         assert draws == redrawn
 
 
-def test_a_checkpoint_of_another_layout_is_refused(sole_rank: MakeRank, model_dir: Path, tmp_path: Path):
+def reloaded(make: MakeRank, recipe: Recipe, model_dir: Path, read: Path, written: Path) -> tuple[Weights, Weights]:
+    """The weights that a checkpoint brings, written again, and those after one more step."""
+    rank = make(recipe)
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    rank.load_checkpoint(read)
+    before = live_weights(rank)
+    save_checkpoint(rank, written)
+    rank.step([minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size)])
+    return before, live_weights(rank)
+
+
+@pytest.mark.parametrize(("stage", "there"), [(0, 3), (1, 0), (2, 1), (3, 2)])
+def test_a_checkpoint_goes_from_one_rank_to_two_and_back_at_any_stage(
+    pair: Ranks, sole_rank: MakeRank, model_dir: Path, tmp_path: Path, stage: int, there: int
+):
+    recipe = tiny_recipe(zero_stage=stage, warmup_steps=4)
+    rank = sole_rank(recipe)
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    rank.step([minibatch.share(0) for minibatch in steps_of(model_dir, ranks=1)])
+    save_checkpoint(rank, tmp_path / "one")
+    saved = live_weights(rank)
+    rank.step([minibatch.share(0) for minibatch in steps_of(model_dir, ranks=1)])
+    straight = live_weights(rank)
+
+    elsewhere = tiny_recipe(zero_stage=there, warmup_steps=4)
+    for before, after in pair(reloaded, elsewhere, model_dir, tmp_path / "one", tmp_path / "two"):
+        assert_same(before, saved)
+        for name, tensor in straight.items():
+            # Moments and their count came along: a fresh optimizer would move every weight by lr.
+            assert float((after[name] - tensor).abs().max()) <= 3e-5, name
+    back, _ = reloaded(sole_rank, recipe, model_dir, tmp_path / "two", tmp_path / "three")
+    assert_same(back, saved)
+    assert state_of(tmp_path / "three") == state_of(tmp_path / "one")
+
+
+def state_of(directory: Path) -> dict[str, list[float]]:
+    """Every number of a checkpoint that one rank wrote, but for its generators."""
+    arrays = load_file(directory / "rank_00000.safetensors")
+    return {name: array.tolist() for name, array in arrays.items() if not name.startswith("generator/")}
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(sole_rank: MakeRank, model_dir: Path, tmp_path: Path):
     rank = sole_rank(tiny_recipe(zero_stage=1))
     rank.begin(Phase.REINFORCEMENT, model_dir)
-    rank.save_checkpoint(tmp_path / "saved")
-    other = sole_rank(tiny_recipe(zero_stage=2))
+    save_checkpoint(rank, tmp_path / "saved")
+    other = sole_rank(in_dtype(tiny_recipe(zero_stage=2), "bfloat16"))
     other.begin(Phase.REINFORCEMENT, model_dir)
-    with pytest.raises(RecipeError, match=r"written with learner\.zero_stage 1, but the recipe says 2"):
+    with pytest.raises(RecipeError, match=r"written with model\.dtype float32, but the recipe says bfloat16"):
         other.load_checkpoint(tmp_path / "saved")
-    with pytest.raises(ValueError, match="holds no learner checkpoint"):
+    trained = sole_rank(tiny_recipe(zero_stage=2, indexer=IndexerTraining.kl))
+    trained.begin(Phase.REINFORCEMENT, model_dir)
+    with pytest.raises(RecipeError, match=r"was written when .*indexer.* was not trained"):
+        trained.load_checkpoint(tmp_path / "saved")
+    with pytest.raises(DataError, match="the files of 0 learner ranks, not of all"):
         other.load_checkpoint(tmp_path / "elsewhere")
+    (tmp_path / "saved" / "rank_00000.safetensors").write_bytes(pickle.dumps(print))
+    with pytest.raises(DataError, match="a rank's file cannot be read"):
+        other.load_checkpoint(tmp_path / "saved")
 
 
-def test_a_checkpoint_counts_only_once_every_rank_has_written_its_part(
-    sole_rank: MakeRank, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_is_what_the_writer_says(sole_rank: MakeRank, model_dir: Path, tmp_path: Path):
     rank = sole_rank(tiny_recipe())
     rank.begin(Phase.REINFORCEMENT, model_dir)
-    seen: list[set[str]] = []
-
-    def wait_for_the_others(**_: object) -> None:
-        seen.append({path.name for path in tmp_path.iterdir()})
-
-    monkeypatch.setattr("trainer.rank.dist.barrier", wait_for_the_others)
-    rank.save_checkpoint(tmp_path)
-    assert {"state", "rng_0.pt"} <= seen[-1]
-    assert not any("layout.json" in names for names in seen)
-    assert (tmp_path / "layout.json").is_file()
+    rank.copy_checkpoint()
+    with full_disk(tmp_path / "disk", num_bytes=64 << 10) as directory:
+        rank.write_checkpoint(directory)
+        while (outcome := rank.checkpoint_written()) is None:
+            time.sleep(0.01)
+    assert isinstance(outcome, OSError)
+    assert outcome.errno == errno.ENOSPC
 
 
 def demonstrations(num: int) -> list[EncodedDemonstration]:

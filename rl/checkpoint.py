@@ -1,0 +1,243 @@
+"""A checkpoint on the disk: ``checkpoints/step_N/``, from which a run goes on exactly as it would have gone on.
+
+    manifest.json          {"format", "step", "metrics": the step's row, "files": {name: {bytes, sha256}}}, written last
+    run.json               the recipe, what the driver counts and draws, groups under way, checksums of the weights
+    groups.safetensors     the token streams of finished groups that are not trained yet
+    rank_R.safetensors     what learner rank R alone held: fp32 weights, moments, generators; none before the first step
+
+Everything is written beside it and renamed, so a checkpoint is whole or not there. What is not in the manifest is
+refused, and nothing that is read can hold code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rl.durable import FileRecord, damage, read_json, read_tensors, sync_folder, write_json, write_tensors
+from rl.errors import DataError
+from rl.loop_state import Loop, LoopState
+from rl.sample import Prompt
+
+FORMAT = 1
+MANIFEST, RUN, GROUPS = "manifest.json", "run.json", "groups.safetensors"
+_OURS = re.compile(r"manifest\.json|run\.json|groups\.safetensors|rank_\d{5}\.safetensors")
+_READERS = 4
+
+
+class Damaged(DataError):
+    """A checkpoint that is not what was written; the one before it may be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint that was found whole."""
+
+    path: Path
+    step: int
+    recipe: Mapping[str, Any]
+    model_dir: Path
+    """What the first step of reinforcement learning started from, and what the reference is."""
+    sums: Mapping[str, int]
+    """Checksums of the weights, as the engines answered them."""
+    faults: Mapping[str, int]
+    loop: Mapping[str, Any] | None  # None before the first step
+
+    @property
+    def has_learner(self) -> bool:
+        """Whether the learner had trained; otherwise it starts from ``model_dir``."""
+        return self.loop is not None
+
+    def restore(self, loop: Loop, prompts: Sequence[Prompt]) -> int:
+        """Puts the loop back to where it stood and returns its next step.
+
+        Raises DataError when a prompt that is under way is not among ``prompts``, or the others have changed.
+        """
+        if self.loop is not None:
+            loop.restore(LoopState.decode(self.loop, read_tensors(self.path / GROUPS), prompts), prompts)
+        return self.step + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What the driver has to say of a step; the ranks' files come beside it."""
+
+    step: int
+    recipe: Mapping[str, Any]
+    model_dir: Path
+    sums: Mapping[str, int]
+    faults: Mapping[str, int]
+    loop: LoopState | None = None
+
+    def write(self, partial: Path) -> dict[str, FileRecord]:
+        """Writes the driver's files; raises OSError when the disk does not take them."""
+        loop, arrays = (None, {}) if self.loop is None else self.loop.encode()
+        # A run that is moved or copied takes its own model along.
+        run_path = partial.absolute().parents[1]
+        model_dir = self.model_dir.absolute()
+        inside = model_dir.is_relative_to(run_path)
+        values = {
+            "recipe": self.recipe,
+            "model_dir": str(model_dir.relative_to(run_path) if inside else model_dir),
+            "sums": self.sums,
+            "faults": self.faults,
+            "loop": loop,
+        }
+        return {
+            RUN: write_json(partial / RUN, values),
+            GROUPS: write_tensors(partial / GROUPS, arrays),
+        }
+
+
+def partial_path(checkpoints: Path, step: int) -> Path:
+    """Where a checkpoint is written before it counts."""
+    return checkpoints / f".step_{step}.partial"
+
+
+def commit(
+    checkpoints: Path, step: int, files: Mapping[str, FileRecord], metrics: Mapping[str, Any]
+) -> tuple[Path, int]:
+    """Makes what was written at :func:`partial_path` the checkpoint of ``step``; returns its path and its bytes."""
+    partial, path = partial_path(checkpoints, step), checkpoints / f"step_{step}"
+    records = {name: asdict(record) for name, record in files.items()}
+    manifest = {"format": FORMAT, "step": step, "metrics": dict(metrics), "files": records}
+    written = write_json(partial / MANIFEST, manifest)
+    sync_folder(partial)
+    discard(path)
+    os.rename(partial, path)
+    sync_folder(checkpoints)
+    return path, written.bytes + sum(record.bytes for record in files.values())
+
+
+def steps_saved(checkpoints: Path) -> list[int]:
+    """Steps with a checkpoint, whole or not, ascending."""
+    names = (path.name.removeprefix("step_") for path in checkpoints.glob("step_*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def discard(path: Path) -> None:
+    """Deletes a checkpoint; one that is killed on the way leaves nothing that looks like a checkpoint."""
+    if path.exists():
+        dying = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(dying, ignore_errors=True)
+        os.rename(path, dying)
+        shutil.rmtree(dying, ignore_errors=True)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Deletes what an earlier process left half written or half deleted."""
+    for path in [*checkpoints.glob(".step_*.partial"), *checkpoints.glob(".step_*.deleted")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(checkpoints: Path, *, keep: int, best: str | None) -> None:
+    """Deletes all checkpoints but the ``keep`` latest and the one whose metric ``best`` is the highest."""
+    steps = steps_saved(checkpoints)
+    kept = set(steps[-keep:])
+    if best is not None:
+        scores = {step: metrics_of(checkpoints / f"step_{step}").get(best) for step in steps}
+        known = {step: score for step, score in scores.items() if score is not None}
+        if known:
+            kept.add(max(known, key=lambda step: (known[step], step)))
+    for step in set(steps) - kept:
+        discard(checkpoints / f"step_{step}")
+
+
+def metrics_of(path: Path) -> dict[str, float]:
+    """The row of metrics of a checkpoint's step; empty when it cannot be read."""
+    try:
+        return dict(read_json(path / MANIFEST)["metrics"])
+    except (DataError, KeyError, TypeError, ValueError):
+        return {}
+
+
+@dataclass(slots=True)
+class Search:
+    """The newest whole checkpoint, and a sentence about each newer one that is not whole."""
+
+    found: Saved | None = None
+    damaged: list[str] = field(default_factory=list)
+
+
+def newest(checkpoints: Path) -> Search:
+    """Raises DataError for a checkpoint with files in it that Keel does not write."""
+    search = Search()
+    for step in reversed(steps_saved(checkpoints)):
+        try:
+            search.found = read(checkpoints / f"step_{step}")
+            break
+        except Damaged as error:
+            search.damaged.append(str(error))
+    return search
+
+
+def read(path: Path) -> Saved:
+    """Checks every byte of a checkpoint, and reads what the driver wrote.
+
+    Raises:
+        Damaged: a file is missing, truncated or changed.
+        DataError: there are files that Keel does not write, or another version of Keel wrote it.
+    """
+    _refuse_foreign(path)
+    manifest = _read_manifest(path)
+    records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    if problem := next(_damages(path, records), ""):
+        raise Damaged(f"{path} is damaged: {problem}")
+    values = read_json(path / RUN)
+    return Saved(
+        path=path,
+        step=manifest["step"],
+        recipe=values["recipe"],
+        model_dir=path.absolute().parents[1] / values["model_dir"],
+        sums=values["sums"],
+        faults=values["faults"],
+        loop=values["loop"],
+    )
+
+
+def _refuse_foreign(path: Path) -> None:
+    foreign = sorted(str(one.relative_to(path)) for one in path.rglob("*") if not _is_ours(one, path))
+    if foreign:
+        raise DataError(
+            f"{path} holds {foreign[0]}, which Keel does not write: its checkpoints are JSON and safetensors, and no "
+            "file that could hold code is opened; delete the checkpoint or take another one by resume=PATH"
+        )
+
+
+def _is_ours(one: Path, path: Path) -> bool:
+    return one.parent == path and one.is_file() and not one.is_symlink() and _OURS.fullmatch(one.name) is not None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = read_json(path / MANIFEST)
+        version = manifest["format"]
+        well_formed = isinstance(manifest["step"], int) and all(
+            record.keys() == {"bytes", "sha256"} for record in manifest["files"].values()
+        )
+    except (DataError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is damaged: {MANIFEST} cannot be read") from error
+    if version != FORMAT:
+        raise DataError(f"{path} has format {version}, and this version of Keel reads format {FORMAT}")
+    names = {one.name for one in path.iterdir()} - {MANIFEST}
+    if not well_formed or names != manifest["files"].keys():
+        raise Damaged(f"{path} is damaged: its files are not those of {MANIFEST}")
+    return manifest
+
+
+def _damages(path: Path, records: Mapping[str, FileRecord]) -> Iterator[str]:
+    def check(one: tuple[str, FileRecord]) -> str:
+        return damage(path / one[0], one[1])
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from filter(None, readers.map(check, _smallest_first(records)))
+
+
+def _smallest_first(records: Mapping[str, FileRecord]) -> Iterable[tuple[str, FileRecord]]:
+    return sorted(records.items(), key=lambda one: one[1].bytes)

@@ -1,0 +1,86 @@
+"""What a run has logged, cut back to the step that it goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  (protobuf builds it when imported)
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+SUPERVISED = "supervised/"
+"""What the TensorBoard names of the cold start begin with; its steps count on their own."""
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file; a last line that was cut off by the end of its process is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Leaves the rows up to ``step``, and no half of a row."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)[: len(read_rows(path))]
+    kept = b"".join(line for line in lines if json.loads(line)["step"] <= step)
+    if kept != content:
+        _replace(path, kept)
+
+
+def cut_samples(folder: Path, step: int) -> None:
+    """Leaves the trajectories of steps up to ``step``."""
+    for path in folder.glob("step_*.jsonl"):
+        number = path.stem.removeprefix("step_")
+        if number.isdigit() and int(number) > step:
+            path.unlink()
+
+
+def cut_events(folder: Path, step: int) -> None:
+    """Leaves TensorBoard's events up to ``step``, and those of the cold start."""
+    for path in folder.glob("events.out.tfevents.*"):
+        records = list(RawEventFileLoader(str(path)).Load())
+        kept = [record for record in records if _is_kept(Event.FromString(record), step)]
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "wb") as file:
+            writer = RecordWriter(file)
+            for record in kept:
+                writer.write(record)
+        os.replace(partial, path)
+
+
+def clear_cold_start(folder: Path) -> None:
+    """Removes what a cold start that has to be done again has logged."""
+    (folder / "supervised.jsonl").unlink(missing_ok=True)
+    for path in folder.glob("events.out.tfevents.*"):
+        path.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Removes everything that a run has left in its directory, but for hidden files."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif not path.name.startswith("."):
+            path.unlink()
+
+
+def _is_kept(event: Any, step: int) -> bool:
+    tags = [value.tag for value in event.summary.value]
+    return event.step <= step or all(tag.startswith(SUPERVISED) for tag in tags)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -1,0 +1,184 @@
+"""How a run begins: afresh, after the last checkpoint in its directory, or from another run's checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rl import checkpoint
+from rl.checkpoint import MANIFEST, Saved
+from rl.config import RESUME_AUTO, RESUME_NEVER, Recipe
+from rl.data import RunData
+from rl.errors import DataError, RecipeError, RunStopped
+from rl.progress import Progress
+from rl.recipe import to_plain, to_yaml
+from rl.run_directory import FINISHED, RunDirectory, describe, read_status
+from rl.run_lock import RunLock
+from rl.system import System
+
+_FIXED = re.compile(
+    r"seed|prompts_per_step|model\.(?!path$).*|supervised\.(?!demonstrations|threads).*|evaluation\.num_prompts"
+    r"|rollout\.max_staleness|learner\.indexer|sampling\.(temperature|top_p|top_k|min_p)"
+    r"|domains\.[^.]+(\.(weight|thinking|system|prompt_style|group_size))?"
+)
+"""Keys whose old value is in what was saved: draws, groups under way, weights. Every other one may change; prompts and
+models may lie elsewhere, and are compared by what they hold."""
+_SILENT = ("name", "runs", "resume", "steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumption:
+    """A run directory that is ours now, and where to begin."""
+
+    run: RunDirectory
+    saved: Saved | None = None
+    is_old: bool = False  # whether the directory held a run before
+    sentences: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def tell(self, progress: Progress) -> None:
+        """Shows where the run goes on."""
+        for sentence in self.warnings:
+            progress.warn(sentence)
+        for sentence in self.sentences:
+            progress.say(sentence)
+        if self.saved is not None:
+            progress.resume(self.saved.step, self.run.rows())
+
+
+def open_run(recipe: Recipe, data: RunData) -> Resumption:
+    """Claims the run's directory, as ``resume`` says.
+
+    Raises:
+        RecipeError: the directory holds what cannot be resumed, or another process writes it, or the recipe has changed
+            where it must not.
+        DataError: no checkpoint is whole, or one holds what Keel does not write; or the prompts are others.
+    """
+    path = Path(recipe.runs) / recipe.name
+    if recipe.resume not in (RESUME_NEVER, RESUME_AUTO):
+        return _from_elsewhere(recipe, data, path, Path(recipe.resume))
+    if recipe.resume == RESUME_NEVER or read_status(path) is None:
+        return Resumption(run=RunDirectory.create(path, recipe=to_yaml(recipe)))
+    lock = RunLock(path)
+    try:
+        return _continued(recipe, data, path, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _continued(recipe: Recipe, data: RunData, path: Path, lock: RunLock) -> Resumption:
+    status = read_status(path)
+    search = checkpoint.newest(path / "checkpoints")
+    saved, finished = search.found, status is not None and status.status == FINISHED
+    if finished and (saved is None or saved.step >= recipe.steps):
+        more = "" if saved is None else f", raise steps above {saved.step} to go on with it"
+        raise RecipeError(f"{path} already holds {describe(path)}; choose another name=...{more} or delete it")
+    if saved is None and search.damaged:
+        raise DataError(f"{search.damaged[0]}, and no other is whole; delete {path} or choose another name=...")
+    checkpoint.sweep(path / "checkpoints")
+    if saved is None:
+        run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=None, lock=lock)
+        sentence = f"{path} holds no checkpoint; the run starts afresh"
+        return Resumption(run=run, is_old=True, sentences=(sentence,))
+    changes = _check(recipe, data, saved, path)
+    saved = _with_model(saved, recipe)
+    return _take_over(recipe, path, lock, saved, changes, tuple(search.damaged))
+
+
+def _from_elsewhere(recipe: Recipe, data: RunData, path: Path, source: Path) -> Resumption:
+    """From the checkpoint, or the newest one of the run, at ``source``; an earlier one of the same run rewinds it."""
+    saved = _saved_at(source)
+    changes = _check(recipe, data, saved, path)
+    saved = _with_model(saved, recipe)
+    if saved.path.resolve().parents[1] == path.resolve():
+        lock = RunLock(path)
+        try:
+            return _take_over(recipe, path, lock, saved, changes, ())
+        except BaseException:
+            lock.release()
+            raise
+    run = RunDirectory.create(path, recipe=to_yaml(recipe))
+    return Resumption(run=run, saved=saved, sentences=(f"starts after step {saved.step} of {saved.path}", *changes))
+
+
+def _saved_at(source: Path) -> Saved:
+    if (source / MANIFEST).exists() or source.name.startswith("step_"):
+        if not source.is_dir():
+            raise RecipeError(f"resume: there is no checkpoint {source}")
+        return checkpoint.read(source)
+    search = checkpoint.newest(source / "checkpoints")
+    if search.found is None:
+        raise RecipeError(f"resume: {source} holds no checkpoint that is whole")
+    return search.found
+
+
+def _take_over(
+    recipe: Recipe, path: Path, lock: RunLock, saved: Saved, changes: tuple[str, ...], damaged: tuple[str, ...]
+) -> Resumption:
+    for step in checkpoint.steps_saved(path / "checkpoints"):
+        if step > saved.step:
+            checkpoint.discard(path / "checkpoints" / f"step_{step}")
+    run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=saved.step, lock=lock)
+    sentence = f"goes on after step {saved.step} of {recipe.steps}, from {saved.path}"
+    return Resumption(run=run, saved=saved, is_old=True, sentences=(sentence, *changes), warnings=damaged)
+
+
+def _check(recipe: Recipe, data: RunData, saved: Saved, path: Path) -> tuple[str, ...]:
+    """A sentence about what has changed; raises RecipeError or DataError for what must not."""
+    if saved.step > recipe.steps:
+        raise RecipeError(f"steps is {recipe.steps}, but {saved.path} is already that of step {saved.step}; raise it")
+    changes = list(_changes(saved.recipe, to_plain(recipe)))
+    for key, before, now in changes:
+        if _FIXED.fullmatch(key):
+            raise RecipeError(
+                f"{path} cannot go on with another {key}: it was {_shown(before)} and is {_shown(now)} now; put "
+                "it back, or choose another name=..."
+            )
+    if saved.loop is not None:
+        data.stream.load_state_dict(saved.loop["values"]["prompts"])
+    told = [f"{key} {_shown(before)} -> {_shown(now)}" for key, before, now in changes if key not in _SILENT]
+    return (f"from here on with {', '.join(told)}",) if told else ()
+
+
+def _with_model(saved: Saved, recipe: Recipe) -> Saved:
+    """A model that the run was given is where the recipe says now."""
+    if recipe.model.path is None or str(saved.model_dir) != saved.recipe["model"]["path"]:
+        return saved
+    return replace(saved, model_dir=Path(recipe.model.path))
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key that differs; a section that is on one side only is one difference."""
+    for key in [*before, *(key for key in now if key not in before)]:
+        name = f"{place}{key}"
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _changes(one, other, f"{name}.")
+        elif one != other:
+            yield name, one, other
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+async def bring_back(saved: Saved, system: System) -> None:
+    """The saved weights into learner and engines, with the proof that they are those that were saved.
+
+    Raises RunStopped when they are not: the model that the run started from is another one now.
+    """
+    if saved.has_learner:
+        await system.learners_turn()
+        await system.learner.load_checkpoint(saved.path)
+    sync = await system.publish(version=saved.step)
+    for name in sorted(saved.sums.keys() | sync.checksums.keys()):
+        if saved.sums.get(name) != sync.checksums.get(name):
+            raise RunStopped(
+                f"{saved.path} does not give back the weights that were saved: {name} differs; the model in "
+                f"{saved.model_dir}, which frozen weights are read from, may have changed since"
+            )

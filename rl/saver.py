@@ -1,0 +1,195 @@
+"""When a run saves itself, and how little it stands still for that."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rl import checkpoint
+from rl.checkpoint import Draft, Saved
+from rl.config import Recipe
+from rl.durable import sync_folder
+from rl.errors import LearnerFailed, did_you_mean
+from rl.loop_state import Loop
+from rl.progress import Progress
+from rl.recipe import to_plain
+from rl.run_directory import RunDirectory
+from rl.system import System
+from trainer.learner import Learner
+
+ROOM_BYTES = 4 << 20
+"""Left free on the disk beside a checkpoint, for metrics and samples."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Copied:
+    """A step that is in host memory and not on the disk yet."""
+
+    draft: Draft
+    learner: Learner | None
+    num_bytes: int
+    began: float
+
+
+class Saver:
+    """Saves steps of one run: a copy while the learner stands still, then the disk, beside the following steps.
+
+    A checkpoint that cannot be written is counted and told, and the run goes on with the one before. Failures of the
+    learner in the meantime are raised by the next call.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, progress: Progress) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.progress = progress
+        self.num_failed = 0
+        self.num_restores = 0
+        self.last: int | None = None  # step of the newest checkpoint
+        self._restores: list[float] = []  # when the learner was restored, by the monotonic clock
+        self._trained: tuple[int, Mapping[str, Any], Mapping[str, int]] | None = None
+        self._model_dir = Path()
+        self._copied: _Copied | None = None
+        self._writing: asyncio.Task[None] | None = None
+        self._written: dict[str, float] = {}
+
+    def follow(self, model_dir: Path, saved: Saved | None) -> None:
+        """What every checkpoint from now on belongs to: the model that RL starts from, and what was resumed."""
+        self._model_dir = model_dir
+        self._trained = None
+        if saved is not None:
+            self.last = saved.step
+            self.num_failed = max(self.num_failed, saved.faults["checkpoints_failed"])
+            self.num_restores = max(self.num_restores, saved.faults["learner_restores"])
+
+    async def start(self, sums: Mapping[str, int]) -> None:
+        """The checkpoint before the first step: which model it starts from."""
+        self._copied = _Copied(draft=self._draft(0, sums), learner=None, num_bytes=0, began=time.perf_counter())
+        self.write(0, {}, sums)
+        await self.settle()
+
+    async def copy(self, step: int, loop: Loop, system: System, sums: Mapping[str, int]) -> None:
+        """Takes ``step`` into host memory. ``sums`` are the checksums of its weights."""
+        await self.settle()
+        began = time.perf_counter()
+        draft = replace(self._draft(step, sums), loop=loop.state())
+        async with system.interruption():
+            with self.run.timeline.span("learner", "checkpoint", step=step):
+                num_bytes = await system.learner.copy_checkpoint()
+        self._copied = _Copied(draft=draft, learner=system.learner, num_bytes=num_bytes, began=began)
+
+    def write(self, step: int, row: Mapping[str, Any], sums: Mapping[str, int]) -> None:
+        """Comes after a step whose ``row`` of metrics is logged: begins to write it, if it was copied."""
+        self._trained = (step, row, sums)
+        if self._copied is not None:
+            copied, self._copied = self._copied, None
+            self._writing = asyncio.create_task(self._write(copied, row))
+            self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())  # settle raises it
+
+    async def stop(self, loop: Loop, system: System) -> None:
+        """Saves the step before an interruption, unless it is saved already."""
+        await self.settle()
+        if self._trained is not None and self._trained[0] != self.last:
+            step, row, sums = self._trained
+            await self.copy(step, loop, system, sums)
+            self.write(step, row, sums)
+            await self.settle()
+        self.progress.say(f"interrupted after step {self.last}, which is saved; the same command goes on from there")
+
+    async def settle(self) -> None:
+        """Waits until what is being written is on the disk. Raises LearnerFailed when the learner could not write."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            await writing
+
+    def restore(self, failure: LearnerFailed) -> Saved | None:
+        """The checkpoint to go on from after a failure of the learner, with the run cut back to it; None starts again.
+
+        Raises the failure when it is one too many.
+        """
+        self._drop()
+        now, settings = time.monotonic(), self.recipe.faults
+        self._restores = [at for at in self._restores if now - at < settings.window_s]
+        if len(self._restores) >= settings.learner_restores:
+            raise failure
+        self._restores.append(now)
+        self.num_restores += 1
+        search = checkpoint.newest(self.run.checkpoints)
+        for sentence in search.damaged:
+            self.progress.warn(sentence)
+        step = search.found.step if search.found else -1
+        where = f"the run goes on after step {step}" if search.found else "the run begins again"
+        self.progress.warn(f"{failure}; {where} ({self.num_restores}. restore of the learner)")
+        self.run.cut(step)
+        self.progress.resume(max(0, step), self.run.rows())
+        return search.found
+
+    def _drop(self) -> None:
+        """Gives up what is being written: its learner is gone."""
+        if self._writing is not None:
+            self._writing.cancel()
+        self._writing = self._copied = None
+        checkpoint.sweep(self.run.checkpoints)
+
+    def metrics(self) -> dict[str, float]:
+        """Faults so far, and what the latest checkpoint cost, in the row after it."""
+        written, self._written = self._written, {}
+        faults = {f"faults/{name}": float(count) for name, count in self._faults.items()}
+        return faults | written
+
+    @property
+    def _faults(self) -> dict[str, int]:
+        return {"learner_restores": self.num_restores, "checkpoints_failed": self.num_failed}
+
+    def _draft(self, step: int, sums: Mapping[str, int]) -> Draft:
+        return Draft(
+            step=step, recipe=to_plain(self.recipe), model_dir=self._model_dir, sums=dict(sums), faults=self._faults
+        )
+
+    async def _write(self, copied: _Copied, row: Mapping[str, Any]) -> None:
+        step, folder = copied.draft.step, self.run.checkpoints
+        partial = checkpoint.partial_path(folder, step)
+        try:
+            await asyncio.to_thread(self._make_room, partial, copied)
+            files = {} if copied.learner is None else await copied.learner.write_checkpoint(partial)
+            files |= await asyncio.to_thread(copied.draft.write, partial)
+            # What a checkpoint counts as done must be on the disk as well.
+            await asyncio.to_thread(self.run.flush)
+            _, num_bytes = await asyncio.to_thread(checkpoint.commit, folder, step, files, row)
+            await asyncio.to_thread(self._prune)
+        except OSError as error:
+            self._fail(step, partial, error)
+            return
+        self.last = step
+        self._written = {"checkpoint/bytes": num_bytes, "checkpoint/seconds": time.perf_counter() - copied.began}
+
+    def _make_room(self, partial: Path, copied: _Copied) -> None:
+        """An empty folder for the checkpoint. Raises OSError where it would not fit: a full disk stops metrics too."""
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        sync_folder(partial.parent)
+        needed = copied.num_bytes + (copied.draft.loop.num_bytes if copied.draft.loop else 0) + ROOM_BYTES
+        free = shutil.disk_usage(partial).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left")
+
+    def _prune(self) -> None:
+        settings = self.recipe.checkpoint
+        checkpoint.prune(self.run.checkpoints, keep=settings.keep, best=settings.best)
+
+    def _fail(self, step: int, partial: Path, error: OSError) -> None:
+        self.num_failed += 1
+        shutil.rmtree(partial, ignore_errors=True)
+        before = "there is none before it" if self.last is None else f"that of step {self.last} stays the latest"
+        self.progress.warn(f"the checkpoint of step {step} was not written: {error.strerror or error}; {before}")
+
+
+def warn_of_metric(best: str | None, row: Mapping[str, Any], progress: Progress) -> None:
+    """Says so when no checkpoint will ever be the best, because the metric's name is not one."""
+    if best is not None and best not in row and not best.startswith("eval/"):
+        progress.warn(f"checkpoint.best is {best}, which is no metric of this run; {did_you_mean(best, row)}")

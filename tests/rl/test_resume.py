@@ -1,0 +1,162 @@
+"""Runs that are killed, interrupted, or lose their learner, and go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ray._private.state import actors
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from model import load_model
+from rl.checkpoint import newest
+from tests.rl.killed_runs import assert_same_run, logged, run_until, saving, some_seconds
+from tests.rl.tiny_runs import Run, run_here
+from tests.small_disk import full_disk
+
+STEPS = 9
+LOCKSTEP = (f"steps={STEPS}", "learner.minibatches=2", "checkpoint={every: 1, keep: 3}", "evaluation.num_prompts=2")
+
+
+@pytest.fixture(scope="module")
+def straight(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing happens to."""
+    code, run = run_here(tmp_path_factory.mktemp("straight"), *LOCKSTEP)
+    assert code == 0
+    return run
+
+
+def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(
+    straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rng = random.Random(0)
+    for moment in (logged(1), saving(4), logged(6)):
+        code, _ = run_until(moment, tmp_path, *LOCKSTEP, delay_s=some_seconds(rng, 0.3))
+        assert code == -signal.SIGKILL
+    left = newest(tmp_path / "runs" / "tiny" / "checkpoints").found
+    assert left is not None and 5 <= left.step < STEPS
+
+    capsys.readouterr()
+    code, run = run_here(tmp_path, *LOCKSTEP)
+    assert code == 0
+    assert f"tiny: goes on after step {left.step} of {STEPS}" in capsys.readouterr().out
+    assert_same_run(straight, run, steps=STEPS)
+    ours, theirs = load_model(run.path / "model").state_dict(), load_model(straight.path / "model").state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    shown = EventAccumulator(str(run.path)).Reload().Scalars("reward/mean")
+    assert [event.step for event in shown] == list(range(1, STEPS + 1))
+    assert run.status["status"] == "finished"
+    assert {path.name for path in (run.path / "checkpoints").iterdir()} == {f"step_{step}" for step in (7, 8, 9)}
+
+
+def test_with_generation_ahead_every_prompt_is_trained_once(cluster: None, tmp_path: Path):
+    # Six steps of four prompts are the 24 prompts of the recipe, each once.
+    settings = ("steps=6", "rollout={max_staleness: 2, engines: 2, max_num_seqs: 4}", "log_samples=1000")
+    code, said = run_until(logged(2), tmp_path, *settings, sign=signal.SIGTERM)
+    assert code == 130, said
+    run = Run(tmp_path / "runs" / "tiny")
+    assert run.status["reason"] == "interrupted"
+    assert newest(run.path / "checkpoints").found.step == run.rows[-1]["step"]  # pyright: ignore[reportOptionalMemberAccess]
+    assert "which is saved; the same command goes on" in said
+
+    code, _ = run_until(logged(4), tmp_path, *settings, "checkpoint.every=1", delay_s=0.1)
+    assert code == -signal.SIGKILL
+    code, run = run_here(tmp_path, *settings)
+    assert code == 0
+    trained = [sorted({row["prompt"] for row in run.trajectories(step)}) for step in range(1, 7)]
+    assert [len(prompts) for prompts in trained] == [4] * 6
+    assert len({prompt for prompts in trained for prompt in prompts}) == 24
+    assert [row["step"] for row in run.rows] == list(range(1, 7))
+    assert max(row["staleness/max"] for row in run.rows) <= 2
+
+
+def test_a_finished_run_goes_on_with_more_steps_on_other_ranks(
+    straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(straight.path, tmp_path / "runs" / "tiny")
+    assert run_here(tmp_path, *LOCKSTEP)[0] == 1
+    assert (
+        f"already holds a finished run; choose another name=..., raise steps above {STEPS}" in capsys.readouterr().err
+    )
+    code, run = run_here(tmp_path, *LOCKSTEP, f"steps={STEPS + 2}", "learner.ranks=2", "learner.zero_stage=3")
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "tiny: from here on with " in said and "learner.ranks 1 -> 2, learner.zero_stage 2 -> 3" in said
+    assert [row["step"] for row in run.rows] == list(range(STEPS + 3))
+    assert run.rows[: STEPS + 1] == straight.rows
+    assert all(row["sync/verified"] == 1 and row["ratio/clipped"] < 0.5 for row in run.steps)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("prompts_per_step=8", "cannot go on with another prompts_per_step: it was 4 and is 8 now"),
+        ("domains.sums.group_size=2", "cannot go on with another domains.sums.group_size"),
+        ("domains.more={prompts: '${domains.sums.prompts}', rewards: [{use: format}]}", "another domains.more"),
+        ("steps=3", "steps is 3, but"),
+    ],
+)
+def test_a_recipe_that_the_checkpoint_does_not_fit_is_refused(
+    straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, sentence: str
+):
+    shutil.copytree(straight.path, tmp_path / "runs" / "tiny")
+    (tmp_path / "runs" / "tiny" / "status.json").write_text('{"status": "running", "started": "2026-01-01"}')
+    before = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_bytes()
+    assert run_here(tmp_path, *LOCKSTEP, override)[0] == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+    assert (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_learner_that_dies_costs_the_steps_since_it_was_saved(
+    straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = Run(tmp_path / "runs" / "tiny")
+
+    def kill() -> None:
+        moment = logged(4)
+        while not moment(run):
+            time.sleep(0.01)
+        kill_learner()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    code, _ = run_here(tmp_path, *LOCKSTEP, "checkpoint.every=3")
+    killer.join()
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "warning: learner rank 0 died during" in said
+    assert "the run goes on after step 3" in said or "the run goes on after step 6" in said
+    assert run.rows[-1]["faults/learner_restores"] == 1
+    for row in run.rows:
+        row["faults/learner_restores"] = 0.0
+    assert [row["reward/mean"] for row in run.steps] == [row["reward/mean"] for row in straight.steps]
+    assert [row["loss/total"] for row in run.steps] == [row["loss/total"] for row in straight.steps]
+
+
+def kill_learner() -> None:
+    """Ends the rank's process from outside."""
+    alive = [one for one in actors().values() if one["State"] == "ALIVE" and one["ActorClassName"] == "LearnerRank"]
+    os.kill(alive[-1]["Pid"], signal.SIGKILL)
+
+
+def test_a_disk_that_is_full_costs_checkpoints_and_nothing_else(
+    straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with full_disk(tmp_path / "runs", num_bytes=7_200_000):
+        code, run = run_here(tmp_path, *LOCKSTEP, "checkpoint.keep=9")
+        assert code == 0
+        said = capsys.readouterr().out
+        assert "warning: the checkpoint of step" in said and "was not written: it needs" in said
+        assert "stays the latest" in said
+        assert run.rows[-1]["faults/checkpoints_failed"] > 0
+        assert [row["loss/total"] for row in run.steps] == [row["loss/total"] for row in straight.steps]
+        assert not list((run.path / "checkpoints").glob(".*"))
+        assert newest(run.path / "checkpoints").found is not None
