@@ -89,6 +89,7 @@ def sampling_arguments(request: Request, recording: Recording) -> dict[str, Any]
         "max_tokens": min(sampling.max_tokens, recording.max_context - len(request.token_ids)),
         "seed": request.seed & _MAX_SEED,  # vLLM reads -1 as "no seed"
         "stop_token_ids": list(request.stop_token_ids),
+        "ignore_eos": True,  # config.json's own token would stop a request that does not name it
         "logprobs": 0,  # of the sampled token only
         "flat_logprobs": True,
         "detokenize": False,

@@ -110,6 +110,7 @@ def test_sampling_that_a_mask_can_be_asked_for(make_request, recording, sampling
     arguments = sampling_arguments(make_request("r", length=5, **sampling), recording)
     assert arguments["temperature"] > 0 and arguments["top_k"] > 0
     assert {key: arguments[key] for key in expected} == expected
+    assert arguments["ignore_eos"], "only the request says what ends it, as in the torch engine"
 
 
 def test_seeds_and_lengths_stay_in_range(make_request, recording):
