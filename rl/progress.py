@@ -22,12 +22,15 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from rl.printable import printable
 from rl.run_directory import FINISHED, RunDirectory
 from rl.secrets import redact
+from rl.timeline import Timeline
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
-LINE_EVERY_S = 5.0  # plain lines come at most this often
+LINE_EVERY_S = 5.0  # plain lines of a cold start come at most this often; a step of training always has one
+ACTORS_SHOWN = 6
 INTERVALS = 20  # steps over which the pace is measured
 DOMAINS_SHOWN = 3
 LONGEST_WARNING = 400  # characters
@@ -44,7 +47,8 @@ class Stage(StrEnum):
 class Progress:
     """Follows a run from its metrics; the names it reads are those of the design page, and any may be missing.
 
-    ``clock`` returns seconds and only its differences matter.
+    The live display also says what the actors of ``timeline`` are at. ``clock`` returns seconds and only its
+    differences matter.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Progress:
         *,
         steps: int,
         supervised_steps: int = 0,
+        timeline: Timeline | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,6 +71,9 @@ class Progress:
         self._training = _Course(steps)
         self._supervised = _Course(supervised_steps)
         self._rewards: deque[float] = deque(maxlen=SPARKLINE_WIDTH)
+        self._timeline = timeline
+        self._num_warnings = 0
+        self._num_alarms = 0  # that are on
         self._shown: dict[str, str] = {}  # what the last step said, kept through stages that say nothing
         self._last_line = -LINE_EVERY_S
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
@@ -113,19 +121,26 @@ class Progress:
         if "reward/mean" in metrics:
             self._rewards.append(metrics["reward/mean"])
         self._shown = _readable(metrics)
+        self._num_alarms = int(metrics.get("alarms/active") or 0)
         self._training.advance(step, self._clock())
-        self._after_step(self._training, always=bool(accuracies))
+        if not self._live.is_started:
+            self._print(self._line())
 
     def supervised_step(self, metrics: Mapping[str, float]) -> None:
         """A step of the cold start."""
         names = {"loss": "loss/supervised", "indexer loss": "loss/indexer"}
         self._shown = {label: f"{metrics[name]:.3f}" for label, name in names.items() if name in metrics}
-        self._supervised.advance(int(metrics["step"]), self._clock())
-        self._after_step(self._supervised)
+        course, now = self._supervised, self._clock()
+        course.advance(int(metrics["step"]), now)
+        due = course.step in (1, course.steps) or now - self._last_line >= LINE_EVERY_S
+        if due and not self._live.is_started:
+            self._last_line = now
+            self._print(self._line())
 
     def warn(self, sentence: str) -> None:
         """One line that stays on the screen, above the live display."""
-        line = " ".join(sentence.split())
+        self._num_warnings += 1
+        line = printable(" ".join(sentence.split()))
         line = line if len(line) <= LONGEST_WARNING else line[: LONGEST_WARNING - 1] + "…"
         self._print("warning: " + line, style="yellow")
 
@@ -152,14 +167,6 @@ class Progress:
             self._console.print(
                 Text.assemble((f"  {label:<12}", "dim"), value), soft_wrap=True, highlight=False, markup=False
             )
-
-    def _after_step(self, course: _Course, always: bool = False) -> None:
-        if self._live.is_started:
-            return
-        now = self._clock()
-        if always or course.step in (1, course.steps) or now - self._last_line >= LINE_EVERY_S:
-            self._last_line = now
-            self._print(self._line())
 
     def _course(self) -> _Course:
         """Whose steps the current stage counts."""
@@ -193,7 +200,31 @@ class Progress:
             body.append(Text.assemble(("reward ", "dim"), (sparkline(self._rewards), "green")))
         if self._shown:
             body.append(numbers)
+        if under_way := self._under_way():
+            body.append(Text.assemble(("now ", "dim"), under_way))
+        if self._num_alarms or self._num_warnings:
+            body.append(Text(self._troubles(), style="yellow"))
         return Group(*body)
+
+    def _under_way(self) -> str:
+        """What each actor is at, and for how long: ``learner step 0:04, rewards score (3) 0:01``."""
+        if self._timeline is None:
+            return ""
+        spans: dict[tuple[str, str], list[float]] = {}
+        for span in self._timeline.open:
+            spans.setdefault((span.actor, span.phase), []).append(span.begin)
+        now = self._timeline.now
+        shown = [
+            f"{actor} {phase}{f' ({len(begins)})' if len(begins) > 1 else ''} {clock_time(now - min(begins))}"
+            for (actor, phase), begins in spans.items()
+        ]
+        more = [f"{len(shown) - ACTORS_SHOWN} more"] if len(shown) > ACTORS_SHOWN else []
+        return ", ".join(shown[:ACTORS_SHOWN] + more)
+
+    def _troubles(self) -> str:
+        counts = {"alarm": self._num_alarms, "warning": self._num_warnings}
+        told = [f"{count} {word}{'' if count == 1 else 's'}" for word, count in counts.items() if count]
+        return f"{' and '.join(told)}; report.html has them in full" if self._num_alarms else told[0]
 
     def _gains(self) -> list[tuple[str, str]]:
         if not self.evaluations:
@@ -217,7 +248,7 @@ class Progress:
         self._entered = now
 
     def _print(self, line: str, style: str | None = None) -> None:
-        self._console.print(redact(line), style=style, soft_wrap=True, highlight=False, markup=False)
+        self._console.print(printable(redact(line)), style=style, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Course:

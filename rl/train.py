@@ -242,7 +242,8 @@ def launch(recipe: Recipe, data: RunData) -> int:
     """
     resumption = open_run(recipe, data)
     run, saved = resumption.run, resumption.saved
-    progress = Progress(recipe.name, steps=recipe.steps, supervised_steps=recipe.supervised.steps)
+    steps = {"steps": recipe.steps, "supervised_steps": recipe.supervised.steps}
+    progress = Progress(recipe.name, **steps, timeline=run.timeline)
     try:
         try:
             with run, progress:

@@ -85,6 +85,8 @@ def _alarm(row: Row) -> dict[str, Any]:
     return {
         "step": row["step"],
         "alarm": str(row.get("alarm", ""))[:SENTENCE_CHARACTERS],
+        "metric": str(row.get("metric", ""))[:SENTENCE_CHARACTERS],
+        "active": row.get("active") is not False,
         "value": finite(row.get("value"), 6),
         "limit": finite(row.get("limit"), 6),
         "sentence": str(row.get("sentence", ""))[:SENTENCE_CHARACTERS],

@@ -41,7 +41,7 @@ class RunFiles:
 
     @property
     def alarms(self) -> list[Row]:
-        """``{"step", "alarm", "value", "limit", "sentence"}``, in the order in which they were raised."""
+        """What ``rl.alarms`` writes where an alarm starts or clears, in that order."""
         return self._alarms.rows
 
     @property

@@ -211,14 +211,15 @@ def spans(rng, steps, engines=2, begin=4.0):
         now += wait + learn + sync + 0.05
 
 
-def alarm(step: int, name: str, value: float, limit: float, sentence: str) -> dict[str, object]:
-    return {"step": step, "alarm": name, "value": value, "limit": limit, "sentence": sentence}
+def alarm(step: int, name: str, metric: str, value: float, limit: float, sentence: str) -> dict[str, object]:
+    told = {"metric": metric, "active": "cleared" not in sentence, "value": value, "limit": limit, "sentence": sentence}
+    return {"step": step, "alarm": name, **told}
 
 
 ALARMS = (
-    alarm(12, "entropy", 0.11, 0.2, "Entropy fell below 0.2 nats a token: look at kl_beta."),
-    alarm(14, "entropy", 0.1, 0.2, "Entropy is still below 0.2 nats a token."),
-    alarm(20, "mismatch", 3e-4, 1e-4, "Engine and learner drift apart."),
+    alarm(12, "entropy", "entropy", 0.11, 0.2, "Entropy fell below 0.2 nats a token: look at kl_beta."),
+    alarm(14, "mismatch", "mismatch/kl", 3e-4, 1e-4, "Engine and learner drift apart."),
+    alarm(20, "mismatch", "mismatch/kl", 1e-5, 1e-4, "alarm mismatch cleared"),
 )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rl.progress import Progress, Stage, clock_time, sparkline
 from rl.run_directory import RunDirectory
+from rl.timeline import Timeline
 
 
 class Clock:
@@ -31,7 +32,7 @@ def metrics(step, **more):
     return row | {"mask/off_policy": 0.021, "ratio/clipped": 0.004} | more
 
 
-def test_plain_lines_come_at_a_sensible_rhythm():
+def test_where_there_is_no_terminal_every_step_has_a_line():
     progress, output, clock = make(terminal=False, steps=100)
     with progress:
         progress.enter(Stage.TRAINING)
@@ -41,14 +42,14 @@ def test_plain_lines_come_at_a_sensible_rhythm():
     lines = output.getvalue().splitlines()
     assert lines[:2] == ["demo: starting", "demo: training"]
     steps = [int(line.split("/")[0].split()[-1]) for line in lines[2:]]
-    assert steps == [1, *range(6, 101, 5), 100]
-    assert lines[3] == (
+    assert steps == list(range(1, 101))
+    assert lines[7] == (
         "demo: step   6/100  reward 0.600  accuracy 50.0%  tokens/s 1,235  staleness 0.8  masked 2.1%  clipped 0.4%"
         "  1:34 left"
     )
 
 
-def test_an_evaluation_always_gets_its_line():
+def test_an_evaluation_is_in_the_line_of_its_step():
     progress, output, _ = make(terminal=False, steps=10)
     with progress:
         progress.enter(Stage.TRAINING)
@@ -58,6 +59,7 @@ def test_an_evaluation_always_gets_its_line():
         "demo: step  0",
         "demo: step  1",
         "demo: step  2",
+        "demo: step  3",
     ]
     assert "held out 50.0%" in output.getvalue()
 
@@ -95,6 +97,17 @@ def test_the_evaluation_before_training_is_not_a_step_to_measure():
     assert progress.evaluations == [(0, {"sums": 0.25})]
 
 
+def test_lines_of_a_cold_start_come_at_a_sensible_rhythm():
+    progress, output, clock = make(terminal=False, steps=10, supervised_steps=23)
+    with progress:
+        progress.enter(Stage.COLD_START)
+        for step in range(1, 24):
+            clock.now += 1.0
+            progress.supervised_step({"step": step, "loss/supervised": 1.0})
+    steps = [int(line.split("/")[0].split()[-1]) for line in output.getvalue().splitlines()[2:]]
+    assert steps == [1, 6, 11, 16, 21, 23]
+
+
 def test_the_cold_start_counts_its_own_steps():
     progress, output, clock = make(terminal=False, steps=10, supervised_steps=300)
     with progress:
@@ -126,6 +139,38 @@ def test_the_live_display_shows_the_phase_and_its_numbers_and_leaves_the_last_on
     written = output.getvalue()
     assert "warning: reward math_answer failed [on] 2 samples" in written
     assert written.rstrip().splitlines()[-1].endswith("clipped 0.4%  1:54 left")
+
+
+def shown_by(progress) -> str:
+    frame = Console(file=io.StringIO(), width=100, record=True)
+    frame.print(progress._render())
+    return frame.export_text()
+
+
+def test_the_live_display_says_what_actors_are_at_and_what_is_wrong():
+    clock = Clock()
+    timeline = Timeline(clock=clock)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    progress = Progress("demo", steps=5, timeline=timeline, console=console, clock=clock)
+    with timeline.span("learner", "step", step=3), timeline.span("rewards", "score"):
+        clock.now += 61
+        with timeline.span("rewards", "score"), timeline.span("engine 0", "generate"):
+            clock.now += 4
+            progress.step(metrics(2))
+            assert "now learner step 1:05, rewards score (2) 1:05, engine 0 generate 0:04" in shown_by(progress)
+    assert "now" not in shown_by(progress) and "warning" not in shown_by(progress)
+    progress.warn("a sample failed")
+    assert "1 warning\n" in shown_by(progress).replace(" \n", "\n")
+    progress.step(metrics(3, **{"alarms/active": 2.0}))
+    assert "2 alarms and 1 warning; report.html has them in full" in shown_by(progress)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_model_wrote_cannot_act_on_the_terminal(terminal):
+    progress, output, _ = make(terminal=terminal, steps=1)
+    progress.warn("reward said \x1b[2J\x1b]0;owned\x07 \u202egnp\r[red]x")
+    assert "warning: reward said \\x1b[2J\\x1b]0;owned\\x07 \\u202egnp [red]x" in output.getvalue()
+    assert not {"\x1b", "\x07", "\u202e", "\r"} & set(output.getvalue())
 
 
 def test_warnings_are_one_bounded_line():

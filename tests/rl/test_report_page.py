@@ -106,9 +106,13 @@ def test_a_click_on_a_curve_holds_a_step_and_the_slider_moves_it(page: Browser):
 
 
 def test_an_alarm_is_read_and_leads_to_its_step(page: Browser):
-    assert texts(page, ".alarm summary b") == ["mismatch", "entropy"]
-    page.click(".alarm:nth-child(2) summary")
-    assert texts(page, ".alarm[open] .sentence") == [ALARMS[1]["sentence"]]
+    assert texts(page, ".alarm summary b") == ["entropy", "mismatch"]
+    assert texts(page, ".alarm .when") == ["since step 12", "steps 14 to 20, cleared"]
+    marked = "[...document.querySelectorAll('.chart')].filter((chart) => chart.querySelector('.alarm-mark'))"
+    page.run("document.querySelectorAll('.group')[1].scrollIntoView()")
+    page.wait(f"{marked}.map((chart) => chart.querySelector('h4').textContent).join() === 'Entropy,Mismatch KL'")
+    page.click(".alarm summary")
+    assert texts(page, ".alarm[open] .sentence") == [ALARMS[0]["sentence"]]
     page.click(".alarm[open] .places button")
     page.wait("document.querySelector('.step-bar output').textContent === 'Step 12, held'")
 

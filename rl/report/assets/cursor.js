@@ -7,7 +7,7 @@ class Cursor {
     this.active = false;
     this.pinned = false;
     this.listeners = [];
-    this.alarms = []; // steps at which one was raised
+    this.alarms = []; // [{metric, from, to}], see alarmsOf
   }
 
   move(index, { pin = false } = {}) {

@@ -134,9 +134,11 @@ class Chart {
     this.svg.replaceChildren();
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.axes(low, high, place, width);
-    for (const step of this.cursor.alarms) {
-      if (step < steps[0] || step > steps.at(-1)) continue;
-      this.svg.append(vector("line", { class: "alarm-mark", x1: place(step), x2: place(step), y1: HEIGHT - MARGIN.bottom - 6, y2: HEIGHT - MARGIN.bottom }));
+    for (const { metric, from, to } of this.cursor.alarms) {
+      if (!this.figure.names.includes(metric)) continue;
+      const begin = place(Math.max(from, steps[0]));
+      const end = Math.max(place(Math.min(to ?? steps.at(-1), steps.at(-1))), begin + 3);
+      this.svg.append(vector("rect", { class: "alarm-mark", x: begin, y: HEIGHT - MARGIN.bottom - 3, width: end - begin, height: 3 }));
     }
     if (this.figure.stack) this.areas();
     else this.lines(this.figure.series);

@@ -11,6 +11,7 @@ const SECTIONS = [
       { title: "Truncated replies", about: "Share of samples that reached a length limit.", keys: ["length/truncated"], format: "share", zero: true },
       { title: "Entropy", about: "Nats per sampled token.", keys: ["entropy"], format: "score", zero: true },
       { title: "Reward parts", about: "Each reward function's own value, before its weight.", keys: ["reward/*/*", "reward/*/*/*"], format: "score", smooth: true },
+      { title: "Shares of the reward", about: "Of its spread within groups, by reward.", keys: ["reward_share/*/*"], format: "share", zero: true },
       { title: "Groups without variance", about: "Share whose samples all earned the same.", keys: ["groups/zero_variance"], format: "share", zero: true },
       { title: "Groups and samples lost", about: "Failed or replaced in a step.", keys: ["groups/*", "samples/*"], format: "count", zero: true, named: true },
     ],
@@ -18,7 +19,9 @@ const SECTIONS = [
   {
     title: "Stability",
     figures: [
+      { title: "Alarms that are on", about: "They are listed above.", keys: ["alarms/active"], format: "count", zero: true },
       { title: "Engine and learner mismatch", about: "Mean |log-probability difference| per token, in nats.", keys: ["mismatch/logprob_abs"], format: "number", zero: true },
+      { title: "Canary prompts", about: "The same on fixed prompts, both sides with equal weights.", keys: ["canary/logprob_abs", "canary/max", "canary/kl"], format: "number", zero: true },
       { title: "Mismatch KL", about: "Of the engine's policy to the learner's, nats per token.", keys: ["mismatch/kl"], format: "number", zero: true },
       { title: "Masked and clipped", about: "Off-policy sequences and clipped tokens.", keys: ["mask/off_policy", "ratio/clipped"], format: "share", zero: true },
       { title: "Importance ratio", about: "Mean of learner over rollout probability.", keys: ["ratio/mean"], format: "score" },
@@ -37,7 +40,7 @@ const SECTIONS = [
   {
     title: "Time and throughput",
     figures: [
-      { title: "Time per step", about: "Waiting for groups, learning, weight sync, evaluation.", keys: ["time/rollout_s", "time/learn_s", "time/sync_s", "time/evaluate_s"], outline: "time/step_s", format: "seconds", stack: true },
+      { title: "Time per step", about: "What a step spends its time on.", keys: ["time/rollout_s", "time/learn_s", "time/sync_s", "time/canary_s", "time/evaluate_s"], outline: "time/step_s", format: "seconds", stack: true },
       { title: "Inside learning", about: "On a rank, mean over ranks.", keys: ["time/forward_s", "time/backward_s", "time/optimizer_s"], outline: "time/learn_s", format: "seconds", stack: true },
       { title: "Idle", about: "Seconds of a step with nothing to do.", keys: ["time/learner_idle_s", "time/engines_idle_s"], format: "seconds", zero: true },
       { title: "Scoring", about: "From a group's last token to its rewards.", keys: ["time/reward_s"], format: "seconds", zero: true },

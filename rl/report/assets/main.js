@@ -26,7 +26,7 @@ function showCurves() {
   place("step-bar").hidden = !steps.length;
   if (steps.length) {
     cursor.extend(steps);
-    cursor.alarms = [...new Set(runs.flatMap((run) => run.alarms.map((alarm) => alarm.step)))];
+    cursor.alarms = runs.flatMap((run) => alarmsOf(run.alarms).flatMap(({ metric, times }) => times.map((time) => ({ metric, ...time }))));
     curves.show(sections);
     cursor.notify();
   }
@@ -55,7 +55,7 @@ function stepTable() {
 }
 
 function showStanding() {
-  alarms.show(runs.flatMap((run) => run.alarms.map((alarm) => (runs.length > 1 ? { ...alarm, alarm: `${run.name}: ${alarm.alarm}` } : alarm))));
+  alarms.show(runs.flatMap((run) => run.alarms.map((alarm) => (runs.length > 1 ? { ...alarm, run: run.name } : alarm))));
   if (runs.length > 1) {
     place("tiles").hidden = true;
     place("comparison").replaceChildren(runsTable(runs));
