@@ -56,6 +56,11 @@ class DoctorAct(StrEnum):
     stop = "stop"
 
 
+class WandbMode(StrEnum):
+    online = "online"
+    offline = "offline"
+
+
 class PromptStyle(StrEnum):
     none = "none"
     reasoning = "reasoning"
@@ -351,6 +356,19 @@ class Alarms:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """Weights & Biases, beside ``metrics.jsonl`` and TensorBoard. Needs the package ``wandb``; the key is its own."""
+
+    project: Optional[str] = None
+    """Where metrics and the recipe go; null sends nothing."""
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    tags: list[str] = field(default_factory=list)
+    mode: Optional[WandbMode] = None
+    """``offline`` writes to the run's directory, for ``wandb sync``; null leaves it to ``WANDB_MODE``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Judge:
     """The generative reward model that ``rubric`` and the proof rewards ask: an endpoint (``url``) or a model that the
     run serves itself (``path``)."""
@@ -462,6 +480,7 @@ class Recipe:
     doctor: Doctor = field(default_factory=Doctor)
     canary: Canary = field(default_factory=Canary)
     alarms: Alarms = field(default_factory=Alarms)
+    wandb: Wandb = field(default_factory=Wandb)
     log_samples: int = 16
     """Trajectories written to ``samples/`` each step."""
     judge: Judge = field(default_factory=Judge)

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +39,7 @@ from rl.stop import Interrupted
 from rl.timeline import Timeline
 from rl.trajectory import Trajectory
 
+Mirror = Callable[[Mapping[str, float], str], None]
 RUNNING, FINISHED, STOPPED = "running", "finished", "stopped"
 
 
@@ -67,6 +68,7 @@ class RunDirectory:
         self.status = status
         self.timeline = Timeline(path / "timeline.jsonl")
         self._lock = lock
+        self._mirrors: list[Mirror] = []
         self._open_logs()
 
     def _open_logs(self) -> None:
@@ -146,6 +148,10 @@ class RunDirectory:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    def mirror_to(self, mirror: Mirror) -> None:
+        """Calls ``mirror(metrics, prefix)`` with whatever is logged from now on, as TensorBoard gets it."""
+        self._mirrors.append(mirror)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Writes one step; ``metrics["step"]`` must be larger than the step before it. Step 0 is before training."""
@@ -238,6 +244,8 @@ class RunDirectory:
         ]
         event = Event(wall_time=datetime.now().timestamp(), step=step, summary=Summary(value=values))
         self._events.add_event(event)
+        for mirror in self._mirrors:
+            mirror(metrics, prefix)
 
 
 class _JsonLines:

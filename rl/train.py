@@ -44,6 +44,7 @@ from rl.step_log import StepClock, StepLog
 from rl.stop import Interrupted, Stop
 from rl.system import System, check_environments, check_model, join_cluster, open_conversation, prepare_model, start
 from rl.utilization import Utilization
+from rl.wandb_mirror import check_wandb, mirrored
 from trainer.pack import pack
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -225,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             return show_plan(recipe, arguments)
         check_model(recipe)
         check_environments(recipe)
+        check_wandb(recipe)
         data = load_data(recipe)
         return launch(recipe, data)
     except UserError as error:
@@ -246,7 +248,7 @@ def launch(recipe: Recipe, data: RunData) -> int:
     progress = Progress(recipe.name, **steps, timeline=run.timeline)
     try:
         try:
-            with run, progress:
+            with mirrored(recipe, run, progress), run, progress:
                 resumption.tell(progress)
                 asyncio.run(run_recipe(recipe, data, run, progress, saved))
         finally:
