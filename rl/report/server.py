@@ -14,6 +14,7 @@ import errno
 import ipaddress
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from rl.errors import DataError, UserError
 from rl.report.block import compressed
@@ -37,6 +38,7 @@ READING_S = 0.5
 """Seconds of one answer that go into reading trajectories; the page asks again for the rest."""
 
 _SEEN = ("epoch", "metrics", "supervised", "alarms", "spans", "samples")
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::\d+)?")
 _RUN = re.compile(r"/run/(\d{1,4})/(?:news|samples/(\d{1,9}))")
 
 
@@ -96,6 +98,7 @@ class ReportServer(ThreadingHTTPServer):
         budget = Budget()
         self.runs = [_Followed(Path(run), budget) for run in runs]
         self.is_loopback = _is_loopback(host)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except OverflowError as error:
@@ -106,8 +109,13 @@ class ReportServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        host = "localhost" if self.is_loopback else self.server_address[0]
+        host = "localhost" if self.is_loopback else str(self.server_address[0])
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a browser that left before its answer came
+            super().handle_error(request, client_address)
 
     def page(self) -> str:
         told = [run.page_data() for run in self.runs]
@@ -135,12 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_asked_by_name():
             self._refuse(HTTPStatus.FORBIDDEN, "this host name is not served; open the address that was printed")
             return
-        url = urlsplit(self.path)
+        path, _, query = self.path.partition("?")
         try:
-            if url.path == "/":
+            if path == "/":
                 self._answer(self.server.page().encode(), "text/html; charset=utf-8")
-            elif (match := _RUN.fullmatch(url.path)) and int(match[1]) < len(self.server.runs):
-                self._answer_about(self.server.runs[int(match[1])], match[2], url.query)
+            elif (match := _RUN.fullmatch(path)) and int(match[1]) < len(self.server.runs):
+                self._answer_about(self.server.runs[int(match[1])], match[2], query)
             else:
                 self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
         except UserError as error:
@@ -164,8 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_asked_by_name(self) -> bool:
         """On loopback, whether the browser meant this machine: a name of others may resolve to it too."""
-        name = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        return not self.server.is_loopback or _is_loopback(name or "")
+        named = _HOST.fullmatch(self.headers.get("Host", ""))
+        return not self.server.is_loopback or (named is not None and _is_loopback(named[1].strip("[]")))
 
     def _refuse(self, status: HTTPStatus, sentence: str) -> None:
         body = json.dumps({"error": sentence}).encode()

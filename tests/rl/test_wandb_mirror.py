@@ -84,9 +84,7 @@ def test_a_missing_package_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     recipe = tiny_recipe(tmp_path, "wandb.project=sums")
     for _ in range(2):
-        with pytest.raises(
-            RecipeError, match="wandb.project is sums, but the package wandb is not installed"
-        ):
+        with pytest.raises(RecipeError, match=r"project is sums, but the package wandb is not installed"):
             check_wandb(recipe)
         (tmp_path / "wandb").mkdir(exist_ok=True)  # what an offline run leaves in the working directory is no package
 
