@@ -38,6 +38,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "packed_sparse_attention": "kernels.sparse_mla",
         "paged_index_scores": "kernels.indexer",
         "paged_sparse_attention": "kernels.paged",
+        "project_in_fp32": "kernels.paged",
         "quantise_index_heads": "kernels.indexer",
         "rotate_heads": "kernels.paged",
         "select_keys": "kernels.indexer",
@@ -85,6 +86,7 @@ quantise_index_heads = _by_device(reference.quantise_index_heads)
 select_keys = _by_device(reference.select_keys)
 store_rows = _by_device(reference.store_rows)
 rotate_heads = _by_device(reference.rotate_heads)
+project_in_fp32 = _by_device(reference.project_in_fp32)
 locate_rows = _by_device(reference.locate_rows)
 select_paged_keys = _by_device(reference.select_paged_keys)
 cache_rows = _by_device(reference.cache_rows)
@@ -110,6 +112,7 @@ __all__ = [
     "packed_sparse_attention",
     "paged_index_scores",
     "paged_sparse_attention",
+    "project_in_fp32",
     "quantise_index_heads",
     "rotate_heads",
     "select_keys",

@@ -13,13 +13,16 @@ import triton
 import triton.language as tl
 
 from kernels.indexer import SCORES_LIMIT, paged_scores_into
+from kernels.products import product
 from kernels.sparse_mla import decode_sparse_attention
 from kernels.topk import bounded_topk
 
-__all__ = ["cache_rows", "paged_sparse_attention", "rotate_heads", "select_paged_keys", "store_rows"]
+__all__ = ["cache_rows", "paged_sparse_attention", "project_in_fp32", "rotate_heads", "select_paged_keys", "store_rows"]
 
 # Selected keys that one program of the attention kernel walks over; fixed, because the bits of a sum depend on it.
 _SPLIT = 512
+# Parts of the depth of a projection, summed one after another.
+_PARTS = 8
 # Bytes of partial results that exist at a time.
 _PARTIALS_LIMIT = 1 << 28
 
@@ -95,6 +98,54 @@ def rotate_heads(
             DIM=dim, HALF=cos.shape[1], INTERLEAVED=interleaved, WIDTH=triton.next_power_of_2(dim), BLOCK=block,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+@triton.jit
+def _project_kernel(
+    rows, weight, partial, num_rows, num_columns, depth, span, stride_row, stride_weight,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of rows, parts of the depth). partial fp32 [parts, R, J]."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)
+    first = tl.program_id(1) * span
+    total = tl.zeros([BLOCK, COLUMNS], dtype=tl.float32)
+    for start in range(first, min(first + span, depth), DEPTH):
+        inner = start + tl.arange(0, DEPTH)
+        x = rows + row.to(tl.int64)[:, None] * stride_row + inner[None, :]
+        x = tl.load(x, mask=(row < num_rows)[:, None] & (inner < depth)[None, :], other=0.0)
+        w = weight + column[None, :] * stride_weight + inner[:, None]
+        w = tl.load(w, mask=(column < num_columns)[None, :] & (inner < depth)[:, None], other=0.0)
+        total += product(x, w)
+    target = partial + (tl.program_id(1).to(tl.int64) * num_rows + row)[:, None] * num_columns + column[None, :]
+    tl.store(target, total, mask=(row < num_rows)[:, None] & (column < num_columns)[None, :])
+
+
+@triton.jit
+def _sum_kernel(partial, out, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(partial + part * size + place, mask=place < size, other=0.0)
+    tl.store(out + place, total, mask=place < size)
+
+
+def project_in_fp32(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As `kernels.reference.project_in_fp32`. The depth is cut into the same parts for any number of rows."""
+    (num_rows, depth), num_columns = rows.shape, weight.shape[0]
+    if rows.stride(1) != 1 or weight.stride(1) != 1:
+        raise ValueError("project_in_fp32: a row must be in one piece")
+    out = torch.empty(num_rows, num_columns, dtype=torch.float32, device=rows.device)
+    if not out.numel():
+        return out
+    partial = torch.empty(_PARTS, num_rows, num_columns, dtype=torch.float32, device=rows.device)
+    span = triton.cdiv(triton.cdiv(depth, _PARTS), 64) * 64
+    _project_kernel[(triton.cdiv(num_rows, 16), _PARTS)](
+        rows, weight, partial, num_rows, num_columns, depth, span, rows.stride(0), weight.stride(0),
+        COLUMNS=max(16, triton.next_power_of_2(num_columns)), BLOCK=16, DEPTH=64, num_warps=4,
+    )  # fmt: skip
+    _sum_kernel[(triton.cdiv(out.numel(), 256),)](partial, out, out.numel(), PARTS=_PARTS, BLOCK=256)
+    return out
 
 
 def store_rows(pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:

@@ -215,7 +215,7 @@ class KeelIndexer(nn.Module):
         keys = F.linear(hidden, to_key).float()
         keys = F.layer_norm(keys, (self.head_dim,), self.k_norm.weight, self.k_norm.bias, self.k_norm.eps)
         keys = keys.to(hidden.dtype).unsqueeze(1)
-        weights = F.linear(hidden.float(), to_weights.float()) * self.weight_scale
+        weights = kernels.project_in_fp32(hidden, to_weights) * self.weight_scale
         rotated, rotated_keys = torch.empty_like(queries), torch.empty_like(keys)
         kernels.rotate_heads(rotated, queries, cos, sin, interleaved=False)
         kernels.rotate_heads(rotated_keys, keys, cos, sin, interleaved=False)

@@ -7,6 +7,7 @@ columns of a latent entry, k selected keys.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from kernels.reference.attention import decode_sparse_attention
 from kernels.reference.indexer import paged_index_scores, topk_indices
@@ -96,3 +97,8 @@ def rotate_heads(
     c, s = cos.unsqueeze(1), sin.unsqueeze(1)
     rotated = torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(heads.dtype)
     out.copy_(torch.cat([rotated, rest], dim=-1))
+
+
+def project_in_fp32(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """rows [R, D] times weight [J, D] as `F.linear` does it, but in fp32: [R, J]. A row's bits do not depend on R."""
+    return F.linear(rows.float(), weight.float())

@@ -134,6 +134,19 @@ def test_rotated_heads_are_the_models(interleaved: bool) -> None:
     assert torch.equal(out, torch.cat([turned, x[..., 64:]], dim=-1))
 
 
+@pytest.mark.parametrize(("depth", "columns"), [(7168, 64), (768, 32)], ids=str)
+def test_projections_in_fp32(depth: int, columns: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(3)
+    x = torch.randn(700, depth, generator=generator, device="cuda").bfloat16()
+    weight = torch.randn(columns, depth, generator=generator, device="cuda").bfloat16()
+    wanted, found = x.double() @ weight.double().T, kernels.project_in_fp32(x, weight)
+    error = float((found.double() - wanted).norm() / wanted.norm())
+    print(f"relative error {error:.1e}")
+    assert error < 1e-5
+    for part in (slice(0, 1), slice(5, 22), slice(100, 700)):
+        assert torch.equal(kernels.project_in_fp32(x[part], weight), found[part])
+
+
 def test_a_captured_step_serves_other_lengths(batch: Batch) -> None:
     """Owners and lengths change under the graph, as they do from one decode step to the next."""
     owners, seen = batch.located()

@@ -79,6 +79,7 @@ def attend_pages() -> None:
     pages, table, owners = zeros(8, 64, 576), int32(4)[None], int32(16)
     paged.store_rows(pages, torch.zeros(16, dtype=torch.int64), zeros(16, 576))
     index = zeros(16, 64, 128), zeros(8, 64, 128), zeros(16, 64, dtype=torch.float32)
+    paged.project_in_fp32(zeros(16, 7168), zeros(64, 7168))
     places = paged.select_paged_keys(*index, table, owners, owners, 128)
     rows = paged.cache_rows(places, table, owners, 64, 64)
     angles = zeros(16, 32, dtype=torch.float32)

@@ -143,6 +143,19 @@ def test_rotated_heads_are_the_models(heads: int, dim: int, rope: int, interleav
             assert torch.equal(out[..., dim:], wanted)
 
 
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 64, 3), (19, 700, 64), (33, 96, 16)], ids=str)
+def test_projections_in_fp32(rows: int, depth: int, columns: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, depth + 5).bfloat16()[:, 5:], torch.randn(columns + 2, depth).bfloat16()[2:]
+    wanted = x.double() @ weight.double().T
+    found = paged.project_in_fp32(x, weight)
+    for implementation in (paged, reference):
+        again = implementation.project_in_fp32(x, weight)
+        assert again.dtype == torch.float32
+        torch.testing.assert_close(again.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(paged.project_in_fp32(x[row : row + 1], weight)[0], found[row]) for row in range(rows))
+
+
 def test_scores_refuse_keys_in_pieces() -> None:
     pages = torch.zeros(2, 8, 4).transpose(1, 2)
     with pytest.raises(ValueError, match="in one piece"):
