@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -36,3 +37,17 @@ class RunLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def is_held(path: Path) -> bool:
+    """Whether the process that last took ``path`` runs on this machine. Looks without touching the lock itself."""
+    try:
+        holder = re.fullmatch(r"process (\d+) on (.+)", (path / LOCK).read_text(errors="replace"))
+        if holder is None or holder[2] != socket.gethostname():
+            return False
+        os.kill(int(holder[1]), 0)
+    except PermissionError:
+        return True  # somebody else's process
+    except (OSError, OverflowError):
+        return False
+    return True

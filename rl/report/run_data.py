@@ -76,7 +76,7 @@ def _run_data(files: RunFiles, budget: Budget, chosen: Chosen, *, spans: bool = 
 def _head(files: RunFiles) -> dict[str, Any]:
     metrics = files.metrics
     return {
-        "standing": asdict(standing(files.status, metrics, files.supervised)),
+        "standing": asdict(standing(files.status, metrics, files.supervised, is_running=files.is_running)),
         "tiles": [asdict(tile) for tile in tiles(metrics)],
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 from rl.errors import DataError
 from rl.report.json_lines import JsonLines, Row
 from rl.run_directory import RUNNING
+from rl.run_lock import is_held
 
 
 class RunFiles:
@@ -67,6 +68,11 @@ class RunFiles:
         except ValueError:
             return {}
         return {"status": RUNNING} | status if isinstance(status, dict) else {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it goes on, on this machine. One that was killed, or runs elsewhere, does not say."""
+        return self.status.get("status") == RUNNING and is_held(self.path)
 
     @property
     def samples(self) -> dict[int, Path]:

@@ -28,7 +28,7 @@ class Tile:
 class Standing:
     """How far a run is."""
 
-    word: str  # finished, not finished, stopped, ...
+    word: str  # running, finished, not finished (killed, or running elsewhere), stopped
     good: bool
     reason: str  # why it stopped, "" if it did not
     facts: str  # steps, times
@@ -48,13 +48,15 @@ def tiles(metrics: list[Row]) -> list[Tile]:
     return list(made)
 
 
-def standing(status: Mapping[str, Any], metrics: list[Row], supervised: list[Row]) -> Standing:
+def standing(
+    status: Mapping[str, Any], metrics: list[Row], supervised: list[Row], *, is_running: bool = False
+) -> Standing:
     """From status.json and the last rows."""
     word = str(status.get("status", "unknown"))
     reason = status.get("reason")
     return Standing(
-        word={FINISHED: "finished", RUNNING: "not finished"}.get(word, word),
-        good=word == FINISHED,
+        word="running" if is_running else {FINISHED: "finished", RUNNING: "not finished"}.get(word, word),
+        good=is_running or word == FINISHED,
         reason=str(reason) if reason else "",
         facts=" · ".join(_facts(status, metrics, supervised)),
     )

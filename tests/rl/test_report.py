@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import subprocess
 import sys
 import zlib
@@ -172,9 +173,20 @@ def test_the_header_gives_the_key_numbers(run):
     assert f"{np.mean(rewards[:5]):.3f} → {np.mean(rewards[-5:]):.3f}" in html
 
 
-@pytest.mark.parametrize(
-    ("end", "shown"), [(lambda run: None, "not finished"), (lambda run: run.stop("a<b"), "stopped")]
-)
+def abandon(run: RunDirectory) -> None:
+    """As a process leaves it that is killed."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (run.path / ".lock").write_text(f"process {process.pid} on {socket.gethostname()}")
+
+
+def test_a_run_that_goes_on_says_so(tmp_path):
+    run = write_run(tmp_path / "demo", end=False)
+    html, page, _ = page_of(run)
+    assert '<span class="pill good">running</span>' in html and page.run["standing"]["word"] == "running"
+
+
+@pytest.mark.parametrize(("end", "shown"), [(abandon, "not finished"), (lambda run: run.stop("a<b"), "stopped")])
 def test_a_run_that_did_not_finish_says_so(tmp_path, end, shown):
     run = write_run(tmp_path / "demo", end=False)
     end(run)

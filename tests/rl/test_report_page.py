@@ -280,7 +280,7 @@ def test_a_served_page_follows_the_run(browser: Browser, tmp_path):
     with served(run) as url:
         browser.open(url)
         browser.wait("document.querySelectorAll('.list li').length === 4")
-        assert texts(browser, ".standing .pill") == ["not finished"]
+        assert texts(browser, ".standing .pill") == ["running"]
         browser.wait("document.querySelector('.step-bar output').textContent === 'Latest, step 5'")
         browser.run("document.querySelector('.chart').marked = true")
         run.log(step_metrics(rng, 6, 30) | {"eval/sums": 0.9})

@@ -40,7 +40,8 @@ class AlarmsView {
     const key = `${run ?? ""} ${name} ${metric}`;
     const cleared = times.at(-1).to !== null;
     const title = [run, name].filter(Boolean).join(": ");
-    const head = element("summary", {}, element("b", {}, title), element("span", { class: "says" }, last.sentence), element("span", { class: "when" }, whenText({ times })));
+    const seen = last.sentence.replace(`alarm ${name}: `, "");
+    const head = element("summary", {}, element("b", {}, title), element("span", { class: "says" }, seen), element("span", { class: "when" }, whenText({ times })));
     const shown = times.slice(-40);
     const places = shown.map(({ from }) => button(`step ${from}`, () => this.goTo(from)));
     const numbers = last.value === null ? "" : `${metric || "its value"} gave ${significant(last.value, 3)}${last.limit === null ? "" : `, its limit is ${significant(last.limit, 3)}`}. `;

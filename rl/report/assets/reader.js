@@ -217,10 +217,12 @@ class Reader {
       ["step", FORMATS.count(t.step)],
     ];
     if (this.runs.length > 1) facts.unshift(["run", this.runs[t.run]]);
-    if (whole.answer !== null) facts.push(["expected answer", whole.answer.length > 300 ? `${whole.answer.slice(0, 300)} …` : whole.answer]);
+    const long = whole.answer !== null && whole.answer.length > 120;
+    if (whole.answer !== null && !long) facts.push(["expected answer", whole.answer]);
+    const answer = long ? element("details", { class: "raw" }, element("summary", {}, "Expected answer"), element("pre", {}, whole.answer)) : "";
     const cells = facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
     const flags = t.flags.map((flag) => element("span", { class: `pill ${flag === "masked" ? "bad" : ""}` }, flag === "masked" ? this.maskedText(whole) : flag));
-    return [element("h3", {}, t.id, ...flags), element("dl", { class: "facts-row" }, ...cells), this.siblings(t), this.parts(whole), this.comments(whole)];
+    return [element("h3", {}, t.id, ...flags), element("dl", { class: "facts-row" }, ...cells), this.siblings(t), this.parts(whole), this.comments(whole), answer];
   }
 
   maskedText({ sequences }) {
