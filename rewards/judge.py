@@ -212,7 +212,9 @@ def appoint(address: JudgeAddress | None) -> None:
 def require_judge(reward: str) -> None:
     """Raises RecipeError, for a reward that needs a judge where none is appointed."""
     if _address is None:
-        raise RecipeError(f"the reward {reward} needs a judge; set judge.url to an endpoint or judge.path to a model")
+        raise RecipeError(
+            f"the reward {reward} needs a judge; set judge.url or judge.path in the recipe, or give --judge-url"
+        )
 
 
 def the_judge() -> Judge:
