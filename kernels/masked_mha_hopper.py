@@ -1,8 +1,8 @@
 """The forward pass of packed attention on an H100 or H200, with its warps' roles written out (Gluon).
 
 A program takes 128 queries of one sequence and one head, and walks over tiles of 128 keys. Four warps copy keys and
-values to shared memory by descriptors. Two groups of four warps own 64 queries each; they wait for tiles and not for each
-other, so that one group's softmax runs beside the other's products.
+values to shared memory by descriptors. Two groups of four warps own 64 queries each; they wait for tiles and not for
+each other, so that one group's softmax runs beside the other's products.
 
 Shape letters as in `kernels.masked_mha`.
 """
@@ -30,8 +30,7 @@ QUERIES, KEYS, STAGES = 128, 128, 2
 _FIRST, _REST, _VALUE = gl.constexpr(FIRST), gl.constexpr(REST), gl.constexpr(VALUE)
 _HALF, _KEYS, _STAGES = gl.constexpr(QUERIES // 2), gl.constexpr(KEYS), gl.constexpr(STAGES)
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
-_SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-_COPY = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+SWIZZLED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 # _SCORES with its 128 columns c = 8 i + 2 q + b as [i, q, b]: a thread has all i and b of one q.
 _BITS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -45,15 +44,18 @@ _BITS = gl.constexpr(
 
 
 @gluon.jit
-def _copy_tail(values, v, first, length, stride):
-    """Values [first, first + KEYS) of a sequence, zeros beyond its length, where the next one's rows may hold NaN."""
-    rows = gl.arange(0, 16, layout=gl.SliceLayout(1, _COPY))
-    columns = gl.arange(0, _VALUE, layout=gl.SliceLayout(0, _COPY))
-    for chunk in gl.static_range(_KEYS // 16):
+def copy_rows(source, smem, first, length, stride, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """Rows [first, first + ROWS) of a sequence by pointers, zeros beyond its length, where the next one's rows may
+    hold NaN.
+    """
+    lanes: gl.constexpr = WIDTH // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    rows = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    for chunk in gl.static_range(ROWS // 16):
         place = first + chunk * 16 + rows
-        source = values + place.to(gl.int64)[:, None] * stride + columns[None, :]
-        v.slice(chunk * 16, 16, dim=0).store(gl.load(source, mask=(place < length)[:, None], other=0.0))
-    fence_async_shared()
+        pointers = source + place.to(gl.int64)[:, None] * stride + columns[None, :]
+        smem.slice(chunk * 16, 16, dim=0).store(gl.load(pointers, mask=(place < length)[:, None], other=0.0))
 
 
 @gluon.jit
@@ -88,7 +90,8 @@ def _produce(descriptors, shared, walk):
                 value, [start + first, value_column], ready.index(2 * stage + 1), v.index(stage)
             )
         else:
-            _copy_tail(values, v.index(stage), first, length, stride_value)
+            copy_rows(values, v.index(stage), first, length, stride_value, _KEYS, _VALUE)
+            fence_async_shared()
             mbarrier.arrive(ready.index(2 * stage + 1), count=1)
 
 
@@ -201,30 +204,45 @@ def _attend(shared, walk, SIDE: gl.constexpr, MASKED: gl.constexpr):
     staged = q_first.index(SIDE)
     staged.store(acc.to(gl.bfloat16))
     gl.barrier()
-    for chunk in gl.static_range(_HALF // 16):
-        row = block + SIDE * _HALF + chunk * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, _COPY))
-        columns = gl.arange(0, _VALUE, layout=gl.SliceLayout(0, _COPY))
-        target = out + (start + row).to(gl.int64)[:, None] * (num_heads * _VALUE) + columns[None, :]
-        gl.store(target, staged.slice(chunk * 16, 16, dim=0).load(_COPY), mask=(row < length)[:, None])
+    target = out + start.to(gl.int64) * (num_heads * _VALUE)
+    write_rows(target, staged, block + SIDE * _HALF, length, num_heads * _VALUE, _HALF, _VALUE)
 
 
 @gluon.jit
-def _block_of(program, cu_seqlens, num_sequences):
-    """As `_rows_of` of `kernels.masked_mha`: first row of the sequence, its length, first row of the block."""
+def write_rows(target, smem, first, length, stride, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """The inverse of `copy_rows`; rows beyond the length are left out."""
+    lanes: gl.constexpr = WIDTH // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    rows = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    for chunk in gl.static_range(ROWS // 16):
+        place = first + chunk * 16 + rows
+        pointers = target + place.to(gl.int64)[:, None] * stride + columns[None, :]
+        gl.store(pointers, smem.slice(chunk * 16, 16, dim=0).load(layout), mask=(place < length)[:, None])
+
+
+@gluon.jit
+def block_of(program, cu_seqlens, num_sequences):
+    """As `_rows_of` of `kernels.masked_mha`, for blocks of QUERIES rows."""
     start = 0
     length = 0
     block = 0
+    tiles = 0
     before = 0
+    tiles_before = 0
     for sequence in range(num_sequences):
         first = gl.load(cu_seqlens + sequence)
         size = gl.load(cu_seqlens + sequence + 1) - first
-        after = before + gl.cdiv(size, _KEYS)
+        blocks = gl.cdiv(size, _KEYS)
+        after = before + blocks
         mine = (before <= program) & (program < after)
         start = gl.where(mine, first, start)
         length = gl.where(mine, size, length)
         block = gl.where(mine, (after - 1 - program) * _KEYS, block)
+        tiles = gl.where(mine, tiles_before, tiles)
         before = after
-    return start, length, block
+        tiles_before += blocks * (blocks + 1) // 2
+    return start, length, block, tiles
 
 
 @gluon.jit
@@ -234,15 +252,15 @@ def forward_kernel(
     MASKED: gl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of queries, H). out [N, H, v], lse fp32 [N, H] (base 2, -inf for no keys)."""
-    start, length, block = _block_of(gl.program_id(0), cu_seqlens, num_sequences)
+    start, length, block, _ = block_of(gl.program_id(0), cu_seqlens, num_sequences)
     if length == 0:
         return
     head = gl.program_id(1)
-    q_first = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, _FIRST], _SWIZZLED)
-    q_rest = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, _REST], _SWIZZLED)
-    k_first = gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _KEYS, _FIRST], _SWIZZLED)
-    k_rest = gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _KEYS, _REST], _SWIZZLED)
-    v = gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _KEYS, _VALUE], _SWIZZLED)
+    q_first = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, _FIRST], SWIZZLED)
+    q_rest = gl.allocate_shared_memory(gl.bfloat16, [2, _HALF, _REST], SWIZZLED)
+    k_first = gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _KEYS, _FIRST], SWIZZLED)
+    k_rest = gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _KEYS, _REST], SWIZZLED)
+    v = gl.allocate_shared_memory(gl.bfloat16, [_STAGES, _KEYS, _VALUE], SWIZZLED)
     # Of stage s: 2 s its keys, 2 s + 1 its values; the last is of the queries.
     ready = mbarrier.allocate_mbarrier(batch=2 * _STAGES + 1)
     free = mbarrier.allocate_mbarrier(batch=2 * _STAGES)
@@ -268,11 +286,22 @@ def forward_kernel(
     )
 
 
-def _descriptor(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
+def fits(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether these kernels take such inputs: DeepSeek-V3.2's dimensions in bfloat16, rows of whole 16 bytes."""
+    return (
+        queries.is_cuda
+        and torch.cuda.get_device_capability(queries.device)[0] == 9
+        and queries.dtype == keys.dtype == values.dtype == torch.bfloat16
+        and (queries.shape[-1], values.shape[-1]) == (FIRST + REST, VALUE)
+        and all(part.stride(0) % 8 == part.data_ptr() % 16 == 0 for part in (queries, keys, values))
+    )
+
+
+def descriptor(tensor: torch.Tensor, rows: int, width: int) -> TensorDescriptor:
     """Of blocks of `rows` rows and `width` columns of a head."""
     span = (tensor.shape[1] - 1) * tensor.stride(1) + tensor.shape[2]
     shape, strides = [tensor.shape[0], span], [tensor.stride(0), 1]
-    return TensorDescriptor(tensor, shape, strides, [rows, width], _SWIZZLED.value)
+    return TensorDescriptor(tensor, shape, strides, [rows, width], SWIZZLED.value)
 
 
 def forward(
@@ -289,8 +318,8 @@ def forward(
     num_rows, num_heads, _ = queries.shape
     num_sequences = cu_seqlens.shape[0] - 1
     forward_kernel[(num_rows // QUERIES + num_sequences, num_heads)](
-        _descriptor(queries, QUERIES // 2, FIRST), _descriptor(queries, QUERIES // 2, REST),
-        _descriptor(keys, KEYS, FIRST), _descriptor(keys, KEYS, REST), _descriptor(values, KEYS, VALUE), values,
+        descriptor(queries, QUERIES // 2, FIRST), descriptor(queries, QUERIES // 2, REST),
+        descriptor(keys, KEYS, FIRST), descriptor(keys, KEYS, REST), descriptor(values, KEYS, VALUE), values,
         cu_seqlens if ordered is None else ordered, cu_seqlens, out, lse, scale, num_heads, num_sequences,
         0 if ordered is None else ordered.shape[1], queries.stride(1), keys.stride(1), values.stride(0),
         values.stride(1), MASKED=ordered is not None, num_warps=4,

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
 
-from kernels import masked_mha, sparse_mla_hopper, sparse_mla_hopper_backward  # noqa: E402
+from kernels import masked_mha, masked_mha_triton, sparse_mla_hopper, sparse_mla_hopper_backward  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024
 FP32 = {"lse", "delta"}
@@ -58,12 +58,12 @@ LAUNCHES = MASKED._launches(192, 128, 2)
 CASES = {
     "sparse forward": (sparse_mla_hopper.forward_kernel, {"ORDER": 0}, 4),
     "sparse pairs": (sparse_mla_hopper_backward.pairs_kernel, {}, 4),
-    "masked forward": (MASKED._forward_kernel, masked_constants(LAUNCHES.forward), LAUNCHES.forward.warps),
+    "masked forward": (masked_mha_triton.forward_kernel, masked_constants(LAUNCHES.forward), LAUNCHES.forward.warps),
     "masked grad queries": (
-        MASKED._grad_queries_kernel, masked_constants(LAUNCHES.grad_queries), LAUNCHES.grad_queries.warps
+        masked_mha_triton.grad_queries_kernel, masked_constants(LAUNCHES.grad_queries), LAUNCHES.grad_queries.warps
     ),
     "masked grad keys": (
-        MASKED._grad_keys_kernel, masked_constants(LAUNCHES.grad_keys, masked=False), LAUNCHES.grad_keys.warps
+        masked_mha_triton.grad_keys_kernel, masked_constants(LAUNCHES.grad_keys, masked=False), LAUNCHES.grad_keys.warps
     ),
 }  # fmt: skip
 
