@@ -110,16 +110,34 @@ def _topk(rows: int, width: int) -> Setup:
         "torch.topk and sort": lambda: scores.topk(TOPK, sorted=False).indices.sort().values,
     }
 
-    op = getattr(torch.ops._C, "top_k_per_row_prefill", None)
-    if op is not None:
-        into = torch.empty(rows, TOPK, dtype=torch.int32, device="cuda")
+    peers |= _vllm_topk(scores, starts, ends)
+    return Setup(ours=lambda: topk.bounded_topk(scores, TOPK, starts, ends), peers=peers, bytes=4.0 * rows * width)
 
-        def theirs() -> torch.Tensor:
-            op(scores, starts, ends, into, rows, scores.stride(0), scores.stride(1), TOPK)
+
+def _vllm_topk(scores: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> dict[str, Call]:
+    """What vLLM selects with: in prefill, in decode up to 64 rows, and in decode beyond."""
+    try:
+        import vllm._custom_ops  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return {}
+    rows, width = scores.shape
+    into = torch.empty(rows, TOPK, dtype=torch.int32, device="cuda")
+    workspace = torch.zeros(16 << 20, dtype=torch.uint8, device="cuda")
+    lengths = ends[:, None].contiguous()
+
+    def prefill() -> torch.Tensor:
+        torch.ops._C.top_k_per_row_prefill(scores, starts, ends, into, rows, width, 1, TOPK)
+        return into
+
+    def decode(operator: str) -> Call:
+        def run() -> torch.Tensor:
+            getattr(torch.ops._C, operator)(scores, lengths, into, workspace, TOPK, width)
             return into
 
-        peers["vLLM top_k_per_row"] = theirs
-    return Setup(ours=lambda: topk.bounded_topk(scores, TOPK, starts, ends), peers=peers, bytes=4.0 * rows * width)
+        return run
+
+    found: dict[str, Call] = {"vLLM per_row_prefill": prefill, "vLLM persistent": decode("persistent_topk")}
+    return found | ({"vLLM cooperative": decode("cooperative_topk")} if rows <= 64 else {})
 
 
 def _loss(num_tokens: int, heads: int, dim: int, sparse: bool) -> Setup:

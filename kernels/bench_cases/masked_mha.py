@@ -6,6 +6,9 @@ not selected is computed and dropped. SDPA's dense causal attention over the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +29,15 @@ def _sdpa(leaves: list[torch.Tensor], backend: SDPBackend) -> torch.Tensor:
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
     return out[0].transpose(0, 1)[..., :VALUE_DIM]
+
+
+def _flash_attention_3() -> Callable[..., torch.Tensor] | None:
+    """Its forward pass; the wheel has no backward pass."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
 
 
 def _setup(length: int, heads: int, *, masked: bool, backward: bool) -> Setup:
@@ -59,6 +71,12 @@ def _setup(length: int, heads: int, *, masked: bool, backward: bool) -> Setup:
     peers: dict[str, Call] = {
         name: wrap(lambda backend=backend: _sdpa(leaves, backend)) for name, backend in _BACKENDS.items()
     }
+    if not backward and (flash := _flash_attention_3()) is not None:
+        bounds: dict[str, Any] = {f"cu_seqlens_{side}": cu_seqlens for side in "qk"}
+        bounds |= {f"max_seqlen_{side}": length for side in "qk"}
+        peers["FlashAttention-3 in vLLM"] = lambda: flash(
+            *leaves, **bounds, causal=True, softmax_scale=SCALE, fa_version=3
+        )
     return Setup(
         ours=wrap(ours),
         peers=peers,
