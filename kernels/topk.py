@@ -372,10 +372,13 @@ def _topk_kernel(
 
 def _plan(k: int, length: int, rows: int) -> Plan:
     """For rows of up to `length` scores."""
-    if length <= MAX_TILE:
+    tile = max(1024, triton.next_power_of_2(int(1.4 * k)))
+    if length >= 1 << 18:
+        tile *= 2
+    tile = min(tile, MAX_TILE)
+    if length <= max(tile, MAX_TILE // 2) or (length <= MAX_TILE and 1.4 * k > tile):
         tile = max(128, triton.next_power_of_2(length))
         return Plan(tile=tile, warps=max(1, tile // 1024))
-    tile = min(MAX_TILE, max(256, triton.next_power_of_2(int(1.4 * k))))
     wanted = int((k * tile) ** 0.5) if 1.4 * k <= tile else 0
     # As measured on an H200. Below 200 of the sample that reach the floor, less than four standard deviations would
     # separate k, wanted and tile.
