@@ -17,10 +17,15 @@ def recipe_differences(recipes: Sequence[str]) -> list[Row]:
 
     A null says that a recipe has no such key. ``name`` and ``runs`` always differ and are left out.
     """
-    settings = [dict(_flat(_read(text))) for text in recipes]
+    settings = [dict(flat_settings(text)) for text in recipes]
     keys = dict.fromkeys(key for recipe in settings for key in recipe)
     rows = [{"key": key, "values": [recipe.get(key) for recipe in settings]} for key in keys]
     return [row for row in rows if row["key"] not in ("name", "runs") and len(set(row["values"])) > 1]
+
+
+def flat_settings(recipe: str) -> Iterator[tuple[str, str]]:
+    """``("learner.lr", "1.0e-06")`` and so on, of a recipe as YAML."""
+    return _flat(_read(recipe))
 
 
 def _read(text: str) -> Any:

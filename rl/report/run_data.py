@@ -9,6 +9,7 @@ from typing import Any
 from rl.report.curves import choose_rows, columns
 from rl.report.entries import finite
 from rl.report.json_lines import Row
+from rl.report.recipe_differences import flat_settings
 from rl.report.run_files import RunFiles
 from rl.report.samples import Budget, Chosen, choose_samples, counted
 from rl.report.spans import span_columns
@@ -67,6 +68,7 @@ def _run_data(files: RunFiles, budget: Budget, chosen: Chosen, *, spans: bool = 
         **tables,
         "name": files.name,
         "recipe": files.recipe[:RECIPE_CHARACTERS],
+        "clip": _clip(files.recipe),
         "alarms": [_alarm(row) for row in files.alarms],
         "notes": notes,
     }
@@ -79,6 +81,15 @@ def _head(files: RunFiles) -> dict[str, Any]:
         "standing": asdict(standing(files.status, metrics, files.supervised, is_running=files.is_running)),
         "tiles": [asdict(tile) for tile in tiles(metrics)],
     }
+
+
+def _clip(recipe: str) -> list[float] | None:
+    """[clip_low, clip_high] of the recipe's objective; None where it does not say."""
+    settings = dict(flat_settings(recipe))
+    try:
+        return [float(settings[f"objective.{name}"]) for name in ("clip_low", "clip_high")]
+    except (KeyError, ValueError):
+        return None
 
 
 def _alarm(row: Row) -> dict[str, Any]:

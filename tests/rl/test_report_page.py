@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ PAYLOADS = (
     "{{data}} ${window.owned = 6} </style></title></textarea>",
 )
 HOSTILE = "".join(PAYLOADS)
+RECIPE = "name: demo\nseed: 0\nobjective: {clip_low: 0.01, clip_high: 0.03}\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> RunDirectory:
-    return write_run(tmp_path_factory.mktemp("runs") / "demo", extras=True, recipe="name: demo\nseed: 0\n")
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", extras=True, recipe=RECIPE)
 
 
 @pytest.fixture
@@ -165,7 +167,16 @@ def test_the_reader_filters_orders_and_searches(page: Browser):
     assert set(found) == {"slice", "skipped"}
 
 
-def test_an_episode_reads_as_a_conversation(page: Browser):
+def clipped(run: RunDirectory, name: str, low: float) -> int:
+    """Tokens of a trajectory with negative advantage whose ratio is below 1 - low."""
+    records = map(json.loads, (run.samples / "step_5.jsonl").read_text().splitlines())
+    record = next(record for record in records if record["id"] == name)
+    assert record["advantage"] < 0
+    ratios = [ratio for one in (*record["earlier"], record) for ratio in one["log_ratios"]]
+    return sum(math.exp(ratio) < 1 - low for ratio in ratios)
+
+
+def test_an_episode_reads_as_a_conversation(page: Browser, demo: RunDirectory):
     go_to(page, "trajectories")
     page.choose("select[aria-label=domain]", "coding")
     page.wait("document.querySelectorAll('.turn-head').length === 4")
@@ -187,6 +198,12 @@ def test_an_episode_reads_as_a_conversation(page: Browser):
     page.wait("[...document.querySelectorAll('.tip')].some((tip) => tip.textContent.includes('learner − rollout'))")
     page.choose("select[aria-label=colour]", "routed")
     page.wait("document.querySelector('.scale')?.textContent.includes('routed live')")
+    page.choose("select[aria-label=colour]", "clipped")
+    page.wait(
+        "document.querySelector('.scale')?.textContent === 'learned fromgradient cut off, ratio beyond 0.99 to 1.03'"
+    )
+    ratios = "[...document.querySelectorAll('.stream .token.warm')].length"
+    assert page.run(ratios) == clipped(demo, "coding/5#0", 0.01)
     page.click(".siblings .chip:last-child")
     page.wait("location.hash.includes('coding')")
 
@@ -244,7 +261,7 @@ def assert_inert(browser: Browser) -> None:
 
 
 def test_runs_are_compared_curve_by_curve(browser: Browser, demo: RunDirectory, tmp_path):
-    other = write_run(tmp_path / "other", steps=20, seed=1, recipe="name: other\nseed: 1\n")
+    other = write_run(tmp_path / "other", steps=20, seed=1, recipe=RECIPE.replace("seed: 0", "seed: 1"))
     path, _ = build_comparison([demo.path, other.path], tmp_path / "both.html")
     browser.open(path.as_uri())
     browser.wait("document.querySelectorAll('.list li').length > 0")

@@ -11,7 +11,7 @@ const curves = new CurvesView(cursor);
 const coldCursor = new Cursor([0]);
 const coldCurves = new CurvesView(coldCursor);
 const timelines = runs.map(() => new TimelineView());
-const reader = new Reader(names);
+const reader = new Reader(names, runs.map((run) => run.clip));
 const alarms = new AlarmsView((step) => {
   openTab("curves");
   cursor.move(nearest(cursor.steps, step), { pin: true });

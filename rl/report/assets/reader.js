@@ -25,8 +25,10 @@ function distinct(values) {
 }
 
 class Reader {
-  constructor(runs) {
+  // runs: names; clips: how far each lets a ratio go from 1, as [below, above], or null.
+  constructor(runs, clips) {
     this.runs = runs;
+    this.clips = clips;
     this.all = [];
     this.found = [];
     this.texts = new Texts();
@@ -199,7 +201,7 @@ class Reader {
   }
 
   draw(t, whole) {
-    const tints = tinting(whole, this.colour.value);
+    const tints = tinting(whole, this.colour.value, this.clips[t.run]);
     const conversation = new ConversationView(whole, tints, this.tip);
     this.pane.replaceChildren(...this.heading(t, whole), this.legend(whole, tints), ...conversation.nodes(), this.state(whole));
     const first = markWords(this.pane, wordsOf(this.search.value));
@@ -268,7 +270,7 @@ class Reader {
 
   legend(whole, tints) {
     const { mode } = tints;
-    if (whole.sequences.every(mode.missing)) return element("p", { class: "scale" }, `${mode.label}: not recorded for this sample`);
+    if (whole.sequences.every((sequence) => mode.missing(sequence, tints))) return element("p", { class: "scale" }, `${mode.label}: not recorded for this sample`);
     const ends = mode.ends(tints);
     if (!ends) return "";
     const bar = element("span", { class: `ramp from-${mode.hues[0]} to-${mode.hues[1]}`, "aria-hidden": "true" });

@@ -302,7 +302,7 @@ class TimelineView {
     const spent = this.spans.actors.map((lane) => ({ name: lane.name, ...sharesOf(lane, this.from, this.to) }));
     const rows = spent.map(({ name, shares }) => {
       const busy = [...shares].filter(([phase]) => PHASES[phase] !== "waiting").reduce((sum, [, time]) => sum + time, 0);
-      return element("div", { class: "share" }, element("span", { class: "actor" }, name), element("b", {}, `${Math.round((100 * busy) / (this.to - this.from))} %`));
+      return element("div", { class: "share" }, element("span", { class: "actor" }, name), element("b", {}, busy || !shares.size ? `${Math.round((100 * busy) / (this.to - this.from))} %` : "waits"));
     });
     this.shares.replaceChildren(element("div", { class: "share-head" }, element("span", {}, "actor"), element("span", {}, "busy")), ...rows);
     this.table.replaceChildren(this.sharesTable(spent));

@@ -61,12 +61,23 @@ const COLOUR_MODES = {
     hues: ["clear", "warm"],
     tint: (s, i) => (s.routed[i] === "1" || isLast(s, i) ? null : { hue: "warm", strength: 0.7 }),
   },
+  clipped: {
+    label: "clipped by the objective",
+    missing: (s, { clip }) => s.log_ratios === null || clip === null,
+    ends: ({ clip }) => ["learned from", `gradient cut off, ratio beyond ${significant(1 - clip[0], 3)} to ${significant(1 + clip[1], 3)}`],
+    hues: ["clear", "warm"],
+    tint: (s, i, { clip, advantage }) => {
+      const ratio = Math.exp(s.log_ratios[i] ?? 0);
+      const cut = advantage > 0 ? ratio > 1 + clip[1] : advantage < 0 && ratio < 1 - clip[0];
+      return cut ? { hue: "warm", strength: 0.8 } : null;
+    },
+  },
   none: { label: "nothing", missing: () => false, ends: () => null, tint: () => null },
 };
 
-// What colours need to know of a whole trajectory.
-function tinting(trajectory, mode) {
-  return { mode: COLOUR_MODES[mode], scale: ratioScale(trajectory), versions: versionsOf(trajectory) };
+// What colours need to know of a whole trajectory; ``clip`` is how far below and above 1 its run lets a ratio go.
+function tinting(trajectory, mode, clip) {
+  return { mode: COLOUR_MODES[mode], scale: ratioScale(trajectory), versions: versionsOf(trajectory), advantage: trajectory.advantage, clip };
 }
 
 function tokenSpan(sequence, i, tints) {
@@ -76,7 +87,7 @@ function tokenSpan(sequence, i, tints) {
   else if (text.trim() === "" && text.includes("\n")) span.classList.add("newline");
   else if (/^<(\/?think|[|｜].*[|｜])>$|^｜DSML｜$/s.test(text)) span.classList.add("special");
   const { mode } = tints;
-  const tint = sequence.sampled[i] === "1" && !mode.missing(sequence) && mode.tint(sequence, i, tints);
+  const tint = sequence.sampled[i] === "1" && !mode.missing(sequence, tints) && mode.tint(sequence, i, tints);
   if (tint && tint.strength > 0.01) {
     span.classList.add(tint.hue);
     span.style.setProperty("--strength", `${Math.round(8 + 62 * Math.min(tint.strength, 1))}%`);
