@@ -244,8 +244,8 @@ def launch(recipe: Recipe, data: RunData) -> int:
     """
     resumption = open_run(recipe, data)
     run, saved = resumption.run, resumption.saved
-    steps = {"steps": recipe.steps, "supervised_steps": recipe.supervised.steps}
-    progress = Progress(recipe.name, **steps, timeline=run.timeline)
+    supervised = recipe.supervised.steps
+    progress = Progress(recipe.name, steps=recipe.steps, supervised_steps=supervised, timeline=run.timeline)
     try:
         try:
             with mirrored(recipe, run, progress), run, progress:

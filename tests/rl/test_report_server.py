@@ -69,7 +69,7 @@ def test_it_listens_on_loopback_alone(server: ReportServer):
     for address in others:
         if not str(address).startswith("127."):
             with pytest.raises(OSError):
-                socket.create_connection((address, server.server_port), timeout=2)
+                socket.create_connection((str(address), server.server_port), timeout=2)
 
 
 STRANGERS = ("evil.example", "evil.example:80", "localhost.evil.example", "10.0.0.1", "", "[::1", "a@b", "x@localhost")
