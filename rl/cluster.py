@@ -9,15 +9,17 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray._private.ray_logging import stdout_deduplicator
+from ray._private import ray_constants, ray_logging
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rl.config import Recipe
 from rl.environ import needed_environment
+from rl.errors import RecipeError
 from rl.hardware import Hardware, parse_nvidia_smi
 from rl.placement import threads_needed
 
@@ -26,6 +28,8 @@ OBJECT_STORE_BYTES = 512 << 20
 
 UNKNOWN_BYTES = 1 << 50
 """Stands for the memory of GPUs whose driver says nothing: large enough that nothing is refused for it."""
+SENT_FOLDERS = "working_dir_files"
+"""Where Ray unpacks the working directories of jobs, within its own folder on each node."""
 _QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
 
 
@@ -37,7 +41,9 @@ def join_cluster(recipe: Recipe) -> None:
     # It says at every start that Ray's own authentication is on, which is as it should be.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # A reward that hangs costs its worker, which the run reports as a sample left out; Ray would add a paragraph each.
-    stdout_deduplicator.skip_re = re.compile("A worker died or was killed while executing a task")
+    ray_logging.stdout_deduplicator.skip_re = re.compile("A worker died or was killed while executing a task")
+    # Of lines that several processes print within seconds it shows one. Ray calls lines equal that differ in a number.
+    ray_logging._canonicalise_log_line = str
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         return
@@ -50,6 +56,16 @@ def join_cluster(recipe: Recipe) -> None:
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
+        )
+
+
+def check_runs_last(recipe: Recipe) -> None:
+    """Raises RecipeError when the run's directory would go with a job's working directory."""
+    path = Path(recipe.runs).resolve()
+    if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ and SENT_FOLDERS in path.parts:
+        raise RecipeError(
+            f"runs: {recipe.runs} is inside the working directory of this job, which Ray deletes when the job ends; "
+            "give an absolute path on a disk that all nodes share, such as runs=/shared/runs"
         )
 
 

@@ -74,6 +74,8 @@ def needed_environment() -> Iterator[None]:
 
 
 def _is_public(name: str) -> bool:
+    if name == "RAY_JOB_CONFIG_JSON_ENV_VAR":  # holds the variables that a job was submitted with
+        return False
     return KEPT_VARIABLES.fullmatch(name) is not None and not is_secret_name(name)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,9 +22,11 @@ from typing import Any
 
 from model.tokenizer import load_tokenizer
 from rewards.judge import JudgeAddress
+from rl.cluster import join_cluster
 from rl.config import Judge, Model, Placement, Recipe, Sampling
 from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
+from rl.recipe import load_recipe
 from rl.sample import Prompt, Status
 from rl.secrets import redact
 from rollout.conversation import Conversation, split_reply
@@ -190,23 +193,26 @@ def _error(message: str) -> dict[str, Any]:
 
 
 async def _serve_until_interrupted(arguments: Sequence[str]) -> None:
-    from rl.cluster import join_cluster
-    from rl.recipe import load_recipe
-    from rl.system import cancel_on_sigterm
-
     if not arguments:
         raise RecipeError("name a recipe: python -m rl.judge RECIPE.yaml [key.path=value ...]")
     recipe = load_recipe(arguments[0], list(arguments[1:]))
     if recipe.judge.path is None:
         raise RecipeError("judge.path names no model to serve")
     join_cluster(recipe)
-    cancel_on_sigterm()
+    _cancel_on_sigterm()
     async with start_judge(recipe) as address:
         assert address is not None
         print(f"export JUDGE_KEY={address.api_key}")
         print(f"--judge-url {address.url} --judge-model {address.model} --judge-key JUDGE_KEY", flush=True)
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
+
+
+def _cancel_on_sigterm() -> None:
+    """SIGTERM ends the process like Ctrl-C. Comes after ``ray.init``, which sets its own."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def main() -> int:

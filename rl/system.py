@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -297,13 +296,6 @@ async def _close(part: asyncio.Task[Any]) -> None:
         closing = outcome.close()
         if asyncio.iscoroutine(closing):
             await closing
-
-
-def cancel_on_sigterm() -> None:
-    """SIGTERM ends the process like Ctrl-C. Comes after ``ray.init``, which sets its own."""
-    task = asyncio.current_task()
-    assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def seeds_of(run_seed: int, draw: int, size: int) -> list[int]:

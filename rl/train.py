@@ -24,6 +24,7 @@ from rl.advantage import group_advantages
 from rl.buffer import GroupBuffer
 from rl.canary import Canary
 from rl.checkpoint import Saved
+from rl.cluster import check_runs_last
 from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
@@ -224,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.plan:
             return show_plan(recipe, arguments)
+        check_runs_last(recipe)
         check_model(recipe)
         check_environments(recipe)
         check_wandb(recipe)
