@@ -269,6 +269,8 @@ def _concatenate(row: list[WeightedSample]) -> Microbatch:
     samples = [weighted.sample for weighted in row]
     lengths = [len(sample) for sample in samples]
     routes, routed = _join_routes(samples)
+    with np.errstate(over="ignore"):  # the step that it makes infinite is skipped, and reported
+        advantages = np.array([weighted.advantage for weighted in row], np.float32)
     return Microbatch(
         sample_ids=tuple(sample.id for sample in samples),
         domains=tuple(sample.prompt.domain for sample in samples),
@@ -277,7 +279,7 @@ def _concatenate(row: list[WeightedSample]) -> Microbatch:
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         sampled=np.concatenate([sample.sampled for sample in samples]).astype(bool, copy=False),
         rollout_logprobs=np.concatenate([sample.rollout_logprobs for sample in samples]).astype(np.float32, copy=False),
-        advantages=np.repeat(np.array([weighted.advantage for weighted in row], np.float32), lengths),
+        advantages=np.repeat(advantages, lengths),
         kl_beta=np.repeat(np.array([weighted.kl_beta for weighted in row], np.float32), lengths),
         routes=routes,
         routed=routed,

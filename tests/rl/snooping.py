@@ -53,4 +53,4 @@ class Snoop(Environment):
         assert set(env) == {"GITHUB_TOKEN"} and set(headers) == {"Authorization"}
 
     def final_state(self) -> dict[str, Any]:
-        return {"seen": sightings(), "readable": parents_are_readable(), "given": os.environ.get("SCORER_TOKEN")}
+        return {"seen": sightings(), "readable": parents_are_readable(), "given": "SCORER_TOKEN" in os.environ}

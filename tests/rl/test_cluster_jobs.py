@@ -107,24 +107,25 @@ def test_actors_are_on_both_nodes_and_run_what_was_sent(job: Job):
 
 
 def test_what_actors_print_arrives_once(job: Job):
-    """All but what was printed while the job ended, though lines of several processes are much alike."""
-    early = [line for line in job.said if float(line.split()[4]) < job.stopped_at - 3]
+    """Whatever was printed before the job was asked to stop, though lines of several processes are much alike."""
+    early = [line for line in job.said if float(line.split()[4]) < job.stopped_at - 1]
     assert len(early) >= 16
-    times = Counter(job.printed.count(line) for line in early)
-    assert times == {1: len(early)}, job.printed
+    assert Counter(job.printed.count(line) for line in early) == {1: len(early)}, job.printed
     assert all(job.printed.count(line) <= 1 for line in job.said)
     assert "repeated" not in job.printed
 
 
 def test_a_failing_reward_is_a_warning_in_the_drivers_output(job: Job):
-    warnings = [line for line in job.printed.splitlines() if line.startswith("warning:")]
+    warnings = [line for line in job.printed.splitlines() if "ValueError: the second one is never good" in line]
     assert len(warnings) == len(set(warnings)) >= STEPS
-    assert all("ValueError: the second one is never good" in line for line in warnings)
+    assert all(line.startswith("warning: step ") for line in warnings)
 
 
 def test_a_stopped_job_ends_cleanly(job: Job):
     assert (job.run.status["status"], job.run.status["reason"]) == ("stopped", "interrupted")
     assert (job.run.path / "report.html").exists()
+    last = job.run.rows[-1]["step"]
+    assert (job.run.path / "checkpoints" / f"step_{last:g}").is_dir()
     assert job.printed.count("keel: interrupted") == 1
     assert "Traceback" not in job.printed
     assert job.left_over == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from rl.recipe import load_recipe, to_yaml
+from rl.run_directory import write_whole
 from rl.secrets import is_secret_name, learn_secrets, redact
 from tests.rl.tiny_runs import REPOSITORY, Run, environment, read_lines, write_recipe
 
@@ -130,15 +132,20 @@ def test_rewards_and_tools_see_no_secret_but_those_they_are_given(watched: Watch
     assert scored and all(row["parts"]["snoops"] == 1 for row in scored)
     assert {row["index"] for row in scored} == {0, 2, 3}  # `leaks` could read what it was given, and told
     states = [row["final_state"] for row in rows if row["domain"] == "tools"]
-    assert states and all(
-        state == {"seen": [], "readable": True, "given": "${oc.env:SCORER_TOKEN}"} for state in states
-    )
+    assert states and all(state == {"seen": [], "readable": True, "given": True} for state in states)
 
 
 def test_every_server_listens_on_loopback_only(watched: Watched):
     names = " ".join(process for _, process in watched.listening)
     assert all(part in names for part in ("raylet", "gcs_server", "LearnerRank", "EngineActor", "SerialWorker"))
     assert [one for one in watched.listening if not ipaddress.ip_address(one[0]).is_loopback] == []
+
+
+def test_what_a_tool_answered_is_written_without_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SCORER_TOKEN", IN_ENVIRONMENT["SCORER_TOKEN"])
+    learn_secrets({})
+    write_whole(tmp_path / "step_1.jsonl", json.dumps({"text": f"token: {IN_ENVIRONMENT['SCORER_TOKEN']}"}))
+    assert (tmp_path / "step_1.jsonl").read_text() == '{"text": "token: ${oc.env:SCORER_TOKEN}"}'
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,7 @@ def test_what_only_looks_like_a_secret_is_left_alone():
 
 def test_the_traceback_of_a_crash_shows_no_secret():
     script = """
+from rl.run_directory import write_whole
 from rl.secrets import learn_secrets, redact_tracebacks
 redact_tracebacks()
 learn_secrets({})
