@@ -26,6 +26,9 @@ __all__ = ["indexer_scores", "packed_index_scores", "paged_index_scores", "quant
 # Scores that `select_keys` holds at a time, in elements: 512 MiB.
 SCORES_LIMIT = 1 << 27
 
+# Heads that a program prepares; each makes the Hadamard matrix for itself.
+HEADS_A_PROGRAM = 32
+
 _E4M3_LOWEST_AMAX = tl.constexpr(1e-4)
 
 
@@ -263,7 +266,7 @@ def quantise_index_heads(
     heads = heads if heads.stride()[1:] == (dim, 1) else heads.contiguous()
     codes = torch.empty(num_tokens, num_heads, dim, dtype=torch.uint8, device=heads.device)
     scales = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=heads.device)
-    block, rows = 32, num_tokens * num_heads
+    block, rows = HEADS_A_PROGRAM, num_tokens * num_heads
     if rows:
         _quantise_kernel[(triton.cdiv(rows, block),)](
             heads,
@@ -282,7 +285,7 @@ def quantise_index_heads(
             HADAMARD=hadamard,
             WEIGHED=weights is not None,
             BLOCK=block,
-            num_warps=4,
+            num_warps=max(4, block // 16),
         )
     return codes.view(torch.float8_e4m3fn), scales
 
