@@ -7,6 +7,7 @@ without a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
@@ -21,6 +22,9 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 
 _ALIGNMENT = 256  # bytes; what device allocators align to, and enough for any dtype
 _POLL_S = 0.0005
+_LOOK_S = 0.5
+"""How often a waiting sender looks whether its group was abandoned."""
+_ABANDONED = "abandoned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +117,13 @@ def open_store(host: str, size: int | None = None) -> TCPStore:
     return TCPStore(host, port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
+def abandon(host: str, port: int) -> None:
+    """Lets the sender of a group know, from any process, that a partner is gone, so that it stops waiting."""
+    with contextlib.suppress(RuntimeError):  # the group itself may be gone
+        store = TCPStore(host, port, None, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+        PrefixStore("weights", store).set(_ABANDONED, "1")
+
+
 class BroadcastGroup:
     """Processes of which the first sends tensors to all others, beside whatever other groups they are in.
 
@@ -197,10 +208,16 @@ class BroadcastGroup:
 
     def _wait(self, work: Any) -> None:
         """Until the bytes are there. Polls, because NCCL's own wait is for the stream and not for the clock."""
-        deadline = time.monotonic() + self._timeout_s
+        now = time.monotonic()
+        deadline, look = now + self._timeout_s, now + _LOOK_S
         while not work.is_completed():
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise TimeoutError(f"a weight transfer stood still for {self._timeout_s:.0f} s")
+            if self.rank == 0 and now > look:
+                look = now + _LOOK_S
+                if self._store.check([_ABANDONED]):
+                    raise TimeoutError("a weight transfer was given up: a partner is gone")
             time.sleep(_POLL_S)
         work.wait()
 

@@ -24,8 +24,10 @@ from rewards.worker import ConcurrentWorker, SerialWorker, Surroundings, Traits,
 from rl.config import Domain, RewardUse
 from rl.environ import chosen_variables
 from rl.errors import RecipeError, RunStopped, UserError
+from rl.fault_log import FaultLog
 from rl.plugin import describe
 from rl.sample import Sample, Scored, Status
+from rl.whereabouts import Whereabouts, announce
 
 OPEN_LIMIT_S = 300.0
 """Seconds a worker may take to start and import the rewards."""
@@ -50,8 +52,15 @@ class Failure:
 class RewardPool:
     """Scores samples with the rewards of their domain. Made by :meth:`start`, ended by :meth:`close`."""
 
-    def __init__(self, uses: Mapping[str, Sequence[RewardUse]], num_workers: int, surroundings: Surroundings) -> None:
+    def __init__(
+        self,
+        uses: Mapping[str, Sequence[RewardUse]],
+        num_workers: int,
+        surroundings: Surroundings,
+        faults: FaultLog | None = None,
+    ) -> None:
         self._uses = uses
+        self._faults = faults or FaultLog()
         serial = ray.remote(SerialWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
         concurrent = ray.remote(ConcurrentWorker).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
         self._serial = [_Process(serial, uses, surroundings, exclusive=True) for _ in range(num_workers)]
@@ -68,6 +77,7 @@ class RewardPool:
         num_workers: int = 1,
         judge: JudgeAddress | None = None,
         env: Sequence[str] = (),
+        faults: FaultLog | None = None,
     ) -> RewardPool:
         """Starts the workers and imports every reward in them.
 
@@ -79,7 +89,7 @@ class RewardPool:
             check_names(name, domain)
         surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=chosen_variables(env))
         uses = {name: list(domain.rewards) for name, domain in domains.items()}
-        pool = cls(uses, max(1, num_workers), surroundings)
+        pool = cls(uses, max(1, num_workers), surroundings, faults)
         try:
             traits, *_ = await asyncio.gather(*(process.start() for process in pool._serial))
             if any(trait.is_async for members in traits.values() for trait in members):
@@ -96,6 +106,12 @@ class RewardPool:
         """Ends the worker processes."""
         for process in (*self._serial, self._concurrent):
             process.kill()
+
+    def working(self, most: int) -> list[tuple[str, Whereabouts]]:
+        """The processes that are at work, with what they do, those that are at it for longest first."""
+        busy = [process for process in (*self._serial, self._concurrent) if process.calls and process.process]
+        busy.sort(key=lambda process: next(iter(process.calls)))
+        return [(next(iter(one.calls.values())), one.process) for one in busy[:most] if one.process is not None]
 
     async def score(self, sample: Sample) -> Scored | Failure:
         """Scores one sample; a batched reward sees it as a group of one."""
@@ -150,7 +166,8 @@ class RewardPool:
             else:
                 async with self._worker() as worker:
                     rows = await worker.score(domain, numbers, samples, limit_s)
-        except _ProcessLost:
+        except _ProcessLost as lost:
+            self._record(lost, domain, numbers, samples)
             rows = await asyncio.gather(*(self._row_alone(domain, number, samples) for number in numbers))
         return dict(zip(numbers, rows, strict=True))
 
@@ -170,8 +187,17 @@ class RewardPool:
                 async with self._worker() as worker:
                     return (await worker.score(domain, [number], samples, limit_s))[0]
             except _ProcessLost as lost:
+                self._record(lost, domain, [number], samples)
                 reason = late(use.timeout_s) if lost.after_s >= use.timeout_s else "ended or crashed its process"
         return [Fault(reason)] * len(samples)
+
+    def _record(self, lost: _ProcessLost, domain: str, numbers: Sequence[int], samples: Sequence[Sample]) -> None:
+        names = ", ".join(part_name(self._uses[domain][number]) for number in numbers)
+        self._faults.record(
+            "reward_workers",
+            f"a reward worker ended or was killed after {lost.after_s:.1f} s of scoring {samples[0].id} with {names}; "
+            "it is started again",
+        )
 
     def _limit(self, domain: str, number: int, num_samples: int) -> float:
         """Seconds that a worker may properly spend on a reward."""
@@ -224,6 +250,8 @@ class _Process:
         self._opening = (uses, surroundings)
         self._exclusive = exclusive
         self._actor: Any = None
+        self.process: Whereabouts | None = None
+        self.calls: dict[float, str] = {}  # under way, by when they began
         self._lock = asyncio.Lock()
 
     async def start(self) -> dict[str, list[Traits]]:
@@ -232,6 +260,7 @@ class _Process:
         try:
             async with asyncio.timeout(OPEN_LIMIT_S):
                 traits = await actor.open.remote(*self._opening)
+                self.process = await actor.__ray_call__.remote(announce)
         except BaseException as error:
             ray.kill(actor)
             sentence = _opening_error(error)
@@ -247,6 +276,8 @@ class _Process:
         """Raises _ProcessLost when the process dies, or does not answer within ``limit_s``."""
         actor = await self._running()
         began = time.monotonic()
+        names = ", ".join(part_name(self._opening[0][domain][number]) for number in numbers)
+        self.calls[began] = f"{names} of {samples[0].id}"
         try:
             async with asyncio.timeout(limit_s):
                 return await actor.score.remote(domain, numbers, samples)
@@ -259,6 +290,8 @@ class _Process:
             if self._exclusive:
                 self.kill(actor)
             raise
+        finally:
+            self.calls.pop(began, None)
 
     async def _running(self) -> Any:
         """The actor; a fresh one if the last one died."""

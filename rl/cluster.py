@@ -6,11 +6,12 @@ import asyncio
 import logging
 import os
 import re
+import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private import ray_constants, ray_logging
@@ -26,6 +27,8 @@ from rl.placement import threads_needed
 OBJECT_STORE_BYTES = 512 << 20
 """Of the cluster that a run starts for itself; weights and batches of small models are all that passes through it."""
 
+T = TypeVar("T")
+
 UNKNOWN_BYTES = 1 << 50
 """Stands for the memory of GPUs whose driver says nothing: large enough that nothing is refused for it."""
 SENT_FOLDERS = "working_dir_files"
@@ -35,13 +38,13 @@ _QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,
 
 def join_cluster(recipe: Recipe) -> None:
     """``RAY_ADDRESS`` names a cluster, as it does under ``ray job submit``; without it one starts here."""
+    # A process that dies is reported by the run, in one line; Ray would add a paragraph each.
+    ray_logging.stdout_deduplicator.skip_re = re.compile("A worker died or was killed while executing a task")
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU actors keep the GPUs they see
     # It says at every start that Ray's own authentication is on, which is as it should be.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    # A reward that hangs costs its worker, which the run reports as a sample left out; Ray would add a paragraph each.
-    ray_logging.stdout_deduplicator.skip_re = re.compile("A worker died or was killed while executing a task")
     # Of lines that several processes print within seconds it shows one. Ray calls lines equal that differ in a number.
     ray_logging._canonicalise_log_line = str
     if os.environ.get("RAY_ADDRESS"):
@@ -96,6 +99,22 @@ async def cluster_hardware() -> Hardware:
 async def _ask(task: Any, node_id: str) -> NodeAnswer:
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return await task.options(scheduling_strategy=there).remote()
+
+
+async def on_host(host: str, function: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
+    """What ``function`` returns where ``host`` is the host's name: in a thread if that is here, else on a node there.
+
+    Raises TimeoutError, and LookupError where no node of that name is alive.
+    """
+    async with asyncio.timeout(timeout_s):
+        if host == socket.gethostname():
+            return await asyncio.to_thread(function, *arguments)
+        for node in ray.nodes():
+            if node["Alive"] and node["NodeManagerHostname"] == host:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
+                return await task.remote(*arguments)
+    raise LookupError(f"no node of the Ray cluster is called {host}")
 
 
 def describe_node() -> NodeAnswer:

@@ -429,6 +429,8 @@ class Faults:
     when none is left."""
     window_s: float = 3600.0
     """Seconds after which a fault no longer counts."""
+    restart_s: float = 1200.0
+    """Seconds that a restart may take, the wait for room on the cluster and loading the model included."""
     learner_restores: int = 3
     """How often a run whose learner died, fell silent or failed goes on from its last checkpoint by itself."""
 

@@ -132,7 +132,12 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "usd_per_million_output": _AT_LEAST_0,
     },
     Checkpoint: {"every": _AT_LEAST_0, "keep": _AT_LEAST_1, "grace_s": _AT_LEAST_0},
-    Faults: {"engine_restarts": _AT_LEAST_0, "window_s": _POSITIVE, "learner_restores": _AT_LEAST_0},
+    Faults: {
+        "engine_restarts": _AT_LEAST_0,
+        "window_s": _POSITIVE,
+        "restart_s": _POSITIVE,
+        "learner_restores": _AT_LEAST_0,
+    },
     Doctor: {"factor": _AT_LEAST_1, "floor_s": _POSITIVE, "first_s": _POSITIVE},
     Alarms: {
         "window": _AT_LEAST_1,

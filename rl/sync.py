@@ -2,19 +2,24 @@
 
 The check compares a checksum of every tensor the engines now run with the learner's own. A silent mismatch between the
 two is the most expensive bug an RL run can have, so a difference stops the run with the tensor's name.
+
+An engine that died comes back in the same way (:class:`Publisher`), and an update is over when every engine that lived
+through it is on the new version.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from model.transport import abandon
 from rl.config import EngineKind, Placement, Recipe
 from rl.errors import RunStopped, UserError
-from rollout.pool import EnginePool
+from rollout.engine import EngineDied
+from rollout.pool import EnginePool, Start
 from trainer.learner import Learner
 from trainer.sender import Sent
 
@@ -47,13 +52,16 @@ class Sync:
 
 
 class Transport(Protocol):
-    """The way that weights take from the learner into every engine, where they wait for a commit."""
+    """The way that weights take from the learner into engines, where they wait for a commit."""
 
     @property
     def pool(self) -> EnginePool: ...
 
-    async def send(self) -> Sent:
-        """Sends the learner's current weights; returns what was sent."""
+    async def send(self, engines: Sequence[int]) -> Sent:
+        """Sends the learner's current weights to the engines of these numbers; returns what was sent.
+
+        An engine that dies of it is the pool's to start again, and holds up nobody.
+        """
         ...
 
     async def memory_gb(self) -> dict[str, float]:
@@ -68,36 +76,55 @@ class ObjectStore:
     learner: Learner
     pool: EnginePool
 
-    async def send(self) -> Sent:
+    async def send(self, engines: Sequence[int]) -> Sent:
         buckets = await self.learner.weight_buckets()
-        await self.pool.stage(buckets.refs)
+        await self.pool.stage(buckets.refs, engines)
         return buckets.sent
 
     async def memory_gb(self) -> dict[str, float]:
         return {}
 
 
-@dataclass(frozen=True, slots=True)
 class Broadcast:
-    """From learner rank 0 to all workers of all engines at once, GPU to GPU. :meth:`connect` makes one."""
+    """From learner rank 0 to all workers of engines at once, GPU to GPU, in a group made anew for other engines.
 
-    learner: Learner
-    pool: EnginePool
+    A broadcast that an engine does not live through leaves the others half written, and vLLM cannot begin again there:
+    they are all started again, and get the weights when they are back.
+    """
 
-    @classmethod
-    async def connect(cls, learner: Learner, pool: EnginePool) -> Broadcast:
-        host, port = await learner.open_transfer()
-        size = 1 + pool.num_workers
-        await together(
-            learner.join_transfer(host, size=size, timeout_s=STANDSTILL_S),
-            pool.join_transfer(host, port, size=size, timeout_s=STANDSTILL_S),
-        )
-        return cls(learner, pool)
+    def __init__(self, learner: Learner, pool: EnginePool) -> None:
+        self.learner = learner
+        self.pool = pool
+        self._members: tuple[Any, ...] = ()
+        self._address: tuple[str, int] = "", 0
 
-    async def send(self) -> Sent:
-        await self.pool.begin_update()
-        sent, _ = await together(self.learner.send_weights(), self.pool.receive())
+    async def send(self, engines: Sequence[int]) -> Sent:
+        if not engines:
+            return Sent(num_bytes=0, checksums=await self.learner.checksums())
+        try:
+            await self._connect(engines)
+            await self.pool.begin_update(engines)
+            sent, _ = await together(self.learner.send_weights(), self.pool.receive(None, engines))
+        except EngineDied as death:
+            self._members = ()
+            await asyncio.to_thread(abandon, *self._address)
+            self.pool.restart(engines, f"its update broke off when {death}")
+            return Sent(num_bytes=0, checksums=await self.learner.checksums())
         return sent
+
+    async def _connect(self, engines: Sequence[int]) -> None:
+        """Makes the group of the learner and the processes that ``engines`` have now, if it is not there."""
+        members = self.pool.membership(engines)
+        if members == self._members:
+            return
+        self._address = await self.learner.open_transfer()
+        host, port = self._address
+        size = 1 + self.pool.num_workers(engines)
+        await together(
+            self.learner.join_transfer(host, size=size, timeout_s=STANDSTILL_S),
+            self.pool.join_transfer(host, port, size=size, timeout_s=STANDSTILL_S, engines=engines),
+        )
+        self._members = members
 
     async def memory_gb(self) -> dict[str, float]:
         return await memory_of(self.learner, self.pool)
@@ -105,34 +132,99 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """Every rank offers its buckets to the engine worker on the same GPU, which reads them there."""
+    """Every rank offers its buckets to the engine worker on the same GPU, which reads them there.
+
+    So an engine that dies of it does the others no harm.
+    """
 
     learner: Learner
     pool: EnginePool
 
-    async def send(self) -> Sent:
-        await self.pool.begin_update()
+    async def send(self, engines: Sequence[int]) -> Sent:
+        await self.pool.begin_update(engines)
         offer = await self.learner.offer_weights(first=True)
         while not isinstance(offer, Sent):
             # The next bucket is put together while engines load this one.
-            offer, _ = await together(self.learner.offer_weights(first=False), self.pool.receive(asdict(offer)))
+            offer, _ = await together(
+                self.learner.offer_weights(first=False), self.pool.receive(asdict(offer), engines)
+            )
         return offer
 
     async def memory_gb(self) -> dict[str, float]:
         return await memory_of(self.learner, self.pool)
 
 
-async def connect(recipe: Recipe, learner: Learner, pool: EnginePool) -> Transport:
-    """The transport that fits the recipe's engines and placement."""
+def transport_for(recipe: Recipe, learner: Learner, pool: EnginePool) -> Transport:
+    """The one that fits the recipe's engines and placement."""
     if recipe.rollout.engine != EngineKind.vllm:
         return ObjectStore(learner, pool)
     if recipe.placement == Placement.shared:
         return SharedMemory(learner, pool)
-    return await Broadcast.connect(learner, pool)
+    return Broadcast(learner, pool)
+
+
+class Publisher:
+    """Keeps engines on the learner's weights: all of them at every step, and one when it comes back.
+
+    The learner takes turns: from :meth:`hold` until its weights are published it is the run's, and its weights are no
+    version that engines know. An engine that is started meanwhile waits, and gets them in that update, or else in one
+    of its own. Where it shares the learner's GPUs it is also started only then, while the learner sleeps.
+    """
+
+    def __init__(self, transport: Transport, *, shared: bool = False) -> None:
+        self.transport = transport
+        self.version: int | None = None  # of the learner's weights, unless they are held; None before the first
+        self._shared = shared
+        self._turn = asyncio.Lock()
+        self._held = False
+        transport.pool.welcome = self.welcome
+
+    async def hold(self) -> None:
+        """Begins the learner's turn, if it has not begun."""
+        if not self._held:
+            await self._turn.acquire()
+            self._held = True
+
+    def release(self) -> None:
+        """Ends the learner's turn, with weights that engines know."""
+        if self._held:
+            self._held = False
+            self._turn.release()
+
+    async def publish(self, version: int) -> Sync:
+        """As :func:`publish`; ends the learner's turn."""
+        await self.hold()
+        try:
+            sync = await publish(self.transport, version)
+            self.version = version
+            return sync
+        finally:
+            self.release()
+
+    async def welcome(self, engine: int, start: Start) -> None:
+        """As :data:`rollout.pool.Welcome`. Raises RunStopped when the weights do not arrive intact."""
+        if not self._shared:
+            await start()
+        async with self._turn:
+            if self._shared:
+                await start()
+            if self.version is not None and not self.transport.pool.is_up(engine):
+                await self._catch_up(engine, self.version)
+
+    async def _catch_up(self, engine: int, version: int) -> None:
+        pool = self.transport.pool
+        try:
+            sent = await self.transport.send([engine])
+        except EngineDied:
+            raise
+        except Exception:
+            return  # the learner's fault, which it says when it is asked next; an update brings the weights then
+        for index, sums in (await pool.commit(version, [engine])).items():
+            verify(sent.checksums, sums, place=f"engine {index}", version=version)
 
 
 async def publish(transport: Transport, version: int) -> Sync:
-    """Moves the learner's weights into every engine as ``version`` and proves that they arrived.
+    """Moves the learner's weights into every engine that is there, as ``version``, and proves that they arrived.
 
     Raises:
         RunStopped: an engine's live tensor differs from the learner's, which it names with the engine; or the weights
@@ -141,8 +233,9 @@ async def publish(transport: Transport, version: int) -> Sync:
     began = time.perf_counter()
     try:
         async with asyncio.timeout(UPDATE_S):
-            sent = await transport.send()
-            engine_sums = await transport.pool.commit(version)
+            engines = transport.pool.present
+            sent = await transport.send(engines)
+            engine_sums = await transport.pool.commit(version, engines)
     except UserError:
         raise
     except TimeoutError as error:
@@ -150,7 +243,7 @@ async def publish(transport: Transport, version: int) -> Sync:
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunStopped(f"weights of version {version} did not reach the engines: {reason}") from error
-    for engine, sums in enumerate(engine_sums):
+    for engine, sums in engine_sums.items():
         verify(sent.checksums, sums, place=f"engine {engine}", version=version)
     return Sync(
         version=version,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from rl.cluster import address_for_workers, cluster_hardware, join_cluster
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
+from rl.fault_log import FaultLog
 from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
 from rl.judge import start_judge
 from rl.placement import seats, shared_gpus
 from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
-from rl.sync import Sync, Transport, connect, publish
+from rl.sync import Publisher, Sync, transport_for
 from rl.timeline import Timeline
 from rollout.conversation import Conversation
 from rollout.engine import check_window
@@ -66,29 +68,34 @@ class System(Generation):
     """Handles on everything that runs."""
 
     learner: Learner
-    transport: Transport
+    publisher: Publisher
     plan: Plan
     timeline: Timeline
+    faults: FaultLog
 
     async def learners_turn(self) -> None:
         """Before the learner steps: a GPU that it shares with an engine is all its own until weights are published."""
+        await self.publisher.hold()
         await self.pool.sleep()
         await self.learner.wake()
 
     async def publish(self, version: int) -> Sync:
-        """The learner's weights into the engines; see :func:`rl.sync.publish`."""
+        """The learner's weights into the engines; see :func:`rl.sync.publish`. Ends the learner's turn."""
         with self.timeline.span("learner", "sync", step=version):
+            await self.publisher.hold()
             await self.learner.sleep()
-            return await publish(self.transport, version)
+            return await self.publisher.publish(version)
 
     @asynccontextmanager
     async def interruption(self) -> AsyncIterator[None]:
         """The learner's turn amid generation, for what it writes of itself."""
+        await self.publisher.hold()
         await self.pool.sleep(keep_weights=True)
         await self.learner.wake()
         yield
         await self.learner.sleep()
         await self.pool.wake()
+        self.publisher.release()
 
 
 def encode(conversation: Conversation, prompt: Prompt) -> NDArray:
@@ -160,6 +167,7 @@ async def start(
     model_dir: Path,
     conversation: Conversation,
     timeline: Timeline | None = None,
+    faults: FaultLog | None = None,
     *,
     cold_start: bool = False,
 ) -> AsyncIterator[System]:
@@ -167,7 +175,7 @@ async def start(
 
     With a ``cold_start`` to come, which begins its own phases, the learner has none yet.
     """
-    timeline = timeline or Timeline()
+    timeline, faults = timeline or Timeline(), faults or FaultLog()
     first_phase = None if cold_start else Phase.REINFORCEMENT
     join_cluster(recipe)
     plan = check_plan(recipe, model_costs(model_dir), await cluster_hardware(), slack=ESTIMATE_SLACK)
@@ -175,9 +183,9 @@ async def start(
     judge = AsyncExitStack()
     learning = asyncio.create_task(Learner.start(recipe, model_dir, phase=first_phase, actor_options=reservation.ranks))
     starting = (
-        asyncio.create_task(start_rewards(recipe, judge)),
+        asyncio.create_task(start_rewards(recipe, judge, faults)),
         learning,
-        asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation, timeline, cold_start)),
+        asyncio.create_task(_start_pool(recipe, model_dir, learning, reservation, timeline, faults, cold_start)),
     )
     try:
         with timeline.span("driver", "start"):
@@ -187,12 +195,13 @@ async def start(
                 learner=learner,
                 pool=pool,
                 rewards=rewards,
-                transport=await connect(recipe, learner, pool),
+                publisher=Publisher(transport_for(recipe, learner, pool), shared=recipe.placement == Placement.shared),
                 conversation=conversation,
                 sampling=recipe.sampling,
                 episodes=episodes,
                 plan=plan,
                 timeline=timeline,
+                faults=faults,
             )
     finally:
         # Whatever was up when one of them failed must not outlive the run.
@@ -221,11 +230,11 @@ def check_environments(recipe: Recipe) -> None:
                 raise RecipeError(f"domains.{name}.environment: {error}") from error
 
 
-async def start_rewards(recipe: Recipe, judge: AsyncExitStack) -> RewardPool:
+async def start_rewards(recipe: Recipe, judge: AsyncExitStack, faults: FaultLog | None = None) -> RewardPool:
     """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
     address = await judge.enter_async_context(start_judge(recipe, host=address_for_workers()))
     return await RewardPool.start(
-        recipe.domains, num_workers=recipe.reward_workers, judge=address, env=recipe.reward_env
+        recipe.domains, num_workers=recipe.reward_workers, judge=address, env=recipe.reward_env, faults=faults
     )
 
 
@@ -235,17 +244,20 @@ async def _start_pool(
     learning: asyncio.Task[Learner],
     reservation: Reservation,
     timeline: Timeline,
+    faults: FaultLog,
     cold_start: bool,
 ) -> EnginePool:
     """Beside the learner; after it on shared GPUs, where vLLM measures how much memory is free."""
-    options = reservation.engines
+    start_pool = partial(
+        EnginePool.start, recipe, model_dir, actor_options=reservation.engines, timeline=timeline, faults=faults
+    )
     if recipe.placement == Placement.split or recipe.rollout.engine != EngineKind.vllm:
-        return await EnginePool.start(recipe, model_dir, actor_options=options, timeline=timeline)
+        return await start_pool()
     learner = await asyncio.shield(learning)
     if not cold_start:
         await learner.sleep()
     gpus = shared_gpus(await learner.gpus(), recipe.rollout.tensor_parallel)
-    return await EnginePool.start(recipe, model_dir, actor_options=options, gpus=gpus, timeline=timeline)
+    return await start_pool(gpus=gpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

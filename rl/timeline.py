@@ -33,11 +33,18 @@ MAX_SPANS = 100_000
 class Span:
     """Something that an actor began to do and has not ended yet; ``detail`` may change until then."""
 
+    number: int
     actor: str
     phase: str
     begin: float  # seconds of the timeline's clock
     step: int | None
     detail: str
+    written: bool  # to the file, when it ends
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """The phase, and its actor without a number: those of one kind take about as long."""
+        return self.actor.partition(" ")[0], self.phase
 
 
 class Timeline:
@@ -53,6 +60,7 @@ class Timeline:
         self._max_spans = max_spans
         self._clock = clock
         self._open: dict[int, Span] = {}
+        self._longest: dict[tuple[str, str], float] = {}
         self._numbers = itertools.count()
         self._lines, last = (0, 0.0) if path is None else _resume(path)
         self._origin = clock() - last
@@ -67,39 +75,54 @@ class Timeline:
         """What is under way, the longest first."""
         return sorted(self._open.values(), key=lambda span: span.begin)
 
+    def longest(self, kind: tuple[str, str]) -> float | None:
+        """The most seconds that an ended span of a kind took, those left out that ended in an exception."""
+        return self._longest.get(kind)
+
     @contextmanager
-    def span(self, actor: str, phase: str, *, step: int | None = None, detail: str = "") -> Iterator[Span]:
+    def span(
+        self, actor: str, phase: str, *, step: int | None = None, detail: str = "", written: bool = True
+    ) -> Iterator[Span]:
         """``actor`` is in ``phase`` for as long as the block runs, however it ends."""
-        number = self.begin(actor, phase, step=step, detail=detail)
+        number = self.begin(actor, phase, step=step, detail=detail, written=written)
         try:
             yield self._open[number]
-        finally:
-            self.end(number)
+        except BaseException:
+            self.end(number, failed=True)
+            raise
+        self.end(number)
 
-    def begin(self, actor: str, phase: str, *, step: int | None = None, detail: str = "") -> int:
+    def begin(self, actor: str, phase: str, *, step: int | None = None, detail: str = "", written: bool = True) -> int:
         """For spans that are no block: the number to :meth:`end` it with."""
         number = next(self._numbers)
-        self._open[number] = Span(actor, phase, self.now, step, detail)
+        self._open[number] = Span(number, actor, phase, self.now, step, detail, written)
         return number
 
-    def end(self, number: int) -> None:
+    def end(self, number: int, *, failed: bool = False) -> None:
         """Closes a span; one that is closed already stays as it is."""
         span = self._open.pop(number, None)
-        if span is None or self._path is None:
+        if span is None:
             return
+        now = self.now
+        if not failed:
+            self._longest[span.kind] = max(self._longest.get(span.kind, 0.0), now - span.begin)
+        if span.written and self._path is not None:
+            self._write(self._path, span, now)
+
+    def _write(self, path: Path, span: Span, end: float) -> None:
         row = {
             "actor": span.actor,
             "phase": span.phase,
             "begin": round(span.begin, 4),
-            "end": round(self.now, 4),
+            "end": round(end, 4),
             "step": span.step,
             "detail": span.detail,
         }
-        with open(self._path, "ab", buffering=0) as file:
+        with open(path, "ab", buffering=0) as file:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self._lines += 1
         if self._lines >= self._max_spans:
-            self._forget(self._path)
+            self._forget(path)
 
     def _forget(self, path: Path) -> None:
         """Drops the older half, so that a reader sees the whole file or what is left of it."""

@@ -28,9 +28,11 @@ from rl.cluster import check_runs_last
 from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
+from rl.doctor import Doctor
 from rl.environ import conceal_environment
 from rl.errors import LearnerFailed, RunStopped, UserError
 from rl.evaluate import evaluate
+from rl.fault_log import FaultLog
 from rl.loop_state import Loop
 from rl.plan_text import add_plan_arguments, show_plan
 from rl.progress import Progress, Stage
@@ -109,6 +111,7 @@ async def train(
             buffer.advance(step)
             clock.lap("sync")
             checks |= utilization.metrics(clock.seconds, minibatches, await system.pool.stats())
+            checks |= system.faults.take()
 
             evaluation = None
             if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
@@ -157,9 +160,13 @@ async def run_once(
     join_cluster(recipe)
     stop.listen()
     timeline = run.timeline
-    async with start(recipe, model_dir, conversation, timeline, cold_start=cold_start) as system:
+    async with (
+        start(recipe, model_dir, conversation, timeline, FaultLog(progress.warn), cold_start=cold_start) as system,
+        doctored(recipe, system, run),
+    ):
         if cold_start:
             progress.enter(Stage.COLD_START)
+            await system.publisher.hold()
             await system.pool.sleep()
             with timeline.span("learner", "cold start"):
                 model_dir = await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
@@ -175,10 +182,18 @@ async def run_once(
         with stop.orderly():
             await train(recipe, data, system, log, stop, saver, saved)
         progress.enter(Stage.SAVING)
+        await system.publisher.hold()
         await system.pool.sleep()
         with timeline.span("learner", "save"):
             await system.learner.save_model(run.model)
         conversation.tokenizer.save_pretrained(run.model)
+
+
+@asynccontextmanager
+async def doctored(recipe: Recipe, system: System, run: RunDirectory) -> AsyncIterator[None]:
+    """The block, under the eyes of the hang doctor."""
+    async with beside(Doctor(recipe.doctor, system, notes=run.path / "doctor.txt").watch()):
+        yield
 
 
 def is_due(every: int, step: int, last: int) -> bool:

@@ -14,8 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from rl.config import Sampling
-from rl.errors import DataError
+from rl.errors import DataError, RunStopped
 from rl.sample import Kept, NDArray
+
+
+class EngineDied(RunStopped):
+    """An engine whose process is gone, or a process that it cannot do without. The pool starts another one."""
 
 
 class Finish(StrEnum):

@@ -9,6 +9,8 @@ from rl.timeline import Timeline
 
 _PHASES = {"load": "load", "stage": "sync", "begin_update": "sync", "receive": "sync", "commit": "sync", "wake": "wake"}
 """Calls that are spans of their own."""
+REQUEST = "request"
+"""The phase of each call that generates, which is not written."""
 _WAKING = ("begin_update", "wake")
 
 
@@ -24,13 +26,14 @@ class EngineLane:
         self._sleeping: int | None = None
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """The engine holds requests while the block runs; blocks that overlap are one span."""
+    def generating(self, requests: str) -> Iterator[None]:
+        """The engine holds ``requests`` while the block runs; blocks that overlap are one span of the file."""
         self._calls += 1
         if self._generating is None:
             self._begin_generating()
         try:
-            yield
+            with self._timeline.span(self.actor, REQUEST, detail=requests, written=False):
+                yield
         finally:
             self._calls -= 1
             if not self._calls:

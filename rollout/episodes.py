@@ -9,7 +9,7 @@ from typing import Any
 
 from rl.config import Domain, Sampling
 from rl.errors import DataError
-from rl.sample import Prompt, Sample
+from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
 from rollout.environments.worker import EnvironmentPool
 from rollout.episode import Attempt, Complete, Episode
@@ -80,7 +80,10 @@ class Episodes:
                 sampling=sampling,
                 max_context=self._pool.max_context,
             )
-            return await episode.run()
+            sample = await episode.run()
+        if sample.status == Status.FAILED:
+            self._pool.faults.record("tools", f"the environment of {sample.id} broke: {sample.fault}")
+        return sample
 
 
 def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

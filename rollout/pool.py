@@ -1,63 +1,85 @@
-"""The driver's side of generation: engines as Ray actors, and groups of samples out of prompts."""
+"""The driver's side of generation: engines as Ray actors, and groups of samples out of prompts.
+
+An engine whose process dies is started again, and what it was generating is issued again, with the same seeds, to
+whichever engine is up. It generates from when it holds the weights it should: ``EnginePool.welcome`` brings them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
 from model.tokenizer import load_tokenizer
-from rl.config import Dsa, EngineKind, Recipe, Sampling
-from rl.errors import RecipeError, RunStopped
-from rl.placement import engines_sleep, gpu_shares, threads_needed
+from rl.config import EngineKind, Recipe, Sampling
+from rl.errors import RunStopped
+from rl.fault_log import FaultLog
+from rl.placement import engines_sleep
 from rl.sample import NDArray, Prompt, Sample
 from rl.timeline import Timeline
-from rollout.actor import EngineActor
+from rl.whereabouts import Whereabouts
 from rollout.conversation import Conversation
-from rollout.engine import Completion, EngineStats, Request, check_window, truncates
-from rollout.engine_lane import EngineLane
+from rollout.engine import Completion, EngineDied, EngineStats, Request, check_window
+from rollout.engine_actors import engine_makers
+from rollout.engine_handle import EngineHandle, State
 from rollout.samples import to_sample
-from rollout.vllm_engine import EngineSettings, VllmEngineActor
 
-_MAX_CONCURRENT_CALLS = 100_000  # a call waits for its whole generation, and weight updates must not queue behind
 _SHUTDOWN_S = {EngineKind.torch: 5.0, EngineKind.vllm: 20.0}
+
+Start = Callable[[], Awaitable[None]]
+Welcome = Callable[[int, Start], Awaitable[None]]
+"""(index of an engine that died, what starts it again): returns when it takes part in updates, with the weights that
+all others have. Raises EngineDied when it died meanwhile."""
 
 
 class EnginePool:
     """N engines behind one async interface; :meth:`start` makes one, :meth:`close` ends its actors.
 
-    Every method raises RunStopped, naming the engine, when an engine's process has died.
+    Methods that speak to all engines pass over those that are down, and over those that die of it. Raises RunStopped,
+    with the last engine's end, where there is no engine left.
     """
 
     def __init__(
         self,
-        engines: Sequence[Any],
+        engines: Sequence[EngineHandle],
         *,
+        directory: str,
+        version: int,
         conversation: Conversation,
         max_context: int,
         workers_per_engine: int = 1,
         sleeps: bool = False,
         shutdown_s: float = 0.0,
-        timeline: Timeline | None = None,
+        restart_s: float = 0.0,
+        faults: FaultLog | None = None,
     ) -> None:
-        """``shutdown_s``: seconds that :meth:`close` gives engines to come to rest and end what they started."""
+        """``shutdown_s``: seconds that :meth:`close` gives engines to come to rest and end what they started.
+
+        Engines start from the model in ``directory``, which is ``version`` of the weights.
+        """
         self.max_context = max_context
+        self.faults = faults or FaultLog()
+        self.welcome: Welcome = self._welcome_as_started
+        """How an engine that died comes back; by itself it has the weights of the model's directory."""
         self._workers_per_engine = workers_per_engine
         self._sleeps = sleeps
         self._shutdown_s = shutdown_s
+        self._restart_s = restart_s
         self._conversation = conversation
+        self._directory = directory
+        self._version = version
         self._engines = list(engines)
-        timeline = timeline or Timeline()
-        self._lanes = [EngineLane(f"engine {index}", timeline) for index in range(len(engines))]
-        self._load = [0] * len(engines)  # sequences dispatched and not yet returned, and episodes that are seated
+        self._returning: dict[int, asyncio.Task[None]] = {}  # engines that are started again, by index
+        self._failure: RunStopped | None = None
+        self._changed = asyncio.Event()
         self._numbers = itertools.count()
 
     @classmethod
@@ -71,6 +93,7 @@ class EnginePool:
         actor_options: Sequence[Mapping[str, Any]] = (),
         gpus: Sequence[str | None] = (),
         timeline: Timeline | None = None,
+        faults: FaultLog | None = None,
     ) -> EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`.
 
@@ -78,29 +101,31 @@ class EnginePool:
         it takes where Ray does not assign them (`rl.placement`); both have one entry an engine or none.
         """
         conversation = Conversation(load_tokenizer(model_path))
-        vllm = recipe.rollout.engine == EngineKind.vllm
-        _check_room(recipe)
-        engines = _vllm_engines(recipe, actor_options, gpus) if vllm else _torch_engines(recipe, device)
+        makers = engine_makers(recipe, device, actor_options, gpus)
+        timeline = timeline or Timeline()
+        engines = [
+            EngineHandle(index, len(makers), make, arguments, limits=recipe.faults, timeline=timeline)
+            for index, (make, arguments) in enumerate(makers)
+        ]
         pool = cls(
-            [engine for engine, _ in engines],
+            engines,
+            directory=str(Path(model_path).absolute()),
+            version=version,
             conversation=conversation,
             max_context=recipe.model.max_context,
             workers_per_engine=recipe.rollout.tensor_parallel,
             sleeps=engines_sleep(recipe),
             shutdown_s=_SHUTDOWN_S[recipe.rollout.engine],
-            timeline=timeline,
+            restart_s=recipe.faults.restart_s,
+            faults=faults,
         )
-        directory = str(Path(model_path).absolute())
         try:
-            await asyncio.gather(
-                *(
-                    pool._call(index, "load", directory, **arguments, version=version)
-                    for index, (_, arguments) in enumerate(engines)
-                )
-            )
+            await asyncio.gather(*(engine.start(pool._directory, version) for engine in engines))
         except BaseException:
             pool.close()
             raise
+        for engine in engines:
+            engine.admit(version)
         return pool
 
     async def generate_group(
@@ -132,7 +157,8 @@ class EnginePool:
             )
             for index, seed in enumerate(seeds)
         ]
-        completions = await self._dispatch(requests)
+        with self._seated(len(requests)) as seat:
+            completions = await self._complete(seat, requests)
         return [
             to_sample(prompt, index, request, completion, self._conversation.decode(completion.token_ids))
             for index, (request, completion) in enumerate(zip(requests, completions, strict=True))
@@ -140,69 +166,92 @@ class EnginePool:
 
     @contextmanager
     def seat(self, num_sequences: int) -> Iterator[Callable[[Request], Awaitable[Completion]]]:
-        """A function that completes requests on one engine, the least loaded one when the block is entered.
+        """A function that completes requests on one engine, the least loaded one when it is first called.
 
         For episodes: their next request begins with the tokens of the last one, which that engine may have cached. The
-        engine counts as loaded with `num_sequences` until the block is left. A request that is cancelled is aborted.
+        engine counts as loaded with `num_sequences` until the block is left; if it dies, another one takes its place.
+        A request that is cancelled is aborted.
         """
-        index = self._least_loaded()
-        self._load[index] += num_sequences
+        with self._seated(num_sequences) as seat:
 
-        async def complete(request: Request) -> Completion:
-            (completion,) = await self._generate(index, [request])
-            return completion
+            async def complete(request: Request) -> Completion:
+                (completion,) = await self._complete(seat, [request])
+                return completion
 
-        try:
             yield complete
-        finally:
-            self._load[index] -= num_sequences
 
-    async def stage(self, buckets: Sequence[Any]) -> None:
-        """Sends buckets of the next weights ({name: CPU tensor}, or references to such) to every engine.
+    async def stage(self, buckets: Sequence[Any], engines: Sequence[int] | None = None) -> None:
+        """Sends buckets of the next weights ({name: CPU tensor}, or references to such) to ``engines``, or to all.
 
         A bucket is put into the object store once, however many engines there are.
         """
         references = [bucket if isinstance(bucket, ray.ObjectRef) else ray.put(bucket) for bucket in buckets]
         with ExitStack() as spans:
-            for lane in self._lanes:
-                spans.enter_context(lane.calling("stage"))
-            await asyncio.gather(*(self._call_all("stage", reference) for reference in references))
+            for engine in self._among(engines):
+                spans.enter_context(engine.lane.calling("stage"))
+            await asyncio.gather(*(self._call_all("stage", reference, engines=engines) for reference in references))
 
-    async def commit(self, version: int) -> list[dict[str, int]]:
-        """Puts the staged weights into effect in every engine; returns each engine's checksums of its live tensors."""
-        sums = await self._call_all("commit", version)
-        for lane in self._lanes:
-            lane.serves(version)
+    async def commit(self, version: int, engines: Sequence[int] | None = None) -> dict[int, dict[str, int]]:
+        """Puts the staged weights into effect in ``engines``, or in all, which generate with them from then on.
+
+        Returns each engine's checksums of its live tensors.
+        """
+        sums = await self._call_all("commit", version, engines=engines)
+        for index in sums:
+            if self._engines[index].is_present:
+                self._engines[index].admit(version)
+        self._notify()
         return sums
 
     @property
-    def num_workers(self) -> int:
-        """Processes that hold a part of an engine's weights, over all engines."""
-        return len(self._engines) * self._workers_per_engine
+    def present(self) -> list[int]:
+        """Engines that take part in updates. Raises RunStopped when none is left, and none comes back."""
+        self._check()
+        return [engine.index for engine in self._engines if engine.is_present]
 
-    async def join_transfer(self, host: str, port: int, *, size: int, timeout_s: float) -> None:
-        """Brings all workers into the learner's group, whose rank 0 is the sender."""
+    def is_up(self, index: int) -> bool:
+        """Whether an engine generates."""
+        return self._engines[index].state == State.UP
+
+    def num_workers(self, engines: Sequence[int]) -> int:
+        """Processes that hold a part of an engine's weights, over ``engines``."""
+        return len(engines) * self._workers_per_engine
+
+    def membership(self, engines: Sequence[int]) -> tuple[Any, ...]:
+        """What changes whenever one of ``engines`` has another process."""
+        return tuple((index, self._engines[index].actor) for index in engines)
+
+    async def join_transfer(
+        self, host: str, port: int, *, size: int, timeout_s: float, engines: Sequence[int] | None = None
+    ) -> None:
+        """Brings all workers into the learner's group, whose rank 0 is the sender. Raises EngineDied."""
         joining = (
             self._call(
-                index,
+                engine,
                 "join_transfer",
                 host=host,
                 port=port,
-                first_rank=1 + index * self._workers_per_engine,
+                first_rank=1 + place * self._workers_per_engine,
                 size=size,
                 timeout_s=timeout_s,
             )
-            for index in range(len(self._engines))
+            for place, engine in enumerate(self._among(engines))
         )
         await asyncio.gather(*joining)
 
-    async def begin_update(self) -> None:
-        """Makes every engine ready for :meth:`receive`; generation stands still until the commit."""
-        await self._call_all("begin_update")
+    async def begin_update(self, engines: Sequence[int] | None = None) -> None:
+        """Makes engines ready for :meth:`receive`; generation stands still until the commit."""
+        await self._call_all("begin_update", engines=engines)
 
-    async def receive(self, offer: Mapping[str, Any] | None = None) -> None:
-        """Lets every engine load a bucket that the learner offers, or all that the learner broadcasts."""
-        await self._call_all("receive", offer)
+    async def receive(self, offer: Mapping[str, Any] | None = None, engines: Sequence[int] | None = None) -> None:
+        """Lets engines load a bucket that the learner offers, or all that the learner broadcasts.
+
+        A broadcast that an engine does not live through raises EngineDied: the others are waiting for it.
+        """
+        if offer is None:
+            await asyncio.gather(*(self._call(engine, "receive", None) for engine in self._among(engines)))
+        else:
+            await self._call_all("receive", offer, engines=engines)
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
         """Lets the engines give up their memory where they share it with the learner; elsewhere does nothing.
@@ -219,130 +268,180 @@ class EnginePool:
 
     async def peak_memory_gb(self) -> float:
         """The most that an engine has had reserved on one GPU, in units of 1e9 bytes."""
-        return max(await self._call_all("peak_memory_gb"))
+        return max((await self._call_all("peak_memory_gb")).values(), default=0.0)
 
     async def abort(self) -> int:
         """Ends everything in flight as aborted samples; returns how many there were."""
-        return sum(await self._call_all("abort"))
+        return sum((await self._call_all("abort")).values())
 
     async def stats(self) -> list[EngineStats]:
-        return await self._call_all("stats")
+        """Of every engine, since it was started for the first time; of one that is down as it was last."""
+
+        async def one(engine: EngineHandle) -> EngineStats:
+            with self._burying(engine, tolerant=True):
+                await engine.count()
+            return engine.stats
+
+        return list(await asyncio.gather(*map(one, self._engines)))
+
+    async def stats_of(self, index: int) -> EngineStats:
+        """Of one engine; raises EngineDied."""
+        engine = self._engines[index]
+        with self._burying(engine, tolerant=False):
+            await engine.count()
+        return engine.stats
+
+    def process_of(self, index: int) -> Whereabouts | None:
+        """The process of an engine's actor, if it has one."""
+        return self._engines[index].process
+
+    def restart(self, indices: Iterable[int], reason: str) -> None:
+        """Ends the processes of engines that can be used no more, and starts them again."""
+        for index in indices:
+            engine = self._engines[index]
+            self._bury(engine, EngineDied(f"{engine.name} is started again: {reason}"))
 
     def close(self) -> None:
         """Ends the engines' processes.
 
         They come to rest first: killed between two calls, Ray's async actors may crash and print a page about it.
         """
+        for returning in self._returning.values():
+            returning.cancel()
         if self._shutdown_s:
-            ending = [engine.shutdown.remote() for engine in self._engines]
-            ray.wait(ending, num_returns=len(ending), timeout=self._shutdown_s)
-        for engine, lane in zip(self._engines, self._lanes, strict=True):
-            ray.kill(engine)
-            lane.close()
+            ending = [engine.actor.shutdown.remote() for engine in self._engines if engine.is_present]
+            if ending:
+                ray.wait(ending, num_returns=len(ending), timeout=self._shutdown_s)
+        for engine in self._engines:
+            engine.kill()
 
-    async def _dispatch(self, requests: Sequence[Request]) -> list[Completion]:
-        index = self._least_loaded()
-        self._load[index] += len(requests)
+    @contextmanager
+    def _seated(self, num_sequences: int) -> Iterator[_Seat]:
+        seat = _Seat(num_sequences)
         try:
-            return await self._generate(index, requests)
+            yield seat
         finally:
-            self._load[index] -= len(requests)
+            seat.move(None)
 
-    def _least_loaded(self) -> int:
-        return min(range(len(self._engines)), key=self._load.__getitem__)
+    async def _complete(self, seat: _Seat, requests: Sequence[Request]) -> list[Completion]:
+        """Requests on the seat's engine; on another one, from their beginning, when it dies."""
+        while True:
+            if seat.engine is None or seat.engine.state != State.UP:
+                seat.move(await self._available())
+            assert seat.engine is not None
+            with self._burying(seat.engine, tolerant=True):
+                return await seat.engine.generate(requests)
+            reissued = f"{len(requests)} requests are issued again, {requests[0].id} first"
+            self.faults.record("reissued", reissued, count=len(requests))
 
-    async def _generate(self, index: int, requests: Sequence[Request]) -> list[Completion]:
+    async def _available(self) -> EngineHandle:
+        """The least loaded engine of those that are up, as soon as one is."""
+        while True:
+            up = [engine for engine in self._engines if engine.state == State.UP]
+            if up:
+                return min(up, key=lambda engine: engine.num_seated)
+            self._check()
+            await self._changed.wait()
+
+    async def _call_all(
+        self, method: str, *args: Any, engines: Sequence[int] | None = None, **kwargs: Any
+    ) -> dict[int, Any]:
+        """What the engines answer that are present and do not die of it, by index."""
+
+        async def one(engine: EngineHandle) -> tuple[int, Any] | None:
+            with self._burying(engine, tolerant=True):
+                return engine.index, await engine.call(method, *args, **kwargs)
+            return None
+
+        answers = await asyncio.gather(*map(one, self._among(engines)))
+        return dict(answer for answer in answers if answer is not None)
+
+    async def _call(self, engine: EngineHandle, method: str, *args: Any, **kwargs: Any) -> Any:
+        """One call of one engine. Raises EngineDied."""
+        with self._burying(engine, tolerant=False):
+            return await engine.call(method, *args, **kwargs)
+
+    def _among(self, engines: Sequence[int] | None) -> list[EngineHandle]:
+        """Those of ``engines``, or of all, that are present."""
+        indices = range(len(self._engines)) if engines is None else engines
+        return [self._engines[index] for index in indices if self._engines[index].is_present]
+
+    @contextmanager
+    def _burying(self, engine: EngineHandle, *, tolerant: bool) -> Iterator[None]:
+        """What follows when the engine dies in the block; a ``tolerant`` block then just ends."""
+        actor = engine.actor
         try:
-            with self._lanes[index].generating():
-                return await self._call(index, "generate", requests)
-        except asyncio.CancelledError:
-            self._engines[index].abort.remote([request.id for request in requests])
-            raise
+            yield
+        except EngineDied as death:
+            if engine.actor is actor and engine.actor is not None:
+                self._bury(engine, death)
+            if not tolerant:
+                raise
 
-    async def _call_all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        calls = (self._call(index, method, *args, **kwargs) for index in range(len(self._engines)))
-        return list(await asyncio.gather(*calls))
+    def _bury(self, engine: EngineHandle, death: EngineDied) -> None:
+        """Ends what is left of an engine and lets another process take its place."""
+        engine.kill()
+        if engine.index not in self._returning:
+            self._returning[engine.index] = asyncio.create_task(self._bring_back(engine, death))
 
-    async def _call(self, index: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        """One call of one engine, with Ray's exceptions turned back into what they stand for."""
-        name = f"engine {index} of {len(self._engines)}"
+    async def _bring_back(self, engine: EngineHandle, death: EngineDied) -> None:
+        """Starts an engine until it stays up or has no restart left."""
         try:
-            with nullcontext() if method == "stage" else self._lanes[index].calling(method):
-                return await getattr(self._engines[index], method).remote(*args, **kwargs)
-        except RayActorError as error:
-            reason = str(error).partition("\n")[0]
-            raise RunStopped(f"{name} died during {method}: {reason}") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, FloatingPointError):
-                raise RunStopped(f"{name} cannot generate: {error.cause}") from error
-            raise error.cause from error
+            while not engine.is_present and engine.may_restart():
+                began = time.monotonic()
+                self.faults.record("engine_restarts", f"{death}; it is started again", each=True)
+                try:
+                    await self.welcome(engine.index, lambda: self._start(engine))
+                except EngineDied as again:
+                    engine.kill()
+                    death = again
+                if engine.is_present:
+                    self.faults.say(f"{engine.name} is back after {time.monotonic() - began:.1f} s")
+        except Exception as error:  # what it is now it would be again
+            engine.kill()
+            death = EngineDied(f"{engine.name} cannot be started again: {' '.join(str(error).split())}")
+            self._failure = error if isinstance(error, RunStopped) else None
+        finally:
+            del self._returning[engine.index]
+        if not engine.is_present:
+            self._give_up(engine, death)
+
+    def _give_up(self, engine: EngineHandle, death: EngineDied) -> None:
+        engine.state = State.LOST
+        left = [other for other in self._engines if other.state != State.LOST]
+        if not left:
+            self._failure = self._failure or RunStopped(f"no engine is left: {death}")
+        self.faults.record("engines_lost", f"{death}; the run goes on with {len(left)} of its engines", each=True)
+        self._notify()
+
+    async def _start(self, engine: EngineHandle) -> None:
+        await engine.start(self._directory, self._version, timeout_s=self._restart_s)
+
+    async def _welcome_as_started(self, index: int, start: Start) -> None:
+        await start()
+        self._engines[index].admit(self._version)
+        self._notify()
+
+    def _check(self) -> None:
+        """Raises what the run cannot go on from."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
-def _torch_engines(recipe: Recipe, device: str) -> list[tuple[Any, dict[str, Any]]]:
-    """One embedded engine an actor, with what its ``load`` takes."""
-    rollout, model = recipe.rollout, recipe.model
-    actor = ray.remote(EngineActor).options(
-        max_concurrency=_MAX_CONCURRENT_CALLS, num_cpus=rollout.threads, num_gpus=0 if device == "cpu" else 1
-    )
-    arguments = {
-        "dtype": model.dtype,
-        "device": device,
-        "max_num_seqs": rollout.max_num_seqs,
-        "max_context": model.max_context,
-        "threads": rollout.threads,
-    }
-    return [(actor.remote(), arguments) for _ in range(rollout.engines)]
+class _Seat:
+    """Where sequences that belong together are generated: nowhere yet, or on an engine that counts them."""
 
+    def __init__(self, num_sequences: int) -> None:
+        self.engine: EngineHandle | None = None
+        self._num_sequences = num_sequences
 
-def _vllm_engines(
-    recipe: Recipe, actor_options: Sequence[Mapping[str, Any]], gpus: Sequence[str | None]
-) -> list[tuple[Any, dict[str, Any]]]:
-    """One vLLM engine an actor, with what its ``load`` takes."""
-    rollout, model = recipe.rollout, recipe.model
-    shares = gpu_shares(recipe, ray.cluster_resources().get("GPU", 0))
-    actor = ray.remote(VllmEngineActor)
-
-    def settings(index: int) -> EngineSettings:
-        return EngineSettings(
-            dtype=model.dtype,
-            max_num_seqs=rollout.max_num_seqs,
-            max_context=model.max_context,
-            tensor_parallel=rollout.tensor_parallel,
-            expert_parallel=rollout.expert_parallel,
-            gpu_memory=rollout.gpu_memory,
-            cuda_graphs=rollout.cuda_graphs,
-            keel_dsa=rollout.dsa == Dsa.keel,
-            batch_invariant=rollout.batch_invariant,
-            kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
-            sleeps=engines_sleep(recipe),
-            seed=recipe.seed + index,  # engines of one seed would draw the same for requests without one
-            gpus=gpus[index] if gpus else None,
-        )
-
-    return [
-        (
-            actor.options(
-                max_concurrency=_MAX_CONCURRENT_CALLS,
-                num_cpus=rollout.threads,
-                num_gpus=shares.engine,
-                **(actor_options[index] if actor_options else {}),
-            ).remote(),
-            {"settings": settings(index)},
-        )
-        for index in range(rollout.engines)
-    ]
-
-
-def _check_room(recipe: Recipe) -> None:
-    """Raises RecipeError where engines and learner together need more CPUs than there are: Ray would wait for ever."""
-    rollout, learner = recipe.rollout, recipe.learner
-    needed = threads_needed(recipe)
-    room = ray.cluster_resources().get("CPU", 0)
-    if needed > room:
-        judge = recipe.judge
-        judging = "" if judge.path is None else f", judge.engines {judge.engines} with judge.threads {judge.threads}"
-        raise RecipeError(
-            f"rollout.engines {rollout.engines} with rollout.threads {rollout.threads} and learner.ranks "
-            f"{learner.ranks} with learner.threads {learner.threads}{judging} need {needed} CPUs, but the Ray cluster "
-            f"has {room:.0f}"
-        )
+    def move(self, engine: EngineHandle | None) -> None:
+        if self.engine is not None:
+            self.engine.num_seated -= self._num_sequences
+        self.engine = engine
+        if engine is not None:
+            engine.num_seated += self._num_sequences

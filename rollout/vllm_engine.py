@@ -19,7 +19,7 @@ import torch
 
 from model.outline import ModelOutline, outline
 from rl.errors import DataError, RecipeError, RunStopped
-from rollout.engine import Completion, EngineStats, Request
+from rollout.engine import Completion, EngineDied, EngineStats, Request
 from rollout.reaper import end_with_this_process
 from rollout.vllm_layout import Held, LayoutError, whole_checksums
 from rollout.vllm_requests import Recording, check_request, sampling_arguments, to_completion
@@ -213,13 +213,13 @@ class VllmEngineActor:
         return to_completion(outputs[-1].outputs[0], request, self._recording)
 
     async def _ask(self, answer: Awaitable[T]) -> T:
-        """What vLLM's own processes answer. Raises RunStopped when they are dead."""
+        """What vLLM's own processes answer. Raises EngineDied when they are dead."""
         from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
 
         try:
             return await answer
         except EngineDeadError as error:
-            raise RunStopped("a vLLM engine's own process died; its log above says why") from error
+            raise EngineDied("a vLLM engine's own process died; its log above says why") from error
 
     def _enter(self, name: str) -> None:
         if not self._in_flight:

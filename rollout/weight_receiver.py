@@ -30,7 +30,9 @@ class WeightReceiver:
         self._opened: dict[str, torch.Tensor] = {}  # buffers of other processes, by their handles
 
     def join(self, *, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
-        """Enters the group of `model.transport` that rank 0 opened at ``host``."""
+        """Enters the group of `model.transport` that rank 0 opened at ``host``, and leaves the one before."""
+        if self._group is not None:
+            self._group.close()
         self._group = BroadcastGroup.join(host, port, rank=rank, size=size, device=self.device, timeout_s=timeout_s)
 
     def begin(self) -> None:

@@ -11,9 +11,10 @@ import kernels
 ROOT = Path(__file__).parents[1]
 
 LEAVES = {
-    "advantage", "buffer", "config", "demonstrations", "durable", "environ", "errors", "junit", "loss", "metrics",
-    "placement", "plugin", "printable", "procedural", "prompt_styles", "prompts", "recipe", "recipe_checks",
-    "recipe_schema", "recipe_source", "records", "sample", "saved_groups", "secrets", "timeline",
+    "advantage", "buffer", "config", "demonstrations", "durable", "environ", "errors", "fault_log", "junit", "loss",
+    "metrics", "placement", "plugin", "printable", "procedural", "prompt_styles", "prompts", "recipe",
+    "recipe_checks", "recipe_schema", "recipe_source", "records", "sample", "saved_groups", "secrets", "timeline",
+    "whereabouts",
 }  # fmt: skip
 """Modules of rl/ that hold vocabulary and mathematics. Every other one there is a driver."""
 
@@ -35,6 +36,8 @@ ACTOR_MODULES = {
     "rl/cluster.py",
     "rl/system.py",
     "rollout/actor.py",
+    "rollout/engine_actors.py",
+    "rollout/engine_handle.py",
     "rollout/pool.py",
     "trainer/learner.py",
     "trainer/rank.py",

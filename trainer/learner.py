@@ -21,6 +21,7 @@ from rl.errors import LearnerFailed, RecipeError, RunStopped, UserError
 from rl.metrics import Mean, merge
 from rl.placement import gpu_shares
 from rl.sample import NDArray
+from rl.whereabouts import Whereabouts, announce
 from trainer.checkpoint_writer import rank_file
 from trainer.pack import ATTENTION_SPAN, Minibatch, span_of
 from trainer.phase import Phase
@@ -70,6 +71,8 @@ class Learner:
         self.timeout_s = timeout_s
         self.num_steps = 0  # optimizer steps of this phase, skipped ones included
         self._actors = list(actors)
+        self.processes: list[Whereabouts] = []
+        """Of the ranks, in order."""
         self._skipped_in_a_row = 0
         self.attention_span = ATTENTION_SPAN  # of the model, once a phase has begun; see trainer.pack
 
@@ -97,6 +100,7 @@ class Learner:
         try:
             # The first call returns when the process is up, which needs its share of the cluster to be free.
             await learner._all("__ray_ready__", timeout_s=start_timeout_s)
+            learner.processes = await learner._all("__ray_call__", announce)
             host = await learner._host()
             port = await learner._one(0, "open_store", host)
             await learner._all("join", host, port, timeout_s)

@@ -52,7 +52,10 @@ class WeightSender:
         self._num_bytes = 0
 
     def open(self, host: str) -> int:
-        """On rank 0: opens a group that engines can join at ``host``, and returns the port."""
+        """On rank 0: opens a group that engines can join at ``host``, in place of the last one; returns the port."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
         self._store = open_store(host)
         return self._store.port
 
@@ -68,7 +71,12 @@ class WeightSender:
             return None
         assert self._group is not None, "join() comes first"
         sums = Checksums()
-        num_bytes = self._group.send(_summed(buckets, sums))
+        try:
+            num_bytes = self._group.send(_summed(buckets, sums))
+        except Exception:
+            for _ in buckets:  # the other ranks go through them all, and make tensors whole together with this one
+                pass
+            raise
         return Sent(num_bytes=num_bytes, checksums=sums.result())
 
     def offer(self, buckets: Iterator[Bucket] | None) -> Offer | Sent:

@@ -29,7 +29,7 @@ from model.tokenizer import save_byte_tokenizer
 from model.transport import BroadcastGroup, open_store
 from rl.config import Learner as LearnerSettings
 from rl.config import Model, Placement, Recipe, Rollout, Sampling
-from rl.sync import connect, publish
+from rl.sync import publish, transport_for
 from rl.system import reserve
 from rollout.engine import Finish, Request
 from rollout.pool import EnginePool
@@ -258,11 +258,11 @@ async def publish_twice(recipe: Recipe, model_path: Path) -> dict[str, Any]:
     learner = await Learner.start(recipe, model_path, actor_options=reservation.ranks)
     pool = await EnginePool.start(recipe, model_path, actor_options=reservation.engines)
     try:
-        transport = await connect(recipe, learner, pool)
+        transport = transport_for(recipe, learner, pool)
         await publish(transport, 0)
         sync = await publish(transport, 1)
         request = request_of("probe")
-        completions = [(await engine.generate.remote([request]))[0] for engine in pool._engines]
+        completions = [(await engine.actor.generate.remote([request]))[0] for engine in pool._engines]
         assert all(set(completion.versions.tolist()) == {1} for completion in completions)
         figures = {"bytes": sync.num_bytes, "seconds": sync.seconds, "gb_per_s": sync.num_bytes / sync.seconds / 1e9}
         return figures | {"memory_gb": sync.memory_gb, "num_tensors": sync.num_tensors}
@@ -313,7 +313,7 @@ def test_two_workers_share_their_gpus_with_two_ranks(cluster: None, model_path: 
         gpus = shared_gpus(await learner.gpus(), 2)
         pool = await EnginePool.start(recipe, model_path, actor_options=reservation.engines, gpus=gpus)
         try:
-            transport = await connect(recipe, learner, pool)
+            transport = transport_for(recipe, learner, pool)
             await publish(transport, 0)
             await pool.sleep()
             sync = await publish(transport, 1)

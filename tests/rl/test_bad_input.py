@@ -197,7 +197,9 @@ def test_a_reward_that_always_hangs(tmp_path: Path):
     )
     assert done.returncode == 1
     assert_one_sentence(done.stderr, "no sample of the last 3 groups", "hangs took longer than its timeout of 0.1 s")
-    assert done.stdout.splitlines() == ["tiny: starting", "tiny: training"]
+    starting, training, worker = done.stdout.splitlines()
+    assert (starting, training) == ("tiny: starting", "tiny: training")
+    assert worker.startswith("warning: a reward worker ended or was killed after 0.1 s of scoring sums/")
     assert_nothing_left(tmp_path)
 
 

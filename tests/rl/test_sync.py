@@ -120,9 +120,9 @@ def test_publishing_through_real_engines(cluster: None, tmp_path: Path):
             await publish_from(InProcessLearner(module), pool, version=5)
 
             # Something that reaches one engine alone is found in that engine.
-            await pool._engines[1].stage.remote({VICTIM: torch.zeros_like(module.state_dict()[VICTIM])})
+            await pool._engines[1].actor.stage.remote({VICTIM: torch.zeros_like(module.state_dict()[VICTIM])})
             expected = InProcessLearner(module).checksums()
-            first, second = await pool.commit(6)
+            first, second = (await pool.commit(6)).values()
             verify(expected, first, place="engine 0", version=6)
             with pytest.raises(RunStopped, match=f"{VICTIM} differs in engine 1"):
                 verify(expected, second, place="engine 1", version=6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -41,33 +41,40 @@ class WorkersOnly:
         self.largest = 0
 
     @property
-    def num_workers(self) -> int:
-        return 2 * len(self.engines)
+    def present(self) -> list[int]:
+        return list(range(len(self.engines)))
 
-    async def join_transfer(self, host: str, port: int, *, size: int, timeout_s: float) -> None:
+    def membership(self, engines: Sequence[int]) -> tuple[Any, ...]:
+        return tuple(worker for index in engines for worker in self.engines[index])
+
+    def num_workers(self, engines: Sequence[int]) -> int:
+        return 2 * len(engines)
+
+    async def join_transfer(self, host: str, port: int, *, size: int, timeout_s: float, engines: Sequence[int]) -> None:
         group = {"host": host, "port": port, "size": size, "timeout_s": timeout_s}
-        workers = [worker for engine in self.engines for worker in engine]
+        workers = self.membership(engines)
         await asyncio.gather(*(worker.join.remote(rank=1 + i, **group) for i, worker in enumerate(workers)))
 
-    async def begin_update(self) -> None:
+    async def begin_update(self, engines: Sequence[int]) -> None:
         pass
 
-    async def receive(self) -> None:
-        troubles = [self.trouble] + [""] * (self.num_workers - 1)
-        workers = [worker for engine in self.engines for worker in engine]
+    async def receive(self, offer: None, engines: Sequence[int]) -> None:
+        workers = self.membership(engines)
+        troubles = [self.trouble] + [""] * (len(workers) - 1)
         calls = [worker.receive.remote(trouble) for worker, trouble in zip(workers, troubles, strict=True)]
         try:
             self.largest = max(await asyncio.gather(*calls))
         except RayTaskError as error:
             raise error.cause from error  # as EnginePool does
 
-    async def commit(self, version: int) -> list[dict[str, int]]:
-        sums = []
-        for number, engine in enumerate(self.engines):
+    async def commit(self, version: int, engines: Sequence[int]) -> dict[int, dict[str, int]]:
+        sums = {}
+        for number in engines:
+            engine = self.engines[number]
             flips = ["", self.flip if number == len(self.engines) - 1 else ""]
             reports = await asyncio.gather(*(w.held.remote(f) for w, f in zip(engine, flips, strict=True)))
             parts = [[Held.of_plain(fields) for fields in held] for _, held in reports]
-            sums.append(whole_checksums(parts, reports[0][0]))
+            sums[number] = whole_checksums(parts, reports[0][0])
         return sums
 
     async def peak_memory_gb(self) -> float:
@@ -88,7 +95,7 @@ async def connected(
     pool = WorkersOnly(num_engines)
     learner = await Learner.start(recipe, folder / "model")
     try:
-        yield await Broadcast.connect(learner, cast(EnginePool, pool)), learner, pool
+        yield Broadcast(learner, cast(EnginePool, pool)), learner, pool
     finally:
         learner.close()
         pool.close()

@@ -9,7 +9,7 @@ import ray
 from model import save_model
 from model.checksum import checksums
 from model.tokenizer import load_tokenizer, save_byte_tokenizer
-from rl.config import Learner, Model, Recipe, Rollout, Sampling
+from rl.config import Faults, Learner, Model, Recipe, Rollout, Sampling
 from rl.errors import DataError, RecipeError, RunStopped
 from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
@@ -34,7 +34,7 @@ def prompt_of(text: str) -> Prompt:
     return Prompt(id=f"test/{text}", domain="test", messages=({"role": "user", "content": text},))
 
 
-async def rollout_and_update(pool: EnginePool, model_path, weights: dict) -> tuple[tuple, tuple, list, list]:
+async def rollout_and_update(pool: EnginePool, model_path, weights: dict) -> tuple[tuple, tuple, dict, list]:
     conversation = Conversation(load_tokenizer(model_path))
     sampling = Sampling(top_p=0.95, max_tokens=24)
 
@@ -102,6 +102,7 @@ def test_groups_updates_aborts_and_a_dying_engine(cluster, model_path, make_mode
         name="pool",
         model=Model(path=str(model_path), max_context=96),
         rollout=Rollout(engines=2, max_num_seqs=8),
+        faults=Faults(engine_restarts=0),
     )
     weights = make_model(1).state_dict()
 
@@ -110,13 +111,20 @@ def test_groups_updates_aborts_and_a_dying_engine(cluster, model_path, make_mode
         try:
             first, second, sums, stats = await rollout_and_update(pool, model_path, weights)
             check_samples(first, second)
-            assert sums == [checksums(weights.items())] * 2
+            assert sums == dict.fromkeys((0, 1), checksums(weights.items()))
             assert [s.version for s in stats] == [3, 3] and all(s.num_generated_tokens for s in stats)
-            ray.kill(pool._engines[1])
-            with pytest.raises(RunStopped, match="engine 1 of 2 died during stats"):
-                for _ in range(600):  # it may answer a few times more before it dies
+
+            async def until_gone(index: int) -> None:
+                ray.kill(pool._engines[index].actor)
+                while index in pool.present:  # it may answer a few times more before it dies
                     await pool.stats()
                     await asyncio.sleep(0.05)
+
+            await until_gone(1)
+            assert len(await pool.stats()) == 2 and pool.present == [0]
+            assert pool.faults.totals == {"engines_lost": 1}
+            with pytest.raises(RunStopped, match="no engine is left: engine 0 of 2 died during stats"):
+                await until_gone(0)
         finally:
             pool.close()
 

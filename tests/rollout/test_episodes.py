@@ -14,6 +14,7 @@ import pytest
 from model.tokenizer import build_byte_tokenizer
 from rl.config import Domain, EnvironmentUse, Sampling
 from rl.errors import DataError, RunStopped
+from rl.fault_log import FaultLog
 from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
 from rollout.engine import Completion, Finish, Request
@@ -40,6 +41,7 @@ class Seats:
         self.seated: list[int] = []
         self.names: set[str] = set()
         self.failing = False
+        self.faults = FaultLog()
 
     @contextmanager
     def seat(self, num_sequences: int) -> Iterator[Any]:

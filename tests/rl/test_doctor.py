@@ -1,0 +1,108 @@
+"""The hang doctor beside a real run whose processes hang, one kind after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rl.whereabouts import Whereabouts, end, innermost, stack_of, state_of
+from tests.rl.saboteur import Saboteur, arm, closed
+from tests.rl.tiny_runs import REPOSITORY, assert_one_sentence, run_here
+
+HANGING = """
+import sys, time
+from rl.whereabouts import announce
+
+def waits():
+    {how}
+
+where = announce()
+print(where.host, where.pid, where.descriptor, flush=True)
+waits()
+"""
+
+
+def hanging(how: str) -> tuple[subprocess.Popen[str], Whereabouts]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING.format(how=how)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    host, pid, descriptor = process.stdout.readline().split()
+    return process, Whereabouts(host, int(pid), int(descriptor))
+
+
+def test_a_process_is_looked_at_from_outside():
+    sleeping, one = hanging("time.sleep(600)")
+    # One long call into C, which never lets go of the interpreter's lock.
+    computing, other = hanging("sum(range(10**13))")
+    try:
+        assert "sleeps, in waits (<string>:6), called by <module>" in innermost(stack_of(one))
+        assert "runs, in waits" in innermost(stack_of(other))
+        assert "waits" in innermost(stack_of(one))  # again
+        os.kill(one.pid, signal.SIGSTOP)
+        while state_of(one) == "sleeps":
+            time.sleep(0.01)
+        assert stack_of(one) == "is stopped by a signal"
+        end(one)
+        assert sleeping.wait(10) == -signal.SIGKILL
+        assert state_of(one) == stack_of(one) == "is gone"
+        # Whoever has the process's id now is not the one that announced itself.
+        end(Whereabouts(other.host, other.pid, (other.descriptor or 0) + 50))
+        assert "runs" in stack_of(other)
+    finally:
+        for process in (sleeping, computing):
+            process.kill()
+            process.wait()
+
+
+def test_what_hangs_is_named_and_ended(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    gate = tmp_path / "gate"
+
+    async def plan(saboteur: Saboteur) -> None:
+        faults = saboteur.system.faults
+        await saboteur.step_over()
+        with closed(gate):
+            while faults.totals["late"] < 1:
+                await asyncio.sleep(0.1)
+        await saboteur.stop_engine_while(0, "request")
+        await saboteur.gone(0)
+        await saboteur.until_up(0)
+        await saboteur.busy("learner", "step")
+        os.kill(saboteur.system.learner.processes[1].pid, signal.SIGSTOP)
+        await asyncio.Event().wait()
+
+    arm(monkeypatch, plan)
+    began = time.monotonic()
+    code, run = run_here(
+        tmp_path,
+        "steps=20",
+        "learner.ranks=2",
+        "doctor={floor_s: 6, factor: 3, first_s: 120}",
+        f"domains.sums.rewards=[{{use: 'tests.rl.saboteur:gated', args: {{gate: '{gate}'}}, timeout_s: 300}}]",
+    )
+    output = capsys.readouterr()
+    print(output.out)
+    assert code == 1 and time.monotonic() - began < 300
+    assert_one_sentence(output.err, "learner rank 1 died during step")
+    assert run.status["status"] == "stopped"
+    late = [line for line in output.out.splitlines() if line.startswith("warning: ") and " is late: " in line]
+    scoring, generating, learning = late[:3]
+    assert "rewards is late: score of sums/" in scoring and "s at most before" in scoring
+    assert "the reward worker at gated of sums/" in scoring and "in gated (saboteur.py:" in scoring
+    assert "engine 0 is late: request of sums/" in generating and "is stopped by a signal" in generating
+    assert "the driver waits (rollout of step" in generating
+    assert "learner is late: step in step" in learning
+    assert "learner rank 1 (process" in learning and "is stopped by a signal; it is killed" in learning
+    assert "learner rank 0 (process" in learning
+    notes = (run.path / "doctor.txt").read_text()
+    assert "--- learner rank 0" in notes and 'File "' in notes
+    assert sum(row["faults/late"] for row in run.steps) >= 2
