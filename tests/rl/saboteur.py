@@ -99,11 +99,14 @@ class Saboteur:
         while not self.system.pool.is_up(index):
             await asyncio.sleep(0.01)
 
+    async def published(self, version: int) -> None:
+        """Returns when engines have weights of this version, or a later one."""
+        while (self.system.publisher.version or 0) < version:
+            await asyncio.sleep(0.01)
+
     async def step_over(self) -> None:
         """Returns when weights were published once more."""
-        version = self.system.publisher.version
-        while self.system.publisher.version == version:
-            await asyncio.sleep(0.01)
+        await self.published((self.system.publisher.version or 0) + 1)
 
 
 def _node_id(_: Any) -> str:

@@ -47,7 +47,7 @@ def test_a_process_is_looked_at_from_outside():
         assert "runs, in waits" in innermost(stack_of(other))
         assert "waits" in innermost(stack_of(one))  # again
         os.kill(one.pid, signal.SIGSTOP)
-        while state_of(one) == "sleeps":
+        while state_of(one) != "is stopped by a signal":
             time.sleep(0.01)
         assert stack_of(one) == "is stopped by a signal"
         end(one)
@@ -69,7 +69,7 @@ def test_what_hangs_is_named_and_ended(
 
     async def plan(saboteur: Saboteur) -> None:
         faults = saboteur.system.faults
-        await saboteur.step_over()
+        await saboteur.published(1)
         with closed(gate):
             while faults.totals["late"] < 1:
                 await asyncio.sleep(0.1)
