@@ -134,8 +134,8 @@ def arm(monkeypatch: pytest.MonkeyPatch, plan: Callable[[Saboteur], Awaitable[An
     real = rl.train.start
 
     @asynccontextmanager
-    async def start(*args: Any) -> AsyncIterator[System]:
-        async with real(*args) as system:
+    async def start(*args: Any, **kwargs: Any) -> AsyncIterator[System]:
+        async with real(*args, **kwargs) as system:
             harm = asyncio.ensure_future(plan(Saboteur(system)))
             try:
                 yield system

@@ -86,6 +86,7 @@ def test_what_hangs_is_named_and_ended(
         tmp_path,
         "steps=20",
         "learner.ranks=2",
+        "faults.learner_restores=0",
         "doctor={floor_s: 6, factor: 3, first_s: 120}",
         f"domains.sums.rewards=[{{use: 'tests.rl.saboteur:gated', args: {{gate: '{gate}'}}, timeout_s: 300}}]",
     )
