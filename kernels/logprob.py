@@ -1,9 +1,10 @@
 """Log-probabilities of tokens over the vocabulary or over kept sets on the GPU, with their gradients.
 
 Over the vocabulary: cuBLAS makes a block of fp32 logits, [tokens, ids] of bounded size, and one kernel folds it into
-every row's running maximum, sum and mean. The backward pass makes the block again, turns it into gradients, and
-multiplies twice. Over kept sets only the kept rows of the weight are read: far less work than the whole vocabulary as
-long as sets are small. Every sum has a fixed order.
+every row's running maximum, sum and mean. The backward pass turns blocks into gradients and multiplies twice; it makes
+them again, but for those that the forward pass kept, in as much memory as the weight takes. Over kept sets only the
+kept rows of the weight are read: far less work than the whole vocabulary as long as sets are small. Every sum has a
+fixed order.
 
 Shape letters: N tokens, D hidden size, V vocabulary, M kept ids of all tokens together.
 """
@@ -41,7 +42,7 @@ def kept_logprobs(
     """See `kernels.reference.kept_logprobs`. `chunk` only bounds the rows of sets too large to gather."""
     targets, kept_offsets = check_arguments(hidden, weight, targets, kept_ids, kept_offsets)
     if kept_ids is None or kept_offsets is None:
-        return _VocabularyLogprobs.apply(hidden, weight, targets, temperature)
+        return _vocabulary_logprobs(hidden, weight, targets, temperature)
     sizes = kept_offsets.diff()
     rows, others = (sizes > 0).nonzero().squeeze(1), (sizes == 0).nonzero().squeeze(1)
     if kept_ids.shape[0] > rows.shape[0] * weight.shape[0] * _GATHER_SHARE:
@@ -53,7 +54,7 @@ def kept_logprobs(
     offsets = torch.cat([kept_offsets[rows], kept_offsets[-1:]])
     parts = [
         (rows, _SetLogprobs.apply(hidden[rows], weight, targets[rows], kept_ids, offsets, temperature)),
-        (others, _VocabularyLogprobs.apply(hidden[others], weight, targets[others], temperature)),
+        (others, _vocabulary_logprobs(hidden[others], weight, targets[others], temperature)),
     ]
     blank = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     logprobs = entropy = blank
@@ -112,12 +113,21 @@ def _slope_kernel(
     tl.store(slopes + row * num_ids + columns, slope.to(slopes.dtype.element_ty), mask=there)
 
 
+def _vocabulary_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    trained = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _VocabularyLogprobs.apply(hidden, weight, targets, temperature, trained)
+
+
 class _VocabularyLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, targets, temperature):
+    def forward(ctx: Any, hidden, weight, targets, temperature, trained):
         hidden, targets = hidden.contiguous(), targets.contiguous()
         highest = torch.full(targets.shape, float("-inf"), dtype=torch.float32, device=hidden.device)
         total, weighted, chosen = (torch.zeros_like(highest) for _ in range(3))
+        room = weight.numel() * weight.element_size() if trained else 0
+        ctx.kept = {}
         for ids in _blocks(weight.shape[0], _BLOCK_IDS):
             for rows in _blocks(hidden.shape[0], _BLOCK_TOKENS):
                 logits = _product(hidden[rows], weight[ids].t())
@@ -126,6 +136,9 @@ class _VocabularyLogprobs(torch.autograd.Function):
                     logits.shape[1], logits.stride(0), 1 / temperature,
                     BLOCK=triton.next_power_of_2(logits.shape[1]), num_warps=8,
                 )  # fmt: skip
+                if logits.nbytes <= room:
+                    ctx.kept[ids.start, rows.start] = logits
+                    room -= logits.nbytes
                 del logits
         lse = highest + total.log()
         entropy = lse - weighted / total
@@ -143,7 +156,9 @@ class _VocabularyLogprobs(torch.autograd.Function):
         for ids in _blocks(weight.shape[0], _BLOCK_IDS):
             grad_ids = None
             for rows in _blocks(hidden.shape[0], _BLOCK_TOKENS):
-                logits = _product(hidden[rows], weight[ids].t())
+                logits = ctx.kept.pop((ids.start, rows.start), None)
+                if logits is None:
+                    logits = _product(hidden[rows], weight[ids].t())
                 slopes = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device)
                 _slope_kernel[(logits.shape[0],)](
                     logits, slopes, targets[rows], lse[rows], entropy[rows], grad_logprobs[rows], grad_entropy[rows],
@@ -159,7 +174,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
                 del slopes
             if grad_weight is not None and grad_ids is not None:
                 grad_weight[ids] = grad_ids
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def _blocks(count: int, size: int) -> Iterator[slice]:

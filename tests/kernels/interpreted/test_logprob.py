@@ -130,3 +130,24 @@ def test_unkept_rows_of_the_weight_are_not_read() -> None:
     torch.testing.assert_close(logprobs.double(), wanted, rtol=1e-5, atol=1e-5)
     (grad,) = torch.autograd.grad(logprobs.sum(), (poisoned,))
     assert grad.isfinite().all() and not grad[0].any() and grad[5].any()
+
+
+def test_kept_logits_change_no_bit_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as much room as the weight takes some blocks are kept and some made again; a second pass makes all again."""
+    made = []
+    product = logprob._product
+    monkeypatch.setattr(logprob, "_product", lambda a, b: made.append((a.shape, b.shape)) or product(a, b))
+    hidden, weight = make(60)
+    with torch.no_grad():
+        logprob.kept_logprobs(hidden, weight, torch.arange(60) % VOCAB)
+    blocks = len(made)
+    found = logprob.kept_logprobs(hidden, weight, torch.arange(60) % VOCAB)
+    assert len(made) == 2 * blocks
+    passes = []
+    for _ in range(2):
+        made.clear()
+        passes.append(torch.autograd.grad(found, (hidden, weight), [torch.ones(60)] * 2, retain_graph=True))
+        passes[-1] += (torch.tensor(len(made) - 2 * blocks),)
+    again, from_scratch = passes[0][2], passes[1][2]
+    assert 0 < again < from_scratch == blocks
+    assert all(torch.equal(one, two) for one, two in zip(passes[0][:2], passes[1][:2], strict=True))
