@@ -131,6 +131,32 @@ def test_packed_attention(dims: tuple[int, int], masked: bool) -> None:
     assert all(torch.equal(one, two) for one, two in zip(ours, again, strict=True))
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_packed_attention_repeats_and_poison(masked: bool) -> None:
+    """Bitwise the same 100 times, alone, and with NaN in the sequences before and after; values are a strided view."""
+    torch.manual_seed(0)
+    lengths = [100, 333, 90]
+    bounds, own = torch.tensor([0, *lengths], device="cuda").cumsum(0), slice(100, 433)
+    queries, keys = (torch.randn(523, 3, 192, device="cuda", dtype=BF16) for _ in range(2))
+    wide = torch.randn(523, 3, 256, device="cuda", dtype=BF16)
+    upstream = torch.randn(523, 3, 128, device="cuda", dtype=BF16)
+    bitmask = kernels.selection_bitmask(selection(523, 333, 150, local=False), 333) if masked else None
+
+    def run(rows: slice, bounds: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [tensor[rows].detach().requires_grad_() for tensor in (queries, keys, wide)]
+        mask = None if bitmask is None else bitmask[rows]
+        out, _ = kernels.packed_attention(leaves[0], leaves[1], leaves[2][..., 128:], bounds, 192**-0.5, mask)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream[rows])]
+
+    first = run(own, torch.tensor([0, 333], device="cuda"))
+    assert all(tensor.isfinite().all() for tensor in first)
+    for tensor in (queries, keys, wide, upstream):
+        tensor[:100] = tensor[433:] = math.nan
+    for _ in range(100):
+        again = run(slice(None), bounds)
+        assert all(torch.equal(one, two[own]) for one, two in zip(first, again, strict=True))
+
+
 def test_bitmask() -> None:
     indices = selection(300, 5000, 700, local=False)
     assert torch.equal(kernels.selection_bitmask(indices, 5000), reference.selection_bitmask(indices, 5000))

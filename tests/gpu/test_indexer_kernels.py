@@ -121,6 +121,11 @@ def rows_of(kind: str, rows: int, width: int) -> torch.Tensor:
         for _ in range(8):
             scores += cuda(rows, width).sub_(1).relu_() * cuda(1)
         return scores
+    if kind == "plateau":
+        # Fewer scores above zero than are selected: thousands are equal at the boundary.
+        return cuda(rows, width).sub_(2.5).relu_()
+    if kind == "denormal":
+        return cuda(rows, width) * 1e-41
     return torch.randint(-2, 3, (rows, width), device="cuda").float()
 
 
@@ -129,7 +134,7 @@ def sorted_by_hand(scores: torch.Tensor, k: int) -> torch.Tensor:
     return best.sort(dim=1).values.int()
 
 
-@pytest.mark.parametrize("kind", ["gauss", "relu", "ties"])
+@pytest.mark.parametrize("kind", ["gauss", "relu", "ties", "plateau", "denormal"])
 @pytest.mark.parametrize(
     ("rows", "width", "k"),
     [(300, 5003, 2048), (64, 131072, 2048), (3, 1_000_000, 2048), (5, 100_003, 20_000), (1000, 256, 8)],
