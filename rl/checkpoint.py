@@ -11,6 +11,7 @@ refused, and nothing that is read can hold code.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -105,8 +106,9 @@ def commit(
 ) -> tuple[Path, int]:
     """Makes what was written at :func:`partial_path` the checkpoint of ``step``; returns its path and its bytes."""
     partial, path = partial_path(checkpoints, step), checkpoints / f"step_{step}"
+    values = {name: float(value) for name, value in metrics.items()}  # numpy's too
     records = {name: asdict(record) for name, record in files.items()}
-    manifest = {"format": FORMAT, "step": step, "metrics": dict(metrics), "files": records}
+    manifest = {"format": FORMAT, "step": step, "metrics": values, "files": records}
     written = write_json(partial / MANIFEST, manifest)
     sync_folder(partial)
     discard(path)
@@ -142,7 +144,7 @@ def prune(checkpoints: Path, *, keep: int, best: str | None) -> None:
     kept = set(steps[-keep:])
     if best is not None:
         scores = {step: metrics_of(checkpoints / f"step_{step}").get(best) for step in steps}
-        known = {step: score for step, score in scores.items() if score is not None}
+        known = {step: score for step, score in scores.items() if score is not None and math.isfinite(score)}
         if known:
             kept.add(max(known, key=lambda step: (known[step], step)))
     for step in set(steps) - kept:

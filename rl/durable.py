@@ -65,7 +65,7 @@ def write_json(path: Path, value: Any) -> FileRecord:
 
 def write_tensors(path: Path, arrays: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> FileRecord:
     """Writes a safetensors file straight from the arrays' memory; ``metadata`` is what its header says besides."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, array in arrays.items():

@@ -232,9 +232,11 @@ class RunDirectory:
         if self.status.status != RUNNING:
             raise ValueError(f"{self.path} is already {self.status.status}")
         self._events.close()
-        write_whole(self.path / "status.json", json.dumps(asdict(status), indent=2, ensure_ascii=False))
-        self.status = status
-        self._lock.release()
+        try:
+            write_whole(self.path / "status.json", json.dumps(asdict(status), indent=2, ensure_ascii=False))
+            self.status = status
+        finally:
+            self._lock.release()
 
     def _add_event(self, step: int, metrics: Mapping[str, float], prefix: str) -> None:
         values = [

@@ -7,6 +7,7 @@ import errno
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ class Saver:
 
     def write(self, step: int, row: Mapping[str, Any], sums: Mapping[str, int]) -> None:
         """Comes after a step whose ``row`` of metrics is logged: begins to write it, if it was copied."""
+        if self._trained is None and step:
+            self._check_metric(row)
         self._trained = (step, row, sums)
         if self._copied is not None:
             copied, self._copied = self._copied, None
@@ -99,7 +102,8 @@ class Saver:
             await self.copy(step, loop, system, sums)
             self.write(step, row, sums)
             await self.settle()
-        self.progress.say(f"interrupted after step {self.last}, which is saved; the same command goes on from there")
+        if self.last is not None:
+            self.progress.say(f"interrupted; step {self.last} is saved, and the same command goes on from there")
 
     async def settle(self) -> None:
         """Waits until what is being written is on the disk. Raises LearnerFailed when the learner could not write."""
@@ -161,12 +165,15 @@ class Saver:
             # What a checkpoint counts as done must be on the disk as well.
             await asyncio.to_thread(self.run.flush)
             _, num_bytes = await asyncio.to_thread(checkpoint.commit, folder, step, files, row)
-            await asyncio.to_thread(self._prune)
         except OSError as error:
             self._fail(step, partial, error)
             return
         self.last = step
-        self._written = {"checkpoint/bytes": num_bytes, "checkpoint/seconds": time.perf_counter() - copied.began}
+        with suppress(OSError):  # what cannot be deleted now is deleted after the next one
+            await asyncio.to_thread(self._prune)
+        if step:
+            seconds = time.perf_counter() - copied.began
+            self._written = {"checkpoint/bytes": float(num_bytes), "checkpoint/seconds": seconds}
 
     def _make_room(self, partial: Path, copied: _Copied) -> None:
         """An empty folder for the checkpoint. Raises OSError where it would not fit: a full disk stops metrics too."""
@@ -188,8 +195,8 @@ class Saver:
         before = "there is none before it" if self.last is None else f"that of step {self.last} stays the latest"
         self.progress.warn(f"the checkpoint of step {step} was not written: {error.strerror or error}; {before}")
 
-
-def warn_of_metric(best: str | None, row: Mapping[str, Any], progress: Progress) -> None:
-    """Says so when no checkpoint will ever be the best, because the metric's name is not one."""
-    if best is not None and best not in row and not best.startswith("eval/"):
-        progress.warn(f"checkpoint.best is {best}, which is no metric of this run; {did_you_mean(best, row)}")
+    def _check_metric(self, row: Mapping[str, Any]) -> None:
+        """Says so when no checkpoint will ever be the best, because the metric's name is not one."""
+        best = self.recipe.checkpoint.best
+        if best is not None and best not in row and not best.startswith("eval/"):
+            self.progress.warn(f"checkpoint.best is {best}, which is no metric of this run; {did_you_mean(best, row)}")

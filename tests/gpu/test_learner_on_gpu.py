@@ -22,6 +22,7 @@ from kernels import reference
 from model import DeepseekV32, ModelConfig, save_model
 from model.costs import model_costs
 from rl.config import Domain, Learner, Model, Offload, Recipe
+from rl.durable import FileRecord
 from rl.hardware import peak_flops
 from rl.sample import Prompt, Sample
 from trainer.pack import Minibatch, WeightedSample, pack_step
@@ -179,6 +180,60 @@ def test_the_optimizer_can_run_in_host_memory(alone: Any, model_dir: Path):
         norms[offload] = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(2)]
         finish(rank)
     assert norms[Offload.cpu] == pytest.approx(norms[Offload.none], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2, "sleep": True},
+        {"zero_stage": 2, "offload_optimizer": Offload.cpu},
+        {"zero_stage": 3, "sleep": True},
+        {"zero_stage": 3, "offload_optimizer": Offload.cpu, "offload_parameters": Offload.cpu},
+    ],
+    ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()),
+)
+def test_a_checkpoint_brings_back_every_bit(alone: Any, model_dir: Path, tmp_path: Path, settings: dict[str, Any]):
+    rank = alone(recipe_of(**settings), model_dir)
+    for _ in range(2):
+        rank.step([minibatch().share(0)])
+    rank.sleep()
+    rank.wake()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    num_bytes = rank.copy_checkpoint()
+    copied = time.perf_counter()
+    rank.write_checkpoint(tmp_path)
+    while (outcome := rank.checkpoint_written()) is None:
+        time.sleep(0.001)
+    written = time.perf_counter()
+    assert isinstance(outcome, FileRecord)
+    state, progress = rank.engine.copy_state()
+    weights, draw = weight_checksums(rank.policy.model, 1 << 30), float(torch.rand((), device="cuda"))
+    after = rank.step([minibatch().share(0)])[0].outcome
+    finish(rank)
+
+    rank = alone(recipe_of(**settings), model_dir)
+    loading = time.perf_counter()
+    rank.load_checkpoint(tmp_path)
+    loaded = time.perf_counter()
+    again, same_progress = rank.engine.copy_state()
+    assert same_progress == progress and progress["applied_steps"] == 2
+    assert again.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())
+    assert weight_checksums(rank.policy.model, 1 << 30) == weights
+    assert float(torch.rand((), device="cuda")) == draw
+    resumed = rank.step([minibatch().share(0)])[0].outcome
+    assert resumed.grad_norm == pytest.approx(after.grad_norm, rel=1e-2)
+    finish(rank)
+    report(
+        checkpoint=str(settings),
+        bytes=num_bytes,
+        copy_s=copied - began,
+        write_s=written - copied,
+        load_s=loaded - loading,
+        same_norm=resumed.grad_norm == after.grad_norm,
+    )
 
 
 def test_dense_attention_is_that_of_double_precision():

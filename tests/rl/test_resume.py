@@ -64,7 +64,7 @@ def test_with_generation_ahead_every_prompt_is_trained_once(cluster: None, tmp_p
     run = Run(tmp_path / "runs" / "tiny")
     assert run.status["reason"] == "interrupted"
     assert newest(run.path / "checkpoints").found.step == run.rows[-1]["step"]  # pyright: ignore[reportOptionalMemberAccess]
-    assert "which is saved; the same command goes on" in said
+    assert f"step {run.rows[-1]['step']} is saved, and the same command goes on" in said
 
     code, _ = run_until(logged(4), tmp_path, *settings, "checkpoint.every=1", delay_s=0.1)
     assert code == -signal.SIGKILL

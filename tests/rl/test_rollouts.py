@@ -60,13 +60,13 @@ class Rig:
         stream = PromptStream({"sums": PROMPTS}, {"sums": 1.0}, seed=recipe.seed)
         self.rollouts = Rollouts(recipe, cast(System, self.system), stream, self.buffer)
 
-    def take(self, steps: int) -> list[list[Group]]:
-        """The batches of the first ``steps`` steps."""
+    def take(self, steps: int, *, first: int = 1) -> list[list[Group]]:
+        """The batches of the steps from ``first`` to ``steps``."""
 
         async def consume() -> list[list[Group]]:
             producer = asyncio.create_task(self.rollouts.run())
             batches = []
-            for step in range(1, steps + 1):
+            for step in range(first, steps + 1):
                 taking = asyncio.create_task(self.buffer.take(2))
                 await asyncio.wait({producer, taking}, return_when=asyncio.FIRST_COMPLETED)
                 if producer.done():

@@ -1,0 +1,325 @@
+"""Checkpoints on the disk: whole or not there, what is damaged is noticed, what could hold code is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from rl import checkpoint
+from rl.checkpoint import Damaged, Draft
+from rl.data import load_data
+from rl.durable import read_tensors, write_durably, write_tensors
+from rl.errors import DataError, RecipeError
+from rl.loop_state import Loop, LoopState
+from rl.prompts import PromptStream
+from rl.recipe import to_plain
+from rl.resume import open_run
+from rl.sample import Group, Prompt, Sample, Scored, Status, ToolCall, ToolResult, Turn
+from rl.saved_groups import group_of, group_record
+from tests.rl.test_rollouts import PROMPTS, Rig
+from tests.rl.tiny_runs import make_prompt, make_sample, tiny_recipe
+
+
+def write(folder: Path, step: int, metrics: dict[str, float] | None = None) -> Path:
+    """A small checkpoint, written as a run writes one."""
+    checkpoints = folder / "checkpoints"
+    partial = checkpoint.partial_path(checkpoints, step)
+    partial.mkdir(parents=True)
+    draft = Draft(
+        step=step,
+        recipe={"steps": 9},
+        model_dir=folder / "cold_start",
+        sums={"w": 2**63},
+        faults={"learner_restores": 1, "checkpoints_failed": 0},
+        loop=LoopState(values={"at": step}),
+    )
+    files = {"rank_00000.safetensors": write_tensors(partial / "rank_00000.safetensors", {"w": np.arange(99)})}
+    files |= draft.write(partial)
+    path, num_bytes = checkpoint.commit(checkpoints, step, files, metrics or {})
+    assert num_bytes == sum(one.stat().st_size for one in path.iterdir())
+    return path
+
+
+def test_what_was_written_is_read(tmp_path: Path):
+    write(tmp_path, 3)
+    saved = checkpoint.read(write(tmp_path, 4))
+    assert (saved.step, saved.recipe, saved.sums) == (4, {"steps": 9}, {"w": 2**63})
+    assert saved.faults == {"learner_restores": 1, "checkpoints_failed": 0}
+    assert saved.model_dir == tmp_path / "cold_start"
+    assert checkpoint.newest(tmp_path / "checkpoints").found == saved
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert checkpoint.read(moved / "checkpoints" / "step_4").model_dir == moved / "cold_start"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "a flipped bit": ("rank_00000.safetensors has another checksum", lambda at: flip(at / "rank_00000.safetensors")),
+    "a short file": ("run.json has 7 bytes instead of", lambda at: os.truncate(at / "run.json", 7)),
+    "a lost file": ("its files are not those of manifest.json", lambda at: (at / "run.json").unlink()),
+    "half a manifest": ("manifest.json cannot be read", lambda at: os.truncate(at / "manifest.json", 50)),
+    "no manifest": ("manifest.json cannot be read", lambda at: (at / "manifest.json").unlink()),
+    "an extra rank": (
+        "its files are not those",
+        lambda at: (at / "rank_00001.safetensors").write_bytes((at / "rank_00000.safetensors").read_bytes()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_the_damage_told(tmp_path: Path, name: str):
+    write(tmp_path, 3)
+    sentence, damage = DAMAGES[name]
+    path = write(tmp_path, 4)
+    damage(path)
+    search = checkpoint.newest(tmp_path / "checkpoints")
+    assert search.found is not None and search.found.step == 3
+    (told,) = search.damaged
+    assert told.startswith(f"{path} is damaged: ") and sentence in told
+    with pytest.raises(Damaged):
+        checkpoint.read(path)
+
+
+class Payload:
+    """Would leave a file behind if it was ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["rng_0.pt", "state/mp_rank_00_model_states.pt", "rank_00000.pkl", "run.py"])
+def test_a_checkpoint_with_files_that_could_hold_code_is_refused(tmp_path: Path, name: str):
+    path = write(tmp_path, 4)
+    foreign = path / name
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    for read in (lambda: checkpoint.read(path), lambda: checkpoint.newest(tmp_path / "checkpoints")):
+        with pytest.raises(DataError, match="which Keel does not write: its checkpoints are JSON and safetensors"):
+            read()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_pickle_under_the_name_of_tensors_is_never_run(tmp_path: Path):
+    path = tmp_path / "rank_00000.safetensors"
+    path.write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    with pytest.raises(DataError, match="cannot be read as safetensors"):
+        read_tensors(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_what_a_killed_process_left_half_written_is_no_checkpoint(tmp_path: Path):
+    write(tmp_path, 3)
+    partial = checkpoint.partial_path(tmp_path / "checkpoints", 4)
+    partial.mkdir()
+    (partial / "rank_00000.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoints" / ".step_2.deleted").mkdir()
+    assert checkpoint.steps_saved(tmp_path / "checkpoints") == [3]
+    checkpoint.sweep(tmp_path / "checkpoints")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_3"]
+
+
+def test_the_last_ones_and_the_best_one_stay(tmp_path: Path):
+    scores = {1: 0.1, 2: 0.9, 3: 0.2, 4: None, 9: 0.3, 10: 0.4}
+    for step, score in scores.items():
+        write(tmp_path, step, {} if score is None else {"eval/math": score})
+    checkpoint.prune(tmp_path / "checkpoints", keep=2, best="eval/math")
+    assert checkpoint.steps_saved(tmp_path / "checkpoints") == [2, 9, 10]
+    checkpoint.prune(tmp_path / "checkpoints", keep=1, best=None)
+    assert checkpoint.steps_saved(tmp_path / "checkpoints") == [10]
+
+
+def test_a_file_is_never_written_over(tmp_path: Path):
+    write_durably(tmp_path / "a", [b"x", memoryview(b"yz")])
+    assert (tmp_path / "a").read_bytes() == b"xyz"
+    with pytest.raises(FileExistsError):
+        write_durably(tmp_path / "a", [b"x"])
+
+
+dtypes = st.sampled_from([np.uint8, np.uint16, np.int32, np.int64, np.float32, np.float64, np.bool_])
+
+
+@given(st.lists(st.tuples(dtypes, st.lists(st.integers(0, 4), max_size=3)), max_size=5))
+def test_tensors_are_what_the_safetensors_library_reads(tmp_path_factory: pytest.TempPathFactory, shapes):
+    rng = np.random.default_rng(0)
+    arrays = {str(n): rng.integers(0, 2, shape).astype(dtype) for n, (dtype, shape) in enumerate(shapes)}
+    path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
+    record = write_tensors(path, arrays, {"state": "ü"})
+    assert record.bytes == path.stat().st_size
+    for name, array in load_file(path).items():
+        np.testing.assert_array_equal(array, arrays[name], strict=True)
+
+
+def episode(prompt: Prompt) -> Sample:
+    """Two sequences with tools, one of which has nothing recorded."""
+    turn = Turn(
+        reply="call", calls=(ToolCall(name="f", arguments={"x": [1]}),), results=(ToolResult(text="no", failed=True),)
+    )
+    first = make_sample(prompt, 1, part=0, routes=None, routed=None, kept=None)
+    return make_sample(
+        prompt, 1, turns=(turn,), earlier=(first,), status=Status.TRUNCATED, final_state={"tests": {"a": True}}
+    )
+
+
+def test_groups_survive_json_and_arrays(tmp_path: Path):
+    prompt = make_prompt("7")
+    group = Group(
+        prompt=prompt,
+        scored=(
+            Scored(sample=make_sample(prompt), reward=1 / 3, parts={"a": 0.1}, comments={"a": "why"}),
+            Scored(sample=episode(prompt), reward=-0.0),
+        ),
+        failed=2,
+    )
+    arrays: dict[str, np.ndarray] = {}
+    record = json.loads(json.dumps(group_record(group, "0", arrays)))
+    write_tensors(tmp_path / "a.safetensors", arrays)
+    again = group_of(record, read_tensors(tmp_path / "a.safetensors"), {prompt.id: prompt})
+    assert_equal(again, group)
+    with pytest.raises(DataError, match=f"prompt {prompt.id} under way"):
+        group_of(record, arrays, {})
+
+
+def assert_equal(one, other) -> None:
+    """Equality through dataclasses that hold arrays."""
+    assert type(one) is type(other)
+    if isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, other, strict=True)
+    elif hasattr(one, "__dataclass_fields__"):
+        for name in one.__dataclass_fields__:
+            assert_equal(getattr(one, name), getattr(other, name))
+    elif isinstance(one, tuple):
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_equal(first, second)
+    else:
+        assert one == other
+
+
+def loop_of(rig: Rig) -> Loop:
+    class Handle:
+        def state_dict(self) -> dict[str, int]:
+            return {"num_steps": 3, "skipped_in_a_row": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            assert state == self.state_dict()
+
+    shuffle = np.random.default_rng([7, 1])
+    return Loop(
+        prompts=rig.rollouts.prompts,
+        buffer=rig.buffer,
+        rollouts=rig.rollouts,
+        shuffle=shuffle,
+        learner=Handle(),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+def test_the_loop_goes_on_in_the_middle_of_replacing_groups(tmp_path: Path, steps_before: int):
+    """Every third prompt has no variance and is replaced; what a step was made of is the same after a restart."""
+
+    def judge(sample: Sample) -> float:
+        return 0.0 if int(sample.prompt.id.split("/")[1]) % 3 == 0 else float(sample.index)
+
+    settings = ("objective.zero_variance=replace", "rollout.max_staleness=1", "steps=6")
+
+    def made_of(rig: Rig, batches: list[list[Group]]) -> list[tuple[list[str], list[str]]]:
+        return [
+            (
+                [group.prompt.id for group in batch],
+                [group.prompt.id for group in rig.rollouts.take_tally(batch).replaced],
+            )
+            for batch in batches
+        ]
+
+    straight = Rig(tmp_path, judge, *settings)
+    whole = made_of(straight, straight.take(6))
+
+    first = Rig(tmp_path, judge, *settings)
+    begun = made_of(first, first.take(steps_before))
+    loop = loop_of(first)
+    draws = loop.shuffle.random(3)
+    values, arrays = loop.state().encode()
+    expected = loop.shuffle.random(3)
+    again = Rig(tmp_path, judge, *settings)
+    restored = loop_of(again)
+    restored.restore(LoopState.decode(json.loads(json.dumps(values)), arrays, PROMPTS), PROMPTS)
+    np.testing.assert_array_equal(restored.shuffle.random(3), expected)
+    assert not np.array_equal(draws, expected)
+    rest = made_of(again, again.take(6, first=steps_before + 1))
+    assert begun + rest == whole
+    # Every draw is made with its own seeds, and none that was not made before.
+    assert {str(one) for one in [*first.system.asked, *again.system.asked]} == {
+        str(one) for one in straight.system.asked
+    }
+
+
+def test_changed_prompts_are_noticed():
+    stream = PromptStream({"sums": PROMPTS}, {"sums": 1.0}, seed=7)
+    state = json.loads(json.dumps(stream.state_dict()))
+    changed = [*PROMPTS[:-1], replace(PROMPTS[-1], messages=({"role": "user", "content": "another"},))]
+    with pytest.raises(DataError, match=r"domains\.sums has other prompts"):
+        PromptStream({"sums": changed}, {"sums": 1.0}, seed=7).load_state_dict(state)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path: Path):
+    recipe = tiny_recipe(tmp_path, f"runs={tmp_path / 'runs'}")
+    data = load_data(recipe)
+    run = open_run(recipe, data).run
+    run.log_supervised({"step": 1, "loss/supervised": 3.0})
+    with pytest.raises(RecipeError, match=rf"is being written by process {os.getpid()} on "):
+        open_run(recipe, data)
+    run._lock.release()  # as the end of its process does
+    resumption = open_run(recipe, data)
+    assert resumption.sentences == (f"{run.path} holds no checkpoint; the run starts afresh",)
+    assert resumption.saved is None and not run.supervised.exists()
+    resumption.run.stop("why")
+    with pytest.raises(RecipeError, match="already holds a stopped run; choose another name"):
+        open_run(replace(recipe, resume="never"), data)
+
+
+def test_a_run_goes_back_to_an_earlier_checkpoint_or_begins_at_another_runs(tmp_path: Path):
+    recipe = tiny_recipe(tmp_path, f"runs={tmp_path / 'runs'}", "steps=9")
+    data = load_data(recipe)
+    run = open_run(recipe, data).run
+    for step in (1, 2, 3):
+        run.log({"step": step, "reward/mean": 0.5})
+        run.log_samples(step, [])
+        partial = checkpoint.partial_path(run.checkpoints, step)
+        partial.mkdir(parents=True)
+        draft = Draft(
+            step=step,
+            recipe=to_plain(recipe),
+            model_dir=run.path / "initial_model",
+            sums={},
+            faults={"learner_restores": 0, "checkpoints_failed": 0},
+        )
+        checkpoint.commit(run.checkpoints, step, draft.write(partial), {})
+    run.stop("why")
+
+    branch = open_run(replace(recipe, name="branch", resume=str(run.path)), data)
+    assert branch.saved is not None and branch.saved.path == run.checkpoints / "step_3"
+    assert branch.run.last_step == -1
+    back = open_run(replace(recipe, resume=str(run.checkpoints / "step_1")), data)
+    assert back.saved is not None and back.saved.step == 1
+    assert checkpoint.steps_saved(run.checkpoints) == [1]
+    assert [row["step"] for row in back.run.rows()] == [1]
+    assert [path.name for path in back.run.samples.iterdir()] == ["step_1.jsonl"]
+    with pytest.raises(RecipeError, match="holds no checkpoint that is whole"):
+        open_run(replace(recipe, name="other", resume=str(tmp_path)), data)
