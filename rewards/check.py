@@ -37,7 +37,7 @@ _WIDTH = 100
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _options().parse_args(arguments)
+    options = _options().parse_intermixed_args(arguments)
     try:
         use = RewardUse(use=options.reward, args=_args(options.args), timeout_s=options.timeout, retries=0)
         samples = read_samples(options.samples)[: options.limit]

@@ -89,6 +89,7 @@ def test_check_gives_a_batched_reward_whole_groups(user_rewards, tmp_path, capsy
     [
         (["brevity"], "neither built in"),
         (["format", "x=1"], "does not take the argument 'x'"),
+        (["format", "--limit", "1", "x=1"], "does not take the argument 'x'"),
         (["format", "strict"], "write it as key=value"),
         (["rubric"], "needs a judge"),
         (["rubric", "--judge-url", "http://x", "--judge-key", "KEEL_NO_SUCH_KEY"], "no variable KEEL_NO_SUCH_KEY"),
