@@ -132,6 +132,9 @@ class StepLog:
                 metrics[f"reward/{domain}/{part}"] = _mean(one.parts[part] for one in members if part in one.parts)
             own = [group for group in groups if group.prompt.domain == domain]
             metrics |= reward_shares(domain, self.recipe.domains[domain], own)
+            if len(self.recipe.domains) > 1:  # of one domain these are length/mean and groups/zero_variance
+                metrics[f"reply_length/{domain}"] = _mean(one.sample.num_generated for one in members)
+                metrics[f"zero_variance/{domain}"] = _mean(group.zero_variance for group in own)
         return metrics | {f"accuracy/{domain}": value for domain, value in accuracy(self.recipe, scored).items()}
 
     def _ages(self, groups: Sequence[Group], version: int) -> dict[str, float]:

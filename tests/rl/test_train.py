@@ -81,6 +81,9 @@ def test_every_metric_of_the_design_page_is_there_every_step(full: tuple[Run, st
             assert row[f"reward/{domain}"] is not None
             assert row[f"accuracy/{domain}"] is not None
         assert row["grad_share/sums"] + row["grad_share/free"] == pytest.approx(1.0)
+        for mean, name in (("length/mean", "reply_length"), ("groups/zero_variance", "zero_variance")):
+            low, high = sorted(row[f"{name}/{domain}"] for domain in ("sums", "free"))
+            assert low <= row[mean] <= high
     evaluated = [row["step"] for row in run.rows if "eval/sums" in row and "eval/free" in row]
     assert evaluated == [0, 2, 4]
 
