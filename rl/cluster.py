@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
+import secrets
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +53,7 @@ def join_cluster(recipe: Recipe) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         return
+    _keep_token_private(Path.home() / ".ray" / "auth_token")
     ray_constants.ENABLE_RAY_CLUSTER = False  # no other node may join, so every server listens on loopback only
     with needed_environment():
         ray.init(
@@ -60,6 +64,18 @@ def join_cluster(recipe: Recipe) -> None:
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
         )
+
+
+def _keep_token_private(path: Path) -> None:
+    """Whoever has the token of a cluster can run code as its user. Ray draws one if there is none, for all to read."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent) as draft, contextlib.suppress(FileExistsError):
+        draft.write(secrets.token_hex(32))
+        draft.flush()
+        os.link(draft.name, path)  # there or not, never half of it
+    path.chmod(0o600)
 
 
 def check_runs_last(recipe: Recipe) -> None:

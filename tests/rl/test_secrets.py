@@ -70,17 +70,19 @@ class Watched:
     printed: str
     listening: list[tuple[str, str]]
     """Addresses at which its processes listened, and which process it was."""
+    token: Path  # of its Ray cluster
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("secrets")
+    (folder / "home").mkdir()
     write_recipe(folder)
     (folder / "secret.yaml").write_text(yaml.safe_dump(RECIPE))
     process = subprocess.Popen(
         [sys.executable, "-m", "rl.train", str(folder / "secret.yaml"), f"runs={folder / 'runs'}"],
         cwd=REPOSITORY,
-        env=environment() | IN_ENVIRONMENT,
+        env=environment() | IN_ENVIRONMENT | {"HOME": str(folder / "home")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -96,7 +98,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         printed, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    yield Watched(run=run, printed=printed, listening=listening)
+    yield Watched(run=run, printed=printed, listening=listening, token=folder / "home" / ".ray" / "auth_token")
 
 
 def _listening(root: psutil.Process) -> Iterator[tuple[str, str]]:
@@ -146,6 +148,11 @@ def test_what_a_tool_answered_is_written_without_the_secret(tmp_path: Path, monk
     learn_secrets({})
     write_whole(tmp_path / "step_1.jsonl", json.dumps({"text": f"token: {IN_ENVIRONMENT['SCORER_TOKEN']}"}))
     assert (tmp_path / "step_1.jsonl").read_text() == '{"text": "token: ${oc.env:SCORER_TOKEN}"}'
+
+
+def test_the_clusters_token_is_the_users_own(watched: Watched):
+    assert watched.token.stat().st_mode & 0o777 == 0o600
+    assert len(watched.token.read_text()) == 64
 
 
 @pytest.mark.parametrize(
