@@ -30,13 +30,13 @@ from rl.placement import threads_needed
 OBJECT_STORE_BYTES = 512 << 20
 """Of the cluster that a run starts for itself; weights and batches of small models are all that passes through it."""
 
-T = TypeVar("T")
-
 UNKNOWN_BYTES = 1 << 50
 """Stands for the memory of GPUs whose driver says nothing: large enough that nothing is refused for it."""
 SENT_FOLDERS = "working_dir_files"
 """Where Ray unpacks the working directories of jobs, within its own folder on each node."""
 _QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+
+T = TypeVar("T")
 
 
 def join_cluster(recipe: Recipe) -> None:
@@ -70,12 +70,13 @@ def _keep_token_private(path: Path) -> None:
     """Whoever has the token of a cluster can run code as its user. Ray draws one if there is none, for all to read."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent) as draft, contextlib.suppress(FileExistsError):
-        draft.write(secrets.token_hex(32))
-        draft.flush()
-        os.link(draft.name, path)  # there or not, never half of it
-    path.chmod(0o600)
+    with contextlib.suppress(OSError):  # Ray itself says what is wrong with a home that cannot be written
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as draft, contextlib.suppress(FileExistsError):
+            draft.write(secrets.token_hex(32))
+            draft.flush()
+            os.link(draft.name, path)  # there or not, never half of it
+        path.chmod(0o600)
 
 
 def check_runs_last(recipe: Recipe) -> None:
