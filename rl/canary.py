@@ -55,7 +55,8 @@ class Canary:
             )
             for number, prompt in enumerate(self.prompts)
         )
-        return [sample for group in await asyncio.gather(*groups) for sample in group]
+        with self.system.timeline.span("driver", "canary", step=step):
+            return [sample for group in await asyncio.gather(*groups) for sample in group]
 
     async def compare(self, samples: Sequence[Sample], version: int) -> dict[str, float]:
         """``canary/*`` over tokens that the engine sampled with the weights ``version``, which the learner has now."""
@@ -69,7 +70,8 @@ class Canary:
             micro_tokens=learner.micro_tokens,
             attention_span=self.system.learner.attention_span,
         )
-        return differences(samples, await self.system.learner.logprobs(batch), version)
+        with self.system.timeline.span("learner", "canary", step=version + 1):
+            return differences(samples, await self.system.learner.logprobs(batch), version)
 
 
 def choose(prompts: Sequence[Prompt], number: int, *, seed: int) -> tuple[Prompt, ...]:

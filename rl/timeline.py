@@ -8,8 +8,8 @@ the order in which spans ended. Spans of one actor may lie over each other (``re
 What no span covers was idle.
 
     actor     phases
-    driver    start, rollout (waiting for the groups of a step), evaluate
-    learner   step, sync, checkpoint, cold start, save
+    driver    start, rollout (waiting for the groups of a step), evaluate, canary
+    learner   step, canary, sync, checkpoint, cold start, save
     engine N  load, generate (it held requests; one span for each weight version), sync, sleep, wake
     rewards   score (one span a group)
 """

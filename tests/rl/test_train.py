@@ -164,8 +164,8 @@ def test_the_timeline_shows_who_did_what(full: tuple[Run, str]):
     run, _ = full
     rows = read_lines(run.path / "timeline.jsonl")
     assert {(row["actor"], row["phase"]) for row in rows} == {
-        *(("driver", phase) for phase in ("start", "rollout", "evaluate")),
-        *(("learner", phase) for phase in ("cold start", "step", "sync", "checkpoint", "save")),
+        *(("driver", phase) for phase in ("start", "rollout", "evaluate", "canary")),
+        *(("learner", phase) for phase in ("cold start", "step", "sync", "checkpoint", "save", "canary")),
         *(("engine 0", phase) for phase in ("load", "generate", "sync")),
         ("rewards", "score"),
     }

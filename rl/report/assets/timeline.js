@@ -14,6 +14,7 @@ const PHASES = {
   sync: "c1",
   score: "c3",
   evaluate: "c5",
+  canary: "c5",
   checkpoint: "c4",
   save: "c4",
   rollout: "waiting",
