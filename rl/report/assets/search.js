@@ -1,6 +1,7 @@
 // Search in the text of every trajectory, and marks on what was found in the one that is open.
 
 const SAID_AT_ONCE = 24; // summaries between two moments in which the page may draw
+const AHEAD = 40; // summaries whose blocks are asked for before their turn
 
 function textOf(t) {
   const said = t.messages.map((message) => message.content);
@@ -28,6 +29,7 @@ class Texts {
     const missing = summaries.filter((summary) => !this.known.has(summary));
     for (const [i, summary] of missing.entries()) {
       if (!still()) return false;
+      missing[i + AHEAD]?.source.block(missing[i + AHEAD].block); // unpacked meanwhile, on another thread
       this.known.set(summary, textOf(await summary.source.trajectory(summary)));
       if (i % SAID_AT_ONCE === SAID_AT_ONCE - 1) {
         tell(i / missing.length);
