@@ -217,8 +217,8 @@ class Rollout:
     """Whose indexer and sparse attention a deepseek_v32 model uses in vLLM: vLLM's, whose fp8 selection the learner
     then imitates, or Keel's, which selects as the learner does; other models attend as ever."""
     batch_invariant: bool = False
-    """Whether a reply's bits are the same in any company, by vLLM's batch-invariant mode, which is slower. A sparse
-    model needs ``dsa: keel``."""
+    """Whether the model's bits are the same in any company, by vLLM's batch-invariant mode, which is slower; where
+    ``sampling.top_p`` cuts still varies. A sparse model needs ``dsa: keel``."""
 
     @property
     def selects_as_vllm(self) -> bool:

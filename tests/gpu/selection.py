@@ -140,9 +140,12 @@ def agreement(theirs: Sequence[Selected], ours: Sequence[Selected]) -> dict[str,
     }
 
 
-async def alone_and_together(actor: VllmEngineActor) -> dict[str, float]:
+async def alone_and_together(actor: VllmEngineActor, top_p: float) -> dict[str, float]:
     """Equal tokens and equal bits of log-probabilities: the same requests in a batch of others, and one by one."""
-    requests = make_requests("company", 24, 700, 32)
+    requests = [
+        replace(request, id=f"{request.id}-{top_p}", sampling=replace(request.sampling, top_p=top_p))
+        for request in make_requests("company", 24, 700, 32)
+    ]
     together = await actor.generate(requests)
     equal, same_bits, largest = [], [], 0.0
     for request, in_company in list(zip(requests, together, strict=True))[:4]:
@@ -217,7 +220,7 @@ async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict
             kept["selected"] = await engine_selections(actor, ours, sequences)
             seen["stages"].append("selections")
         if ours:
-            seen["company"] = await alone_and_together(actor)
+            seen["company"] = {top_p: await alone_and_together(actor, top_p) for top_p in (1.0, 0.95)}
         if options.speed:
             seen["tokens_per_s"] = {length: await speed(actor, length) for length in (64, 2048)}
     finally:
@@ -227,7 +230,7 @@ async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict
 
 def compare(case: str, path: Path, kept: dict[str, Any], seen: dict[str, Any]) -> None:
     module = load_deepseek_v32(path, dtype=torch.bfloat16, device="cuda").eval()
-    for name in ("short", "long"):
+    for name in ("long", "short"):
         pair = kept[name], kept[f"{name} done"]
         seen[f"{name}, plain learner"] = mismatches(module, *pair, "plain")
         if case == "vllm" and name == "long":
