@@ -104,8 +104,9 @@ class ReportServer(ThreadingHTTPServer):
         except OverflowError as error:
             raise DataError(f"--port {port} is not a port; give a number from 0 to 65535") from error
         except OSError as error:
-            reason = "is taken; choose another --port" if error.errno == errno.EADDRINUSE else f"({error.strerror})"
-            raise DataError(f"cannot listen on {host} port {port}: it {reason}") from error
+            taken = error.errno == errno.EADDRINUSE
+            reason = "it is taken; choose another --port" if taken else error.strerror
+            raise DataError(f"cannot listen on {host} port {port}: {reason}") from error
 
     @property
     def url(self) -> str:

@@ -184,6 +184,8 @@ def test_what_cannot_be_served_is_a_sentence(run, server):
         ReportServer([run.path], port=server.server_port)
     with pytest.raises(DataError, match="is not a directory"):
         ReportServer([run.path / "none"], port=0)
+    with pytest.raises(DataError, match=r"^cannot listen on 192.0.2.1 port 0: Cannot assign requested address$"):
+        ReportServer([run.path], host="192.0.2.1", port=0)
     with pytest.raises(DataError, match="--port 70000 is not a port"):
         ReportServer([run.path], port=70000)
 
