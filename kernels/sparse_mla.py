@@ -20,7 +20,7 @@ from kernels import sparse_mla_hopper as hopper
 from kernels.sparse_mla_backward import backward
 from kernels.sparse_tiles import LOG2_E, Tiles, count_selected, head_columns, selected_keys, tile_constants
 
-_LN_2 = tl.constexpr(1 / LOG2_E)
+_LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(1 / LOG2_E)
 
 # With more queries a sequence than this there is parallelism enough without splitting their keys.
 _DECODE_QUERIES = 8
@@ -41,7 +41,7 @@ def _forward_kernel(
     LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N * head blocks, splits). out [N, splits, H, L], lse fp32 [N, splits, H] (base 2, -inf for no keys)."""
+    """Grid (N * head blocks, splits). out [N, splits, H, L], lse fp32 [N, splits, H], -inf for no keys."""
     num_blocks = tl.cdiv(num_heads, BLOCK_H)
     token = (tl.program_id(0) // num_blocks).to(tl.int64)
     heads = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -78,7 +78,8 @@ def _forward_kernel(
     columns = tl.arange(0, BLOCK_L)
     there = (heads < num_heads)[:, None] & (columns < LATENT)[None, :]
     tl.store(out + place[:, None] * LATENT + columns[None, :], acc.to(out.dtype.element_ty), mask=there)
-    tl.store(lse + place, tl.where(total > 0, highest + tl.log2(total), float("-inf")), mask=heads < num_heads)
+    logarithm = tl.where(total > 0, (highest + tl.log2(total)) * _LN_2, float("-inf"))
+    tl.store(lse + place, logarithm, mask=heads < num_heads)
 
 
 @triton.jit
@@ -94,14 +95,14 @@ def _combine_kernel(
     place = (token * num_splits + splits) * num_heads + head
     parts = tl.load(partial_lse + place, mask=splits < num_splits, other=float("-inf"))
     highest = tl.maximum(tl.max(parts, axis=0), -1.0e30)
-    weights = tl.exp2(parts - highest)
+    weights = tl.exp2((parts - highest) * _LOG2_E)
     total = tl.sum(weights, axis=0)
     there = (splits < num_splits)[:, None] & (columns < LATENT)[None, :]
     values = tl.load(partial + place[:, None] * LATENT + columns[None, :], mask=there, other=0.0)
     mixed = tl.sum(values * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
     row = token * num_heads + head
     tl.store(out + row * LATENT + columns, mixed.to(out.dtype.element_ty), mask=columns < LATENT)
-    tl.store(lse + row, tl.where(total > 0, (highest + tl.log2(total)) * _LN_2, float("-inf")))
+    tl.store(lse + row, tl.where(total > 0, highest + tl.log2(total) * _LN_2, float("-inf")))
 
 
 def packed_sparse_attention(
@@ -121,12 +122,10 @@ class _SparseMLA(torch.autograd.Function):
         keys, indices = _rows(keys), indices.int().contiguous()
         queries = queries if queries.stride(-1) == 1 else queries.contiguous()
         out, lse = _forward(queries, keys, indices, scale, value_dim, split=max(1, indices.shape[1]))
-        out, lse = out.squeeze(1), lse.squeeze(1)
         ctx.save_for_backward(queries, keys, indices, out, lse)
         ctx.scale = scale
-        natural = lse / LOG2_E
-        ctx.mark_non_differentiable(natural)
-        return out, natural
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
@@ -150,19 +149,7 @@ def decode_sparse_attention(
     """
     with torch.no_grad():
         queries = queries if queries.stride(-1) == 1 else queries.contiguous()
-        out, lse = _forward(queries, _rows(cache), indices.int().contiguous(), scale, value_dim, split)
-        if out.shape[1] == 1:
-            return out.squeeze(1), lse.squeeze(1) / LOG2_E
-        num_queries, num_splits, num_heads, _ = out.shape
-        mixed = torch.empty(num_queries, num_heads, value_dim, dtype=queries.dtype, device=queries.device)
-        mixed_lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=queries.device)
-        block = triton.next_power_of_2(value_dim)
-        if mixed.numel():
-            _combine_kernel[(num_queries * num_heads,)](
-                out, lse, mixed, mixed_lse, num_heads, num_splits,
-                LATENT=value_dim, BLOCK_L=block, BLOCK_S=triton.next_power_of_2(num_splits), num_warps=4,
-            )  # fmt: skip
-        return mixed, mixed_lse
+        return _forward(queries, _rows(cache), indices.int().contiguous(), scale, value_dim, split)
 
 
 def sparse_attention(
@@ -205,21 +192,29 @@ def _rows(keys: torch.Tensor) -> torch.Tensor:
 def _forward(
     queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int, split: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [N, splits, H, value_dim], fp32 where there are several splits; lse fp32 [N, splits, H], base 2."""
-    num_queries, num_heads, dim = queries.shape
-    num_selected = indices.shape[1]
-    num_splits = max(1, -(-num_selected // split))
-    shape = (num_queries, num_splits, num_heads)
-    out = torch.empty(*shape, value_dim, dtype=queries.dtype if num_splits == 1 else torch.float32, device=keys.device)
-    lse = torch.empty(shape, dtype=torch.float32, device=keys.device)
-    if out.numel() and hopper.fits(queries, keys, value_dim):
-        hopper.forward(queries, keys, indices, scale * LOG2_E, split, out, lse)
-    elif out.numel():
-        tiles = _forward_tiles(num_heads, keys.element_size())
-        grid = (num_queries * triton.cdiv(num_heads, tiles.heads), num_splits)
-        _forward_kernel[grid](
-            queries, keys, indices, out, lse, scale * LOG2_E, num_heads, num_selected, split,
-            queries.stride(0), queries.stride(1), keys.stride(0),
-            **tile_constants(value_dim, dim, num_selected, tiles, keys), num_warps=tiles.warps,
+    """out [N, H, value_dim] and lse fp32 [N, H]; pieces of `split` keys are programs of their own, then combined."""
+    if hopper.fits(queries, keys, value_dim):
+        return hopper.forward(queries, keys, indices, scale, split)
+    (num_queries, num_heads, dim), num_selected = queries.shape, indices.shape[1]
+    out = torch.empty(num_queries, num_heads, value_dim, dtype=queries.dtype, device=keys.device)
+    lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=keys.device)
+    if not out.numel():
+        return out, lse
+    splits = max(1, -(-num_selected // split))
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = torch.empty(num_queries, splits, num_heads, value_dim, dtype=torch.float32, device=keys.device)
+        part_lse = torch.empty(num_queries, splits, num_heads, dtype=torch.float32, device=keys.device)
+    tiles = _forward_tiles(num_heads, keys.element_size())
+    _forward_kernel[(num_queries * triton.cdiv(num_heads, tiles.heads), splits)](
+        queries, keys, indices, parts, part_lse, scale * LOG2_E, num_heads, num_selected, split,
+        queries.stride(0), queries.stride(1), keys.stride(0),
+        **tile_constants(value_dim, dim, num_selected, tiles, keys), num_warps=tiles.warps,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(num_queries * num_heads,)](
+            parts, part_lse, out, lse, num_heads, splits,
+            LATENT=value_dim, BLOCK_L=triton.next_power_of_2(value_dim), BLOCK_S=triton.next_power_of_2(splits),
+            num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -79,7 +79,7 @@ def _grad_queries_kernel(
         scores = tl.dot(q_latent, tl.trans(k_latent), input_precision=PRECISION)
         scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision=PRECISION)
         d_probs = tl.dot(d_out, tl.trans(k_latent), input_precision=PRECISION)
-        probs = tl.where(exists[None, :], tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None]), 0.0)
+        probs = tl.where(exists[None, :], tl.exp2((scores * scale - row_lse[:, None]) * _LOG2_E), 0.0)
         d_scores = (probs * (d_probs - row_delta[:, None]) * scale).to(k_latent.dtype)
         there = head_there[:, None] & (columns < num_selected)[None, :]
         tl.store(probs_out + written + columns[None, :], probs.to(k_latent.dtype), mask=there)

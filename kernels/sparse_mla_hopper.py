@@ -24,9 +24,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.sparse_tiles import LOG2_E
+
 HEADS = 64
 LATENT, ROPE = 512, 64
 
+_LOG2_E = gl.constexpr(LOG2_E)
 _HEADS, _KEYS = gl.constexpr(HEADS), gl.constexpr(64)
 _LATENT, _HALF, _ROPE = gl.constexpr(LATENT), gl.constexpr(LATENT // 2), gl.constexpr(ROPE)
 _GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -38,13 +41,13 @@ _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 def fits(queries: torch.Tensor, keys: torch.Tensor, value_dim: int) -> bool:
-    """Whether this kernel takes these inputs: DeepSeek-V3.2's dimensions, more than 32 heads, 16-byte rows."""
+    """Whether this kernel takes these inputs: DeepSeek-V3.2's dimensions, 16 heads or more, 16-byte rows."""
     rows = (queries.stride(0), queries.stride(1), keys.stride(0))
     return (
         keys.is_cuda
         and torch.cuda.get_device_capability(keys.device)[0] == 9
         and keys.dtype == queries.dtype == torch.bfloat16
-        and queries.shape[1] > HEADS // 2
+        and queries.shape[1] >= 16
         and (value_dim, queries.shape[2]) == (LATENT, LATENT + ROPE)
         and all(stride % 16 == 0 for stride in rows)
         and queries.data_ptr() % 16 == keys.data_ptr() % 16 == 0
@@ -58,21 +61,22 @@ def head_blocks(queries: torch.Tensor) -> int:
 
 @gluon.jit
 def _count(row, first, last):
-    """One past the last of a row's columns [first, last) that is not -1, and at least `first`."""
+    """One past the last of a row's columns [first, last) that is not -1, at least `first`; and how many are not."""
     BLOCK: gl.constexpr = 2048
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    highest = first
+    highest, number = first, 0
     for start in range(first, last, BLOCK):
         columns = start + gl.arange(0, BLOCK, layout=layout)
-        index = gl.load(row + columns, mask=columns < last, other=-1)
-        highest = gl.maximum(highest, gl.max(gl.where(index >= 0, columns + 1, first), axis=0))
-    return highest
+        exists = gl.load(row + columns, mask=columns < last, other=-1) >= 0
+        highest = gl.maximum(highest, gl.max(gl.where(exists, columns + 1, first), axis=0))
+        number += gl.sum(exists.to(gl.int32), axis=0)
+    return highest, number
 
 
 @gluon.jit
-def _pairs(row, first, last):
+def _pairs(first, stop):
     """How many pairs of tiles are walked over: at least one, even where there is no key."""
-    return gl.maximum(gl.cdiv(_count(row, first, last) - first, 2 * _KEYS), 1)
+    return gl.maximum(gl.cdiv(stop - first, 2 * _KEYS), 1)
 
 
 @gluon.jit
@@ -86,16 +90,17 @@ def _copy(smem, rows, there, FIRST: gl.constexpr, WIDTH: gl.constexpr):
 def _gather(operands, ready, free, source):
     """The gathering warps: all queries, then a tile of keys whenever the halves of a buffer are free."""
     q_left, q_right, q_rope, k_left, k_right, k_rope = operands
-    queries, keys, row, first, stop, heads_left, stride_head, stride_key = source
+    queries, keys, row, first, last, heads_left, stride_head, stride_key = source
     place = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _GATHER))
     head_rows = queries + place * stride_head
     _copy(q_left.index(0), head_rows, place < heads_left, 0, _HALF)
     _copy(q_right.index(0), head_rows, place < heads_left, _HALF, _HALF)
     _copy(q_rope.index(0), head_rows, place < heads_left, _LATENT, _ROPE)
     column = first + place
-    index = gl.load(row + column, mask=column < stop, other=-1)
+    index = gl.load(row + column, mask=column < last, other=-1)
     # Counted in every group of warps, here behind the queries' loads: before the groups part it would cost 2 %.
-    for tile in range(2 * _pairs(row, first, stop)):
+    stop, _ = _count(row, first, last)
+    for tile in range(2 * _pairs(first, stop)):
         exists = index >= 0
         key_rows = keys + gl.where(exists, index, 0).to(gl.int64) * stride_key
         column = column + _KEYS
@@ -104,22 +109,17 @@ def _gather(operands, ready, free, source):
         parity = ((tile >> 1) & 1) ^ 1
         mbarrier.wait(free.index(2 * buffer), parity)
         _copy(k_left.index(buffer), key_rows, exists, 0, _HALF)
-        _copy(k_rope.index(buffer), key_rows, exists, _LATENT, _ROPE)
         async_copy.mbarrier_arrive(ready.index(2 * buffer), increment_count=False)
+        # Either side may have been the last to read probabilities where the rope columns go.
         mbarrier.wait(free.index(2 * buffer + 1), parity)
         _copy(k_right.index(buffer), key_rows, exists, _HALF, _HALF)
+        _copy(k_rope.index(buffer), key_rows, exists, _LATENT, _ROPE)
         async_copy.mbarrier_arrive(ready.index(2 * buffer + 1), increment_count=False)
 
 
 @gluon.jit
 def _scores(operands, ready, pair, SIDE: gl.constexpr):
     """Q K^T of this side's tile of a pair, fp32 [heads, keys]."""
-    return warpgroup_mma_wait(0, deps=[_start_scores(operands, ready, pair, SIDE)])
-
-
-@gluon.jit
-def _start_scores(operands, ready, pair, SIDE: gl.constexpr):
-    """Starts Q K^T of this side's tile of a pair, fp32 [heads, keys]: three products under way."""
     q_left, q_right, q_rope, k_left, k_right, k_rope = operands
     # A zero the compiler does not see: descriptors of operands are made here, not kept (and spilled) over the loop.
     zero = pair >> 30
@@ -128,16 +128,26 @@ def _start_scores(operands, ready, pair, SIDE: gl.constexpr):
     mbarrier.wait(ready.index(2 * SIDE), pair & 1)
     fence_async_shared()
     scores = warpgroup_mma(q_left, k_left.index(SIDE + zero).permute((1, 0)), scores, use_acc=False, is_async=True)
-    scores = warpgroup_mma(q_rope, k_rope.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
     mbarrier.wait(ready.index(2 * SIDE + 1), pair & 1)
     fence_async_shared()
-    return warpgroup_mma(q_right, k_right.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(q_right, k_right.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(q_rope, k_rope.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
+    return warpgroup_mma_wait(0, deps=[scores])
 
 
 @gluon.jit
-def _softmax(scores, index, highest, total, scale):
+def _without_absent(scores, row, column, stop, whole):
+    """Scores of keys that do not exist become -inf; nothing is read where all of a row's keys up to `stop` exist."""
+    if not whole or column + _KEYS > stop:
+        place = column + gl.arange(0, _KEYS, layout=gl.SliceLayout(0, _SCORES))
+        index = gl.load(row + place, mask=place < stop, other=-1)
+        scores = gl.where((index >= 0)[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _softmax(scores, highest, total, scale):
     """The probabilities of a tile, and the running maximum, its shrinkage and the sum with them."""
-    scores = gl.where((index >= 0)[None, :], scores, float("-inf"))
     higher = gl.maximum(highest, gl.max(scores, axis=1) * scale)
     shrink = gl.exp2(highest - higher)
     probs = gl.exp2(scores * scale - higher[:, None])
@@ -152,7 +162,8 @@ def _scaled(acc, shrink):
 
 @gluon.jit
 def _hand_over(probs_smem, shared_highest, shared_shrink, done, probs, higher, shrink, SIDE: gl.constexpr):
-    probs_smem.store(probs)
+    """Probabilities go where the rope columns of their tile were, which are of no more use."""
+    probs_smem.index(SIDE).store(probs)
     shared_highest.index(SIDE).store(higher)
     shared_shrink.index(SIDE).store(shrink)
     fence_async_shared()
@@ -160,25 +171,24 @@ def _hand_over(probs_smem, shared_highest, shared_shrink, done, probs, higher, s
 
 
 @gluon.jit
-def _attend(operands, shared, walk, SIDE: gl.constexpr, ORDER: gl.constexpr):
+def _attend(operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.constexpr):
     """One group's work: the scores of every other tile, and half of the output's columns."""
-    q_left, q_right, _, k_left, k_right, _ = operands
-    probs_smem, shared_highest, shared_shrink, shared_total, ready, free, done, summed = shared
-    row, first, stop, scale, out, lse, heads_left = walk
-    num_pairs = _pairs(row, first, stop)
+    q_left, q_right, _, k_left, k_right, probs_smem = operands
+    shared_highest, shared_shrink, shared_total, ready, free, done, summed = shared
+    row, first, last, scale, out, lse, heads_left = walk
+    stop, number = _count(row, first, last)
+    whole = number == stop - first
+    num_pairs = _pairs(first, stop)
     OTHER: gl.constexpr = 1 - SIDE
     head_layout: gl.constexpr = gl.SliceLayout(1, _SCORES)
     operand: gl.constexpr = gl.DotOperandLayout(0, _OUTPUT, 2)
     values = k_left if SIDE == 0 else k_right
-    place = gl.arange(0, _KEYS, layout=gl.SliceLayout(0, _SCORES))
     highest = gl.full([_HEADS], -1.0e30, gl.float32, layout=head_layout)
     total = gl.zeros([_HEADS], gl.float32, layout=head_layout)
     acc = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
     if SIDE == 0:
-        column = first + place
-        index = gl.load(row + column, mask=column < stop, other=-1)
-        scores = _scores(operands, ready, 0, SIDE)
-        probs, highest, shrink, total = _softmax(scores, index, highest, total, scale)
+        scores = _without_absent(_scores(operands, ready, 0, SIDE), row, first, stop, whole)
+        probs, highest, shrink, total = _softmax(scores, highest, total, scale)
         rounded = probs.to(gl.bfloat16)
         _hand_over(probs_smem, shared_highest, shared_shrink, done, rounded, highest, shrink, SIDE)
         acc = warpgroup_mma(gl.convert_layout(rounded, operand), values.index(SIDE), acc, is_async=True)
@@ -187,31 +197,18 @@ def _attend(operands, shared, walk, SIDE: gl.constexpr, ORDER: gl.constexpr):
     for pair in range(1 - SIDE, num_pairs):
         # The other side's tile comes before ours: of this pair for side 1, of the pair before for side 0.
         other_pair = pair - 1 + SIDE
-        column = first + (2 * pair + SIDE) * _KEYS + place
-        index = gl.load(row + column, mask=column < stop, other=-1)
-        if ORDER == 0:
-            scores = _scores(operands, ready, pair, SIDE)
+        column = first + (2 * pair + SIDE) * _KEYS
+        scores = _without_absent(_scores(operands, ready, pair, SIDE), row, column, stop, whole)
         mbarrier.wait(done.index(OTHER), other_pair & 1)
         highest = shared_highest.index(OTHER).load(head_layout)
         shrink = shared_shrink.index(OTHER).load(head_layout)
         acc = _scaled(acc, shrink)
-        acc = warpgroup_mma(probs_smem, values.index(OTHER), acc, is_async=True)
-        if ORDER == 2:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index(2 * OTHER + SIDE), count=1)
-        if ORDER == 1:
-            scores = _start_scores(operands, ready, pair, SIDE)
-            acc = warpgroup_mma_wait(3, deps=[acc])
-            mbarrier.arrive(free.index(2 * OTHER + SIDE), count=1)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-        if ORDER == 2:
-            scores = _scores(operands, ready, pair, SIDE)
-        probs, highest, shrink, total = _softmax(scores, index, highest, total * shrink, scale)
+        acc = warpgroup_mma(probs_smem.index(OTHER), values.index(OTHER), acc, is_async=True)
+        probs, highest, shrink, total = _softmax(scores, highest, total * shrink, scale)
         rounded = probs.to(gl.bfloat16)
-        if ORDER == 0:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(free.index(2 * OTHER + SIDE), count=1)
         _hand_over(probs_smem, shared_highest, shared_shrink, done, rounded, highest, shrink, SIDE)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(free.index(2 * OTHER + SIDE), count=1)
         acc = _scaled(acc, shrink)
         acc = warpgroup_mma(gl.convert_layout(rounded, operand), values.index(SIDE), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -222,7 +219,7 @@ def _attend(operands, shared, walk, SIDE: gl.constexpr, ORDER: gl.constexpr):
         shrink = shared_shrink.index(OTHER).load(head_layout)
         total = total * shrink
         acc = _scaled(acc, shrink)
-        acc = warpgroup_mma(probs_smem, values.index(OTHER), acc, is_async=True)
+        acc = warpgroup_mma(probs_smem.index(OTHER), values.index(OTHER), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
 
     shared_total.index(SIDE).store(total)
@@ -231,16 +228,11 @@ def _attend(operands, shared, walk, SIDE: gl.constexpr, ORDER: gl.constexpr):
     other_total = shared_total.index(OTHER).load(head_layout)
     total = total + other_total
     heads = gl.arange(0, _HEADS, layout=head_layout)
-    if SIDE == 0:
-        logarithm = gl.where(total > 0, highest + gl.log2(total), float("-inf"))
-        gl.store(lse + heads, logarithm, mask=heads < heads_left)
-    inverse = 1.0 / gl.where(total > 0, total, 1.0)
-    acc = _scaled(acc, inverse)
-    if out.dtype.element_ty == gl.float32:
-        rows = gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
-        columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
-        gl.store(out + rows[:, None] * _LATENT + columns[None, :], acc, mask=(rows < heads_left)[:, None])
-    else:
+    logarithm = gl.where(total > 0, (highest + gl.log2(total)) / _LOG2_E, float("-inf"))
+    acc = _scaled(acc, 1.0 / gl.where(total > 0, total, 1.0))
+    if SPLITS == 1:
+        if SIDE == 0:
+            gl.store(lse + heads, logarithm, mask=heads < heads_left)
         # No scores are computed any more: the queries' memory serves to write whole rows.
         staged = (q_left if SIDE == 0 else q_right).index(0)
         staged.store(acc.to(out.dtype.element_ty))
@@ -249,14 +241,59 @@ def _attend(operands, shared, walk, SIDE: gl.constexpr, ORDER: gl.constexpr):
         columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _ROWS))
         places = out + rows[:, None] * _LATENT + columns[None, :]
         gl.store(places, staged.load(_ROWS), mask=(rows < heads_left)[:, None])
+    else:
+        partial, partial_lse, arrivals, stride = pieces
+        own = gl.program_id(1) * stride
+        gl.store(partial_lse + own + heads, logarithm, mask=heads < heads_left)
+        rows = gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
+        columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
+        places = partial + own.to(gl.int64) * _LATENT + rows[:, None] * _LATENT + columns[None, :]
+        gl.store(places, acc, mask=(rows < heads_left)[:, None])
+        gl.barrier()
+        if gl.atomic_add(arrivals + SIDE, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            _combine(partial, partial_lse, stride, out, lse, heads_left, SIDE, SPLITS)
+
+
+@gluon.jit
+def _combine(partial, partial_lse, stride, out, lse, heads_left, SIDE: gl.constexpr, SPLITS: gl.constexpr):
+    """Whoever comes last weighs all pieces by exp(lse), in their order: the sum does not tell who it was."""
+    WIDTH: gl.constexpr = 128
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    heads = gl.arange(0, _HEADS, layout=gl.SliceLayout(1, layout))
+    there = heads < heads_left
+    highest = gl.full([_HEADS], -1.0e30, gl.float32, layout=gl.SliceLayout(1, layout))
+    for piece in gl.static_range(SPLITS):
+        part_lse = gl.load(partial_lse + piece * stride + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
+        highest = gl.maximum(highest, part_lse)
+    for half in gl.static_range(_HALF // WIDTH):
+        columns = SIDE * _HALF + half * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+        place = heads[:, None] * _LATENT + columns[None, :]
+        total = gl.zeros([_HEADS], gl.float32, layout=gl.SliceLayout(1, layout))
+        mixed = gl.zeros([_HEADS, WIDTH], gl.float32, layout=layout)
+        for piece in gl.static_range(SPLITS):
+            own = piece * stride
+            part_lse = gl.load(partial_lse + own + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
+            weight = gl.exp2((part_lse - highest) * _LOG2_E)
+            values = partial + own.to(gl.int64) * _LATENT + place
+            part = gl.load(values, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            total += weight
+            mixed += part * weight[:, None]
+        mixed = mixed / gl.where(total > 0, total, 1.0)[:, None]
+        gl.store(out + place, mixed.to(out.dtype.element_ty), mask=there[:, None])
+        if SIDE == 0 and half == 0:
+            logarithm = gl.where(total > 0, highest + gl.log2(total) / _LOG2_E, float("-inf"))
+            gl.store(lse + heads, logarithm, mask=there)
 
 
 @gluon.jit
 def forward_kernel(
-    queries, keys, indices, out, lse, scale, num_heads, num_selected, split, stride_query, stride_head, stride_key,
-    ORDER: gl.constexpr,
+    queries, keys, indices, out, lse, partial, partial_lse, arrivals, scale, num_heads, num_selected, split,
+    stride_query, stride_head, stride_key, SPLITS: gl.constexpr,
 ):  # fmt: skip
-    """Grid (N * head blocks, splits). out [N, splits, H, L], lse fp32 [N, splits, H] (base 2, -inf for no keys)."""
+    """Grid (N * B, splits). out [N, H, L]; lse fp32 [N, H], -inf for no keys.
+
+    Of several splits: partial fp32 [N, splits, H, L], partial_lse fp32 [N, splits, H], arrivals int32 [N * B, 2] zeros.
+    """
     num_blocks = gl.cdiv(num_heads, _HEADS)
     token = (gl.program_id(0) // num_blocks).to(gl.int64)
     head = (gl.program_id(0) % num_blocks) * _HEADS
@@ -265,7 +302,7 @@ def forward_kernel(
     row = indices + token * num_selected
     stop = gl.minimum(first + split, num_selected)
     query = queries + token * stride_query + head.to(gl.int64) * stride_head
-    place = (token * gl.num_programs(1) + gl.program_id(1)) * num_heads + head
+    place = token * num_heads + head
 
     q_left = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _HALF], _SWIZZLED)
     q_right = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _HALF], _SWIZZLED)
@@ -273,11 +310,10 @@ def forward_kernel(
     k_left = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, _HALF], _SWIZZLED)
     k_right = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, _HALF], _SWIZZLED)
     k_rope = gl.allocate_shared_memory(gl.bfloat16, [2, _KEYS, _ROPE], _SWIZZLED)
-    probs_smem = gl.allocate_shared_memory(gl.bfloat16, [_HEADS, _KEYS], _SWIZZLED)
     shared_highest = gl.allocate_shared_memory(gl.float32, [2, _HEADS], _PLAIN)
     shared_shrink = gl.allocate_shared_memory(gl.float32, [2, _HEADS], _PLAIN)
     shared_total = gl.allocate_shared_memory(gl.float32, [2, _HEADS], _PLAIN)
-    # Of buffer b: 2 b its left half and rope, 2 b + 1 its right half.
+    # Of buffer b: 2 b its left half, 2 b + 1 its right half and rope.
     ready = mbarrier.allocate_mbarrier(batch=4)
     free = mbarrier.allocate_mbarrier(batch=4)
     done = mbarrier.allocate_mbarrier(batch=2)
@@ -290,13 +326,15 @@ def forward_kernel(
         mbarrier.init(summed.index(i), count=1)
 
     operands = (q_left, q_right, q_rope, k_left, k_right, k_rope)
-    shared = (probs_smem, shared_highest, shared_shrink, shared_total, ready, free, done, summed)
+    shared = (shared_highest, shared_shrink, shared_total, ready, free, done, summed)
     walk = (row, first, stop, scale, out + place * _LATENT, lse + place, heads_left)
+    piece = token * SPLITS * num_heads + head
+    pieces = (partial + piece * _LATENT, partial_lse + piece, arrivals + 2 * gl.program_id(0), num_heads)
     source = (query, keys, row, first, stop, heads_left, stride_head, stride_key)
     gl.warp_specialize(
         [
-            (_attend, (operands, shared, walk, 0, ORDER)),
-            (_attend, (operands, shared, walk, 1, ORDER)),
+            (_attend, (operands, shared, walk, pieces, 0, SPLITS)),
+            (_attend, (operands, shared, walk, pieces, 1, SPLITS)),
             (_gather, (operands, ready, free, source)),
         ],
         [4, 4],
@@ -305,18 +343,22 @@ def forward_kernel(
 
 
 def forward(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    indices: torch.Tensor,
-    scale: float,
-    split: int,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    order: int = 0,
-) -> None:
-    """Writes out [N, splits, H, L] and lse fp32 [N, splits, H], base 2; `scale` is of scores in base 2."""
-    num_queries, num_splits, num_heads, _ = out.shape
-    forward_kernel[(num_queries * head_blocks(queries), num_splits)](
-        queries, keys, indices, out, lse, scale, num_heads, indices.shape[1], split,
-        queries.stride(0), queries.stride(1), keys.stride(0), ORDER=order, num_warps=4,
-    )  # fmt: skip
+    queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor, scale: float, split: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [N, H, L] and lse fp32 [N, H]; pieces of `split` keys are programs of their own, combined by the last."""
+    num_queries, num_heads, _ = queries.shape
+    num_selected = indices.shape[1]
+    splits, blocks = max(1, -(-num_selected // split)), head_blocks(queries)
+    out = torch.empty(num_queries, num_heads, LATENT, dtype=queries.dtype, device=queries.device)
+    lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=queries.device)
+    pieces = (out, lse, indices)  # not used
+    if splits > 1:
+        partial = torch.empty(num_queries, splits, num_heads, LATENT, dtype=torch.float32, device=queries.device)
+        partial_lse = torch.empty(num_queries, splits, num_heads, dtype=torch.float32, device=queries.device)
+        pieces = (partial, partial_lse, indices.new_zeros(num_queries * blocks * 2))
+    if out.numel():
+        forward_kernel[(num_queries * blocks, splits)](
+            queries, keys, indices, out, lse, *pieces, scale * _LOG2_E.value, num_heads, num_selected, split,
+            queries.stride(0), queries.stride(1), keys.stride(0), SPLITS=splits, num_warps=4,
+        )  # fmt: skip
+    return out, lse

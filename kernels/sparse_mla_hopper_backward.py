@@ -28,7 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.sparse_mla_hopper import HEADS, LATENT, ROPE, _copy, _count, head_blocks
+from kernels.sparse_tiles import LOG2_E
 
+_LOG2_E = gl.constexpr(LOG2_E)
 _HEADS, _KEYS = gl.constexpr(HEADS), gl.constexpr(64)
 _LATENT, _ROPE, _DIM = gl.constexpr(LATENT), gl.constexpr(ROPE), gl.constexpr(LATENT + ROPE)
 # Keys come in groups of columns: four of the latent part and, last in memory and first in use, the rope part.
@@ -51,7 +53,8 @@ def _gather(operands, ready, free, source):
         _copy(d_out.index(group), upstream + place * _LATENT, head_there, group * _GROUP, _GROUP)
     _copy(q_rope.index(0), queries + place * stride_head, head_there, _LATENT, _ROPE)
     index = gl.load(row + place, mask=place < stop, other=-1)
-    for tile in range(gl.cdiv(_count(row, 0, stop), _KEYS)):
+    last, _ = _count(row, 0, stop)
+    for tile in range(gl.cdiv(last, _KEYS)):
         exists = index >= 0
         key_rows = keys + gl.where(exists, index, 0).to(gl.int64) * stride_key
         column = (tile + 1) * _KEYS + place
@@ -123,18 +126,19 @@ def _differentiate(operands, staging, ready, free, walk, SIDE: gl.constexpr):
     operand: gl.constexpr = gl.DotOperandLayout(0, _TILE, 2)
     staged = staging.index(SIDE)
     heads = gl.arange(0, _HEADS, layout=gl.SliceLayout(0, _TILE))
-    row_lse = gl.load(lse + heads, mask=heads < heads_left, other=0.0)
+    row_lse = gl.load(lse + heads, mask=heads < heads_left, other=0.0) * _LOG2_E
     row_delta = gl.load(delta + heads, mask=heads < heads_left, other=0.0)
     place = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _TILE))
     written = gl.arange(0, _KEYS, layout=gl.SliceLayout(1, _GATHER))
     columns = gl.arange(0, _CHUNK, layout=gl.SliceLayout(0, _GATHER))
-    for tile in range(SIDE, gl.cdiv(_count(row, 0, stop), _KEYS), 2):
+    last, _ = _count(row, 0, stop)
+    for tile in range(SIDE, gl.cdiv(last, _KEYS), 2):
         column = tile * _KEYS + place
         exists = gl.load(row + column, mask=column < stop, other=-1) >= 0
         pair = tile * _KEYS + written
         there = (gl.load(row + pair, mask=pair < stop, other=-1) >= 0)[:, None]
         scores, d_probs = _products(operands, ready, free, tile, SIDE)
-        probs = gl.exp2(scores * (scale * 1.4426950408889634) - row_lse[None, :])
+        probs = gl.exp2(scores * (scale * _LOG2_E) - row_lse[None, :])
         probs = gl.where(exists[:, None], probs, 0.0)
         d_scores = (probs * (d_probs - row_delta[None, :]) * scale).to(gl.bfloat16)
         left = gl.convert_layout(probs.to(gl.bfloat16), operand)
@@ -271,7 +275,7 @@ def _grad_queries(
     indices: torch.Tensor,
     d_scores: torch.Tensor,
     grad_queries: torch.Tensor,
-    tiles: tuple[int, int, int, int] = (64, 128, 4, 3),
+    tiles: tuple[int, int, int, int] = (64, 128, 4, 4),
 ) -> None:
     num_queries, num_heads, dim = grad_queries.shape
     block_k, block_d, warps, stages = tiles
