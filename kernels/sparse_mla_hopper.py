@@ -100,21 +100,21 @@ def _gather(operands, ready, free, source):
     index = gl.load(row + column, mask=column < last, other=-1)
     # Counted in every group of warps, here behind the queries' loads: before the groups part it would cost 2 %.
     stop, _ = _count(row, first, last)
-    for tile in range(2 * _pairs(first, stop)):
-        exists = index >= 0
-        key_rows = keys + gl.where(exists, index, 0).to(gl.int64) * stride_key
-        column = column + _KEYS
-        index = gl.load(row + column, mask=column < stop, other=-1)
-        buffer = tile & 1
-        parity = ((tile >> 1) & 1) ^ 1
-        mbarrier.wait(free.index(2 * buffer), parity)
-        _copy(k_left.index(buffer), key_rows, exists, 0, _HALF)
-        async_copy.mbarrier_arrive(ready.index(2 * buffer), increment_count=False)
-        # Either side may have been the last to read probabilities where the rope columns go.
-        mbarrier.wait(free.index(2 * buffer + 1), parity)
-        _copy(k_right.index(buffer), key_rows, exists, _HALF, _HALF)
-        _copy(k_rope.index(buffer), key_rows, exists, _LATENT, _ROPE)
-        async_copy.mbarrier_arrive(ready.index(2 * buffer + 1), increment_count=False)
+    for pair in range(_pairs(first, stop)):
+        parity = (pair & 1) ^ 1
+        for side in gl.static_range(2):
+            exists = index >= 0
+            key_rows = keys + gl.where(exists, index, 0).to(gl.int64) * stride_key
+            column = column + _KEYS
+            index = gl.load(row + column, mask=column < last, other=-1)
+            # The owner is done with its half first. Rope columns wait for both: probabilities were in their place.
+            mbarrier.wait(free.index(3 * side), parity)
+            _copy((k_left if side == 0 else k_right).index(side), key_rows, exists, side * _HALF, _HALF)
+            async_copy.mbarrier_arrive(ready.index(2 * side), increment_count=False)
+            mbarrier.wait(free.index(1 + side), parity)
+            _copy((k_right if side == 0 else k_left).index(side), key_rows, exists, (1 - side) * _HALF, _HALF)
+            _copy(k_rope.index(side), key_rows, exists, _LATENT, _ROPE)
+            async_copy.mbarrier_arrive(ready.index(2 * side + 1), increment_count=False)
 
 
 @gluon.jit
@@ -124,13 +124,15 @@ def _scores(operands, ready, pair, SIDE: gl.constexpr):
     # A zero the compiler does not see: descriptors of operands are made here, not kept (and spilled) over the loop.
     zero = pair >> 30
     q_left, q_right, q_rope = q_left.index(zero), q_right.index(zero), q_rope.index(zero)
+    q_own, k_own = (q_left, k_left) if SIDE == 0 else (q_right, k_right)
+    q_other, k_other = (q_right, k_right) if SIDE == 0 else (q_left, k_left)
     scores = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
     mbarrier.wait(ready.index(2 * SIDE), pair & 1)
     fence_async_shared()
-    scores = warpgroup_mma(q_left, k_left.index(SIDE + zero).permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q_own, k_own.index(SIDE + zero).permute((1, 0)), scores, use_acc=False, is_async=True)
     mbarrier.wait(ready.index(2 * SIDE + 1), pair & 1)
     fence_async_shared()
-    scores = warpgroup_mma(q_right, k_right.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(q_other, k_other.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma(q_rope, k_rope.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
     return warpgroup_mma_wait(0, deps=[scores])
 
@@ -173,9 +175,9 @@ def _hand_over(probs_smem, shared_highest, shared_shrink, done, probs, higher, s
 @gluon.jit
 def _attend(operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.constexpr):
     """One group's work: the scores of every other tile, and half of the output's columns."""
-    q_left, q_right, _, k_left, k_right, probs_smem = operands
-    shared_highest, shared_shrink, shared_total, ready, free, done, summed = shared
-    row, first, last, scale, out, lse, heads_left = walk
+    _, _, _, k_left, k_right, probs_smem = operands
+    shared_highest, shared_shrink, _, ready, free, done, _ = shared
+    row, first, last, scale, _, _, _ = walk
     stop, number = _count(row, first, last)
     whole = number == stop - first
     num_pairs = _pairs(first, stop)
@@ -221,7 +223,17 @@ def _attend(operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.const
         acc = _scaled(acc, shrink)
         acc = warpgroup_mma(probs_smem.index(OTHER), values.index(OTHER), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
+    _finish(acc, highest, total, operands, shared, walk, pieces, SIDE, SPLITS)
 
+
+@gluon.jit
+def _finish(acc, highest, total, operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.constexpr):
+    """Divides by the sum over both sides' tiles and writes; of several pieces, the last to come combines them."""
+    q_left, q_right, _, _, _, _ = operands
+    _, _, shared_total, _, _, _, summed = shared
+    _, _, _, _, out, lse, heads_left = walk
+    OTHER: gl.constexpr = 1 - SIDE
+    head_layout: gl.constexpr = gl.SliceLayout(1, _SCORES)
     shared_total.index(SIDE).store(total)
     mbarrier.arrive(summed.index(SIDE), count=1)
     mbarrier.wait(summed.index(OTHER), 0)
@@ -313,7 +325,7 @@ def forward_kernel(
     shared_highest = gl.allocate_shared_memory(gl.float32, [2, _HEADS], _PLAIN)
     shared_shrink = gl.allocate_shared_memory(gl.float32, [2, _HEADS], _PLAIN)
     shared_total = gl.allocate_shared_memory(gl.float32, [2, _HEADS], _PLAIN)
-    # Of buffer b: 2 b its left half, 2 b + 1 its right half and rope.
+    # Of side s: ready 2 s its own half, 2 s + 1 the other and rope; free 2 s its tile's left half, 2 s + 1 the right.
     ready = mbarrier.allocate_mbarrier(batch=4)
     free = mbarrier.allocate_mbarrier(batch=4)
     done = mbarrier.allocate_mbarrier(batch=2)
