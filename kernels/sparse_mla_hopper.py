@@ -118,23 +118,30 @@ def _gather(operands, ready, free, source):
 
 
 @gluon.jit
-def _scores(operands, ready, pair, SIDE: gl.constexpr):
-    """Q K^T of this side's tile of a pair, fp32 [heads, keys]."""
-    q_left, q_right, q_rope, k_left, k_right, k_rope = operands
+def _own_scores(operands, ready, pair, SIDE: gl.constexpr):
+    """Starts Q K^T of this side's tile of a pair, over its own half of the columns: fp32 [heads, keys]."""
+    q_left, q_right, _, k_left, k_right, _ = operands
     # A zero the compiler does not see: descriptors of operands are made here, not kept (and spilled) over the loop.
     zero = pair >> 30
-    q_left, q_right, q_rope = q_left.index(zero), q_right.index(zero), q_rope.index(zero)
-    q_own, k_own = (q_left, k_left) if SIDE == 0 else (q_right, k_right)
-    q_other, k_other = (q_right, k_right) if SIDE == 0 else (q_left, k_left)
+    query, key = (q_left, k_left) if SIDE == 0 else (q_right, k_right)
     scores = gl.zeros([_HEADS, _KEYS], gl.float32, layout=_SCORES)
     mbarrier.wait(ready.index(2 * SIDE), pair & 1)
     fence_async_shared()
-    scores = warpgroup_mma(q_own, k_own.index(SIDE + zero).permute((1, 0)), scores, use_acc=False, is_async=True)
+    return warpgroup_mma(
+        query.index(zero), key.index(SIDE + zero).permute((1, 0)), scores, use_acc=False, is_async=True
+    )
+
+
+@gluon.jit
+def _other_scores(scores, operands, ready, pair, SIDE: gl.constexpr):
+    """Starts the rest of Q K^T: two products under way."""
+    q_left, q_right, q_rope, k_left, k_right, k_rope = operands
+    zero = pair >> 30
+    query, key = (q_right, k_right) if SIDE == 0 else (q_left, k_left)
     mbarrier.wait(ready.index(2 * SIDE + 1), pair & 1)
     fence_async_shared()
-    scores = warpgroup_mma(q_other, k_other.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
-    scores = warpgroup_mma(q_rope, k_rope.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
-    return warpgroup_mma_wait(0, deps=[scores])
+    scores = warpgroup_mma(query.index(zero), key.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
+    return warpgroup_mma(q_rope.index(zero), k_rope.index(SIDE + zero).permute((1, 0)), scores, is_async=True)
 
 
 @gluon.jit
@@ -189,7 +196,8 @@ def _attend(operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.const
     total = gl.zeros([_HEADS], gl.float32, layout=head_layout)
     acc = gl.zeros([_HEADS, _HALF], gl.float32, layout=_OUTPUT)
     if SIDE == 0:
-        scores = _without_absent(_scores(operands, ready, 0, SIDE), row, first, stop, whole)
+        scores = _other_scores(_own_scores(operands, ready, 0, SIDE), operands, ready, 0, SIDE)
+        scores = _without_absent(warpgroup_mma_wait(0, deps=[scores]), row, first, stop, whole)
         probs, highest, shrink, total = _softmax(scores, highest, total, scale)
         rounded = probs.to(gl.bfloat16)
         _hand_over(probs_smem, shared_highest, shared_shrink, done, rounded, highest, shrink, SIDE)
@@ -197,20 +205,22 @@ def _attend(operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.const
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free.index(2 * SIDE + SIDE), count=1)
     for pair in range(1 - SIDE, num_pairs):
-        # The other side's tile comes before ours: of this pair for side 1, of the pair before for side 0.
-        other_pair = pair - 1 + SIDE
-        column = first + (2 * pair + SIDE) * _KEYS
-        scores = _without_absent(_scores(operands, ready, pair, SIDE), row, column, stop, whole)
-        mbarrier.wait(done.index(OTHER), other_pair & 1)
+        scores = _own_scores(operands, ready, pair, SIDE)
+        # The other side's tile comes before ours: of this pair for side 1, of the pair before for side 0. Its product
+        # stands amid our scores: before them it would hold up them, behind them the memory that the next keys need.
+        mbarrier.wait(done.index(OTHER), (pair - 1 + SIDE) & 1)
         highest = shared_highest.index(OTHER).load(head_layout)
         shrink = shared_shrink.index(OTHER).load(head_layout)
         acc = _scaled(acc, shrink)
         acc = warpgroup_mma(probs_smem.index(OTHER), values.index(OTHER), acc, is_async=True)
+        scores = _other_scores(scores, operands, ready, pair, SIDE)
+        acc = warpgroup_mma_wait(2, deps=[acc])
+        mbarrier.arrive(free.index(2 * OTHER + SIDE), count=1)
+        column = first + (2 * pair + SIDE) * _KEYS
+        scores = _without_absent(warpgroup_mma_wait(0, deps=[scores]), row, column, stop, whole)
         probs, highest, shrink, total = _softmax(scores, highest, total * shrink, scale)
         rounded = probs.to(gl.bfloat16)
         _hand_over(probs_smem, shared_highest, shared_shrink, done, rounded, highest, shrink, SIDE)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(free.index(2 * OTHER + SIDE), count=1)
         acc = _scaled(acc, shrink)
         acc = warpgroup_mma(gl.convert_layout(rounded, operand), values.index(SIDE), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
