@@ -279,32 +279,30 @@ def _finish(acc, highest, total, operands, shared, walk, pieces, SIDE: gl.conste
 @gluon.jit
 def _combine(partial, partial_lse, stride, out, lse, heads_left, SIDE: gl.constexpr, SPLITS: gl.constexpr):
     """Whoever comes last weighs all pieces by exp(lse), in their order: the sum does not tell who it was."""
-    WIDTH: gl.constexpr = 128
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
     heads = gl.arange(0, _HEADS, layout=gl.SliceLayout(1, layout))
+    columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, layout))
     there = heads < heads_left
+    place = heads[:, None] * _LATENT + columns[None, :]
     highest = gl.full([_HEADS], -1.0e30, gl.float32, layout=gl.SliceLayout(1, layout))
     for piece in gl.static_range(SPLITS):
         part_lse = gl.load(partial_lse + piece * stride + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
         highest = gl.maximum(highest, part_lse)
-    for half in gl.static_range(_HALF // WIDTH):
-        columns = SIDE * _HALF + half * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
-        place = heads[:, None] * _LATENT + columns[None, :]
-        total = gl.zeros([_HEADS], gl.float32, layout=gl.SliceLayout(1, layout))
-        mixed = gl.zeros([_HEADS, WIDTH], gl.float32, layout=layout)
-        for piece in gl.static_range(SPLITS):
-            own = piece * stride
-            part_lse = gl.load(partial_lse + own + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
-            weight = gl.exp2((part_lse - highest) * _LOG2_E)
-            values = partial + own.to(gl.int64) * _LATENT + place
-            part = gl.load(values, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            total += weight
-            mixed += part * weight[:, None]
-        mixed = mixed / gl.where(total > 0, total, 1.0)[:, None]
-        gl.store(out + place, mixed.to(out.dtype.element_ty), mask=there[:, None])
-        if SIDE == 0 and half == 0:
-            logarithm = gl.where(total > 0, highest + gl.log2(total) / _LOG2_E, float("-inf"))
-            gl.store(lse + heads, logarithm, mask=there)
+    total = gl.zeros([_HEADS], gl.float32, layout=gl.SliceLayout(1, layout))
+    mixed = gl.zeros([_HEADS, _HALF], gl.float32, layout=layout)
+    for piece in range(SPLITS):
+        own = piece * stride
+        part_lse = gl.load(partial_lse + own + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
+        values = partial + own.to(gl.int64) * _LATENT + place
+        part = gl.load(values, mask=there[:, None], other=0.0, cache_modifier=".cg")
+        weight = gl.exp2((part_lse - highest) * _LOG2_E)
+        total += weight
+        mixed += part * weight[:, None]
+    mixed = mixed / gl.where(total > 0, total, 1.0)[:, None]
+    gl.store(out + place, mixed.to(out.dtype.element_ty), mask=there[:, None])
+    if SIDE == 0:
+        logarithm = gl.where(total > 0, highest + gl.log2(total) / _LOG2_E, float("-inf"))
+        gl.store(lse + heads, logarithm, mask=there)
 
 
 @gluon.jit
