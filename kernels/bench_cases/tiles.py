@@ -93,8 +93,8 @@ def cases() -> list[Case]:
         return [masked_mha.Tiles(own=o, other=n, warps=w, stages=s) for o, n, w, s in sizes]
 
     found = [
-        ("sparse_forward", lambda: _sparse(16, "_forward_tiles", sparse((16, 32, 4, 3), (16, 128, 4, 3)))),
-        ("sparse_backward", lambda: _sparse(16, "_backward_tiles", sparse((16, 32, 4, 2), (16, 64, 4, 2)))),
+        ("sparse_forward", lambda: _sparse(8, "_forward_tiles", sparse((16, 32, 4, 3), (16, 128, 4, 3)))),
+        ("sparse_backward", lambda: _sparse(8, "_backward_tiles", sparse((16, 32, 4, 2), (16, 64, 4, 2)))),
         ("masked_forward", lambda: _masked("forward", masked((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)))),
         ("masked_grad_queries", lambda: _masked("grad_queries", masked((128, 32, 8, 3), (128, 64, 8, 3)))),
         ("masked_grad_keys", lambda: _masked("grad_keys", masked((128, 32, 8, 4), (128, 64, 8, 2)))),
