@@ -56,7 +56,7 @@ def masked_constants(tiles: masked_mha.Tiles, *, masked: bool = True) -> dict[st
 MASKED = masked_mha
 LAUNCHES = MASKED._launches(192, 128, 2)
 CASES = {
-    "sparse forward": (sparse_mla_hopper.forward_kernel, {"SPLITS": 4}, 4),
+    "sparse forward": (sparse_mla_hopper.forward_kernel, {"SPLITS": 2}, 4),
     "sparse pairs": (sparse_mla_hopper_backward.pairs_kernel, {}, 4),
     "masked forward": (masked_mha_triton.forward_kernel, masked_constants(LAUNCHES.forward), LAUNCHES.forward.warps),
     "masked grad queries": (
