@@ -193,24 +193,18 @@ def _forward(
     queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int, split: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [N, H, value_dim] and lse fp32 [N, H]; pieces of `split` keys are programs of their own, then combined."""
-    if hopper.fits(queries, keys, value_dim):
-        return hopper.forward(queries, keys, indices, scale, split)
-    (num_queries, num_heads, dim), num_selected = queries.shape, indices.shape[1]
+    num_queries, num_heads, _ = queries.shape
     out = torch.empty(num_queries, num_heads, value_dim, dtype=queries.dtype, device=keys.device)
     lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=keys.device)
     if not out.numel():
         return out, lse
-    splits = max(1, -(-num_selected // split))
-    parts, part_lse = out, lse
+    splits = max(1, -(-indices.shape[1] // split))
+    parts, part_lse = out.unsqueeze(1), lse.unsqueeze(1)
     if splits > 1:
         parts = torch.empty(num_queries, splits, num_heads, value_dim, dtype=torch.float32, device=keys.device)
         part_lse = torch.empty(num_queries, splits, num_heads, dtype=torch.float32, device=keys.device)
-    tiles = _forward_tiles(num_heads, keys.element_size())
-    _forward_kernel[(num_queries * triton.cdiv(num_heads, tiles.heads), splits)](
-        queries, keys, indices, parts, part_lse, scale * LOG2_E, num_heads, num_selected, split,
-        queries.stride(0), queries.stride(1), keys.stride(0),
-        **tile_constants(value_dim, dim, num_selected, tiles, keys), num_warps=tiles.warps,
-    )  # fmt: skip
+    attend = hopper.forward if hopper.fits(queries, keys, value_dim) else _attend
+    attend(queries, keys, indices, scale, split, parts, part_lse)
     if splits > 1:
         _combine_kernel[(num_queries * num_heads,)](
             parts, part_lse, out, lse, num_heads, splits,
@@ -218,3 +212,22 @@ def _forward(
             num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    split: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """As `kernels.sparse_mla_hopper.forward`, for any sizes."""
+    (num_queries, splits, num_heads, value_dim), num_selected = out.shape, indices.shape[1]
+    tiles = _forward_tiles(num_heads, keys.element_size())
+    _forward_kernel[(num_queries * triton.cdiv(num_heads, tiles.heads), splits)](
+        queries, keys, indices, out, lse, scale * LOG2_E, num_heads, num_selected, split,
+        queries.stride(0), queries.stride(1), keys.stride(0),
+        **tile_constants(value_dim, queries.shape[2], num_selected, tiles, keys), num_warps=tiles.warps,
+    )  # fmt: skip

@@ -180,7 +180,7 @@ def _hand_over(probs_smem, shared_highest, shared_shrink, done, probs, higher, s
 
 
 @gluon.jit
-def _attend(operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.constexpr):
+def _attend(operands, shared, walk, SIDE: gl.constexpr):
     """One group's work: the scores of every other tile, and half of the output's columns."""
     _, _, _, k_left, k_right, probs_smem = operands
     shared_highest, shared_shrink, _, ready, free, done, _ = shared
@@ -233,12 +233,12 @@ def _attend(operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.const
         acc = _scaled(acc, shrink)
         acc = warpgroup_mma(probs_smem.index(OTHER), values.index(OTHER), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-    _finish(acc, highest, total, operands, shared, walk, pieces, SIDE, SPLITS)
+    _finish(acc, highest, total, operands, shared, walk, SIDE)
 
 
 @gluon.jit
-def _finish(acc, highest, total, operands, shared, walk, pieces, SIDE: gl.constexpr, SPLITS: gl.constexpr):
-    """Divides by the sum over both sides' tiles and writes; of several pieces, the last to come combines them."""
+def _finish(acc, highest, total, operands, shared, walk, SIDE: gl.constexpr):
+    """Divides by the sum over both sides' tiles, and writes."""
     q_left, q_right, _, _, _, _ = operands
     _, _, shared_total, _, _, _, summed = shared
     _, _, _, _, out, lse, heads_left = walk
@@ -252,9 +252,13 @@ def _finish(acc, highest, total, operands, shared, walk, pieces, SIDE: gl.conste
     heads = gl.arange(0, _HEADS, layout=head_layout)
     logarithm = gl.where(total > 0, (highest + gl.log2(total)) / _LOG2_E, float("-inf"))
     acc = _scaled(acc, 1.0 / gl.where(total > 0, total, 1.0))
-    if SPLITS == 1:
-        if SIDE == 0:
-            gl.store(lse + heads, logarithm, mask=heads < heads_left)
+    if SIDE == 0:
+        gl.store(lse + heads, logarithm, mask=heads < heads_left)
+    if out.dtype.element_ty == gl.float32:
+        rows = gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
+        columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
+        gl.store(out + rows[:, None] * _LATENT + columns[None, :], acc, mask=(rows < heads_left)[:, None])
+    else:
         # No scores are computed any more: the queries' memory serves to write whole rows.
         staged = (q_left if SIDE == 0 else q_right).index(0)
         staged.store(acc.to(out.dtype.element_ty))
@@ -263,57 +267,13 @@ def _finish(acc, highest, total, operands, shared, walk, pieces, SIDE: gl.conste
         columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _ROWS))
         places = out + rows[:, None] * _LATENT + columns[None, :]
         gl.store(places, staged.load(_ROWS), mask=(rows < heads_left)[:, None])
-    else:
-        partial, partial_lse, arrivals, stride = pieces
-        own = gl.program_id(1) * stride
-        gl.store(partial_lse + own + heads, logarithm, mask=heads < heads_left)
-        rows = gl.arange(0, _HEADS, layout=gl.SliceLayout(1, _OUTPUT))
-        columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUTPUT))
-        places = partial + own.to(gl.int64) * _LATENT + rows[:, None] * _LATENT + columns[None, :]
-        gl.store(places, acc, mask=(rows < heads_left)[:, None])
-        gl.barrier()
-        if gl.atomic_add(arrivals + SIDE, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-            _combine(partial, partial_lse, stride, out, lse, heads_left, SIDE, SPLITS)
-
-
-@gluon.jit
-def _combine(partial, partial_lse, stride, out, lse, heads_left, SIDE: gl.constexpr, SPLITS: gl.constexpr):
-    """Whoever comes last weighs all pieces by exp(lse), in their order: the sum does not tell who it was."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    heads = gl.arange(0, _HEADS, layout=gl.SliceLayout(1, layout))
-    columns = SIDE * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, layout))
-    there = heads < heads_left
-    place = heads[:, None] * _LATENT + columns[None, :]
-    highest = gl.full([_HEADS], -1.0e30, gl.float32, layout=gl.SliceLayout(1, layout))
-    for piece in gl.static_range(SPLITS):
-        part_lse = gl.load(partial_lse + piece * stride + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
-        highest = gl.maximum(highest, part_lse)
-    total = gl.zeros([_HEADS], gl.float32, layout=gl.SliceLayout(1, layout))
-    mixed = gl.zeros([_HEADS, _HALF], gl.float32, layout=layout)
-    for piece in range(SPLITS):
-        own = piece * stride
-        part_lse = gl.load(partial_lse + own + heads, mask=there, other=float("-inf"), cache_modifier=".cg")
-        values = partial + own.to(gl.int64) * _LATENT + place
-        part = gl.load(values, mask=there[:, None], other=0.0, cache_modifier=".cg")
-        weight = gl.exp2((part_lse - highest) * _LOG2_E)
-        total += weight
-        mixed += part * weight[:, None]
-    mixed = mixed / gl.where(total > 0, total, 1.0)[:, None]
-    gl.store(out + place, mixed.to(out.dtype.element_ty), mask=there[:, None])
-    if SIDE == 0:
-        logarithm = gl.where(total > 0, highest + gl.log2(total) / _LOG2_E, float("-inf"))
-        gl.store(lse + heads, logarithm, mask=there)
 
 
 @gluon.jit
 def forward_kernel(
-    queries, keys, indices, out, lse, partial, partial_lse, arrivals, scale, num_heads, num_selected, split,
-    stride_query, stride_head, stride_key, SPLITS: gl.constexpr,
+    queries, keys, indices, out, lse, scale, num_heads, num_selected, split, stride_query, stride_head, stride_key,
 ):  # fmt: skip
-    """Grid (N * B, splits). out [N, H, L]; lse fp32 [N, H], -inf for no keys.
-
-    Of several splits: partial fp32 [N, splits, H, L], partial_lse fp32 [N, splits, H], arrivals int32 [N * B, 2] zeros.
-    """
+    """Grid (N * B, splits). out [N, splits, H, L], lse fp32 [N, splits, H], -inf for no keys."""
     num_blocks = gl.cdiv(num_heads, _HEADS)
     token = (gl.program_id(0) // num_blocks).to(gl.int64)
     head = (gl.program_id(0) % num_blocks) * _HEADS
@@ -322,7 +282,7 @@ def forward_kernel(
     row = indices + token * num_selected
     stop = gl.minimum(first + split, num_selected)
     query = queries + token * stride_query + head.to(gl.int64) * stride_head
-    place = token * num_heads + head
+    place = (token * gl.num_programs(1) + gl.program_id(1)) * num_heads + head
 
     q_left = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _HALF], _SWIZZLED)
     q_right = gl.allocate_shared_memory(gl.bfloat16, [1, _HEADS, _HALF], _SWIZZLED)
@@ -348,37 +308,30 @@ def forward_kernel(
     operands = (q_left, q_right, q_rope, k_left, k_right, k_rope)
     shared = (shared_highest, shared_shrink, shared_total, ready, free, done, summed)
     walk = (row, first, stop, scale, out + place * _LATENT, lse + place, heads_left)
-    piece = token * SPLITS * num_heads + head
-    pieces = (partial + piece * _LATENT, partial_lse + piece, arrivals + 2 * gl.program_id(0), num_heads)
     source = (query, keys, row, first, stop, heads_left, stride_head, stride_key)
     gl.warp_specialize(
         [
-            (_attend, (operands, shared, walk, pieces, 0, SPLITS)),
-            (_attend, (operands, shared, walk, pieces, 1, SPLITS)),
+            (_attend, (operands, shared, walk, 0)),
+            (_attend, (operands, shared, walk, 1)),
             (_gather, (operands, ready, free, source)),
         ],
         [4, 4],
-        [216, 72],
+        [224, 56],
     )
 
 
 def forward(
-    queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor, scale: float, split: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [N, H, L] and lse fp32 [N, H]; pieces of `split` keys are programs of their own, combined by the last."""
-    num_queries, num_heads, _ = queries.shape
-    num_selected = indices.shape[1]
-    splits, blocks = max(1, -(-num_selected // split)), head_blocks(queries)
-    out = torch.empty(num_queries, num_heads, LATENT, dtype=queries.dtype, device=queries.device)
-    lse = torch.empty(num_queries, num_heads, dtype=torch.float32, device=queries.device)
-    pieces = (out, lse, indices)  # not used
-    if splits > 1:
-        partial = torch.empty(num_queries, splits, num_heads, LATENT, dtype=torch.float32, device=queries.device)
-        partial_lse = torch.empty(num_queries, splits, num_heads, dtype=torch.float32, device=queries.device)
-        pieces = (partial, partial_lse, indices.new_zeros(num_queries * blocks * 2))
-    if out.numel():
-        forward_kernel[(num_queries * blocks, splits)](
-            queries, keys, indices, out, lse, *pieces, scale * _LOG2_E.value, num_heads, num_selected, split,
-            queries.stride(0), queries.stride(1), keys.stride(0), SPLITS=splits, num_warps=4,
-        )  # fmt: skip
-    return out, lse
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    split: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Writes out [N, splits, H, L], fp32 or of the queries' dtype, and lse fp32 [N, splits, H]."""
+    num_queries, splits, num_heads, _ = out.shape
+    forward_kernel[(num_queries * head_blocks(queries), splits)](
+        queries, keys, indices, out, lse, scale * LOG2_E, num_heads, indices.shape[1], split,
+        queries.stride(0), queries.stride(1), keys.stride(0), num_warps=4,
+    )  # fmt: skip

@@ -116,7 +116,7 @@ def _pair_chunk(operands, probs, d_scores, zero, CHUNK: gl.constexpr):
 def _write(staged, values, places, there):
     """Stores a tile's 64 columns by whole rows, through shared memory."""
     staged.store(values)
-    gl.store(places, staged.load(_GATHER), mask=there)
+    gl.store(places, staged.load(_GATHER), mask=there, cache_modifier=".cs")
 
 
 @gluon.jit
@@ -212,15 +212,16 @@ def pairs_kernel(
 @triton.jit
 def queries_kernel(
     keys, indices, d_scores, grad_queries, num_heads, num_selected, padded, stride_key,
-    DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, N * B). grad_queries [N, H, D]: the scores' gradients times the keys."""
+    """Grid (D / (WIDE + NARROW), N * B). grad_queries [N, H, D]: the scores' gradients times the keys."""
     num_blocks = tl.cdiv(num_heads, BLOCK_H)
     token = (tl.program_id(1) // num_blocks).to(tl.int64)
     block = tl.program_id(1) % num_blocks
     row = indices + token * num_selected
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    column_there = (columns < DIM)[None, :]
+    wide = tl.program_id(0) * (WIDE + NARROW) + tl.arange(0, WIDE)
+    narrow = tl.program_id(0) * (WIDE + NARROW) + WIDE + tl.arange(0, NARROW)
     heads = tl.arange(0, BLOCK_H)
     slopes = d_scores + (token * num_blocks + block) * padded * BLOCK_H
     everything = tl.arange(0, 2048)
@@ -228,21 +229,24 @@ def queries_kernel(
     for start in range(0, num_selected, 2048):
         index = tl.load(row + start + everything, mask=start + everything < num_selected, other=-1)
         stop = tl.maximum(stop, tl.max(tl.where(index >= 0, start + everything + 1, 0), axis=0))
-    acc = tl.zeros([BLOCK_H, BLOCK_D], dtype=tl.float32)
+    wide_acc = tl.zeros([BLOCK_H, WIDE], dtype=tl.float32)
+    narrow_acc = tl.zeros([BLOCK_H, NARROW], dtype=tl.float32)
     for start in tl.range(0, stop, BLOCK_K, num_stages=STAGES):
         pairs = start + tl.arange(0, BLOCK_K)
         index = tl.load(row + pairs, mask=pairs < stop, other=-1)
         exists = index >= 0
         rows = tl.where(exists, index, 0).to(tl.int64)
-        key = tl.load(
-            keys + (rows * stride_key)[:, None] + columns[None, :], mask=exists[:, None] & column_there, other=0.0
-        )
+        key = keys + (rows * stride_key)[:, None]
         slope = tl.load(slopes + pairs[:, None] * BLOCK_H + heads[None, :], mask=exists[:, None], other=0.0)
-        acc = tl.dot(tl.trans(slope), key, acc)
+        wide_key = tl.load(key + wide[None, :], mask=exists[:, None], other=0.0)
+        narrow_key = tl.load(key + narrow[None, :], mask=exists[:, None], other=0.0)
+        wide_acc = tl.dot(tl.trans(slope), wide_key, wide_acc)
+        narrow_acc = tl.dot(tl.trans(slope), narrow_key, narrow_acc)
     head = block * BLOCK_H + heads
-    out = grad_queries + (token * num_heads + head) * DIM
-    there = (head < num_heads)[:, None] & column_there
-    tl.store(out[:, None] + columns[None, :], acc.to(grad_queries.dtype.element_ty), mask=there)
+    out = grad_queries + (token * num_heads + head)[:, None] * DIM
+    there = (head < num_heads)[:, None]
+    tl.store(out + wide[None, :], wide_acc.to(grad_queries.dtype.element_ty), mask=there)
+    tl.store(out + narrow[None, :], narrow_acc.to(grad_queries.dtype.element_ty), mask=there)
 
 
 def pair_gradients(
@@ -271,15 +275,10 @@ def pair_gradients(
 
 
 def _grad_queries(
-    keys: torch.Tensor,
-    indices: torch.Tensor,
-    d_scores: torch.Tensor,
-    grad_queries: torch.Tensor,
-    tiles: tuple[int, int, int, int] = (64, 128, 4, 4),
+    keys: torch.Tensor, indices: torch.Tensor, d_scores: torch.Tensor, grad_queries: torch.Tensor
 ) -> None:
     num_queries, num_heads, dim = grad_queries.shape
-    block_k, block_d, warps, stages = tiles
-    queries_kernel[(triton.cdiv(dim, block_d), num_queries * d_scores.shape[1])](
+    queries_kernel[(dim // (128 + 64), num_queries * d_scores.shape[1])](
         keys, indices, d_scores, grad_queries, num_heads, indices.shape[1], d_scores.shape[2], keys.stride(0),
-        DIM=dim, BLOCK_H=HEADS, BLOCK_K=block_k, BLOCK_D=block_d, STAGES=stages, num_warps=warps,
+        DIM=dim, BLOCK_H=HEADS, BLOCK_K=64, WIDE=128, NARROW=64, STAGES=3, num_warps=4,
     )  # fmt: skip

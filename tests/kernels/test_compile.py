@@ -21,8 +21,8 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction 
 from kernels import masked_mha, masked_mha_triton, sparse_mla_hopper, sparse_mla_hopper_backward  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024
-FP32 = {"lse", "delta", "partial", "partial_lse"}
-INT32 = {"indices", "bitmask", "cu_seqlens", "arrivals"}
+FP32 = {"lse", "delta"}
+INT32 = {"indices", "bitmask", "cu_seqlens"}
 TENSORS = {
     "queries", "keys", "values", "out", "grad_out", "grad_queries", "grad_keys", "grad_values", "probs_out",
     "d_scores_out", "probs", "d_scores", "key_first", "key_rest", "value", "query_first", "query_rest", "upstream",
@@ -56,7 +56,7 @@ def masked_constants(tiles: masked_mha.Tiles, *, masked: bool = True) -> dict[st
 MASKED = masked_mha
 LAUNCHES = MASKED._launches(192, 128, 2)
 CASES = {
-    "sparse forward": (sparse_mla_hopper.forward_kernel, {"SPLITS": 2}, 4),
+    "sparse forward": (sparse_mla_hopper.forward_kernel, {}, 4),
     "sparse pairs": (sparse_mla_hopper_backward.pairs_kernel, {}, 4),
     "masked forward": (masked_mha_triton.forward_kernel, masked_constants(LAUNCHES.forward), LAUNCHES.forward.warps),
     "masked grad queries": (
