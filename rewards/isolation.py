@@ -305,7 +305,9 @@ def outer_environment() -> dict[str, str]:
 @cache
 def readable_paths(further: tuple[str, ...]) -> tuple[str, ...]:
     """Every path that programs may read, those first that lie above others."""
-    python = (sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix), str(_JAIL))
+    # A virtual environment may be a link to one elsewhere, and so may the interpreter that it was made of.
+    prefixes = (sys.prefix, sys.base_prefix)
+    python = (*prefixes, *map(os.path.realpath, prefixes), str(_JAIL))
     paths = {*_SYSTEM, *(f"/etc/{name}" for name in _SETTINGS), *python}
     for path in further:
         if not os.path.isabs(path) or not os.path.exists(path):

@@ -104,7 +104,10 @@ class CodeInterpreter(Environment):
         ready = await self._ask({"code": "", "timeout_s": 10.0, "limit": 1000}, _START_S)
         if ready is None:
             await self._end_process()
-            raise EnvironmentFailed("no Jupyter kernel could be started in the sandbox; is ipykernel installed?")
+            raise EnvironmentFailed(
+                f"no Jupyter kernel could be started in the sandbox ({self._sandbox.isolation}); the Python that Keel "
+                "runs on must have ipykernel, and be readable for the user that programs run as there"
+            )
 
     async def _ask(self, command: Mapping[str, Any], limit_s: float | None = None) -> dict[str, Any] | None:
         """The kernel's answer; None when there is none in time."""

@@ -67,6 +67,24 @@ def test_an_isolation_that_cannot_be_had_is_one_sentence(monkeypatch):
         user_of.cache_clear()
 
 
+@pytest.mark.parametrize("wanted", [Isolation.BUBBLEWRAP, Isolation.NAMESPACES])
+def test_a_virtual_environment_that_is_a_link_keeps_its_packages(wanted, tmp_path):
+    """The interpreter is started through the link, and what runs in the sandbox imports what only the target holds."""
+    _had(wanted)
+    link = tmp_path / "env"
+    link.symlink_to(Path(sys.prefix).resolve())
+    source = (
+        "import asyncio, sys\n"
+        "from rewards.sandbox import Isolation, Sandbox\n"
+        "sandbox = Sandbox(wanted=Isolation(sys.argv[1]))\n"
+        "done = asyncio.run(sandbox.run(['python3', '-c', 'import sys, numpy; print(sys.prefix)']))\n"
+        "sys.stdout.buffer.write(done.stdout + done.stderr)"
+    )
+    command = [str(link / "bin/python"), "-c", source, str(wanted)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == str(link), done.stdout + done.stderr
+
+
 def test_input_files_output_and_status(sandbox):
     source = "import sys\nprint(open('data/x.txt').read() + sys.stdin.read())\nsys.stderr.write('err')\nsys.exit(3)"
     result = python(sandbox, source, stdin=b" and stdin", files={"data/x.txt": "a file"})
