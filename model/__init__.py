@@ -10,13 +10,14 @@ from model.hf import (
     load_config,
     load_deepseek_v32,
     load_model,
+    outline,
     save_model,
     write_checkpoint,
 )
 from model.language_model import BackboneOutput, LanguageModel
 from model.layout import join_experts, split_experts
 from model.moe import Routing
-from model.outline import ModelOutline, TensorSpec, outline
+from model.outline import ModelOutline, TensorSpec
 
 __all__ = [
     "BackboneOutput",

@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.hf import read_json
-from model.outline import ModelOutline, TensorSpec, outline
+from model.hf import outline, read_json
+from model.outline import ModelOutline, TensorSpec
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.(.+)$")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")

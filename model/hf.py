@@ -22,6 +22,7 @@ from model.deepseek_v32 import DeepseekV32
 from model.fp8 import dequantise
 from model.language_model import LanguageModel
 from model.layout import split_experts
+from model.outline import ModelOutline
 
 DEEPSEEK_V32 = "deepseek_v32"
 _SINGLE = "model.safetensors"
@@ -57,6 +58,11 @@ def empty_model(path: str | os.PathLike[str]) -> LanguageModel:
     config = load_config(directory)
     with torch.device("meta"):
         return DeepseekV32(config)
+
+
+def outline(path: str | os.PathLike[str]) -> ModelOutline:
+    """The outline of a checkpoint directory, from its config.json alone; raises as :func:`empty_model`."""
+    return empty_model(path).outline
 
 
 def load_model(

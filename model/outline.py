@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +34,6 @@ class ModelOutline:
     def num_parameters(self) -> int:
         """Elements of all trained tensors."""
         return sum(torch.Size(spec.shape).numel() for spec in self.tensors.values() if spec.trained)
-
-
-def outline(path: str | os.PathLike[str]) -> ModelOutline:
-    """The outline of a checkpoint directory, from its config.json alone.
-
-    Raises ValueError, in one sentence, when there is no config.json, when a key is missing or wrong, or when the
-    architecture is not one that Keel can run.
-    """
-    from model.hf import empty_model  # which stands on this module
-
-    return empty_model(path).outline
 
 
 def tensor_specs(module: nn.Module) -> dict[str, TensorSpec]:

@@ -16,9 +16,8 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from model import ModelConfig, empty_model
+from model import ModelConfig, empty_model, outline
 from model.costs import model_costs
-from model.outline import outline
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from model.outline import ModelOutline, outline
+from model import ModelOutline, outline
 from rl.errors import DataError, RecipeError, RunStopped
 from rollout.engine import Completion, EngineDied, EngineStats, Request
 from rollout.reaper import end_with_this_process

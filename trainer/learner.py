@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from ray.exceptions import RayActorError, RayTaskError
 
-from model.outline import outline
+from model import outline
 from rl.config import Recipe, Supervised
 from rl.durable import FileRecord
 from rl.errors import LearnerFailed, RecipeError, RunStopped, UserError

@@ -27,8 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import load_model
-from model.outline import ModelOutline, outline
+from model import ModelOutline, load_model, outline
 from model.tokenizer import load_tokenizer
 from rl.config import Dsa, EngineKind, Recipe
 from rl.recipe import load_recipe

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.outline import outline
+from model import outline
 from rl.system import prepare_model
 from rollout.vllm_engine import engine_arguments
 from tests.gpu import measure
