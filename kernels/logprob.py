@@ -2,9 +2,8 @@
 
 Over the vocabulary: cuBLAS makes a block of fp32 logits, [tokens, ids] of bounded size, and one kernel folds it into
 every row's running maximum, sum and mean. The backward pass turns blocks into gradients and multiplies twice; it makes
-them again, but for those that the forward pass kept, in as much memory as the weight takes. Over kept sets only the
-kept rows of the weight are read: far less work than the whole vocabulary as long as sets are small. Every sum has a
-fixed order.
+them again, but for those that the forward pass kept (KEEP_LIMIT). Over kept sets only the kept rows of the weight are
+read: far less work than the whole vocabulary as long as sets are small. Every sum has a fixed order.
 
 Shape letters: N tokens, D hidden size, V vocabulary, M kept ids of all tokens together.
 """
@@ -25,6 +24,9 @@ from kernels.reference.logprob import check_arguments
 
 # A block of logits: at most 256 MiB.
 _BLOCK_TOKENS, _BLOCK_IDS = 8192, 8192
+# Logits of the forward pass, in bytes, that are kept for the backward pass, which makes the others again. 2 GiB are all
+# of 4096 tokens and 129,280 ids, and spare one product of four. No bit depends on it.
+KEEP_LIMIT = 0
 # Where sets hold more than this share of the vocabulary, reading rows of the weight costs more than all logits.
 _GATHER_SHARE = 1 / 256
 
@@ -126,7 +128,7 @@ class _VocabularyLogprobs(torch.autograd.Function):
         hidden, targets = hidden.contiguous(), targets.contiguous()
         highest = torch.full(targets.shape, float("-inf"), dtype=torch.float32, device=hidden.device)
         total, weighted, chosen = (torch.zeros_like(highest) for _ in range(3))
-        room = weight.numel() * weight.element_size() if trained else 0
+        room = KEEP_LIMIT if trained else 0
         ctx.kept = {}
         for ids in _blocks(weight.shape[0], _BLOCK_IDS):
             for rows in _blocks(hidden.shape[0], _BLOCK_TOKENS):

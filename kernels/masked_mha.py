@@ -187,7 +187,8 @@ def _backward(
     num_blocks = (cu_seqlens.diff() + own - 1) // own
     num_tiles = int((num_blocks * (num_blocks + 1) // 2).sum())
     size, num_heads = num_tiles * own * own, queries.shape[1]
-    group = min(num_heads, max(1, PAIRS_LIMIT // (2 * size * queries.element_size())))
+    most = min(num_heads, max(1, PAIRS_LIMIT // (2 * size * queries.element_size())))
+    group = triton.cdiv(num_heads, triton.cdiv(num_heads, most))  # as even as can be
     probs, d_scores = torch.empty(2, group * size, dtype=queries.dtype, device=queries.device)
     for first in range(0, num_heads, group):
         heads = min(group, num_heads - first)

@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -135,7 +134,9 @@ def _step(
     shared, pairs, words, there, num_words, rows, row_lse, row_delta, scale, tile, grad_first, grad_rest,
     SIDE: gl.constexpr, MASKED: gl.constexpr, DIAGONAL: gl.constexpr,
 ):  # fmt: skip
-    """One tile; its product with the keys is still under way at the end."""
+    """One tile. Its product with the keys is waited for at the end: were it under way over the loop's edge, ptxas would
+    wait for every single one of all products.
+    """
     q_first, q_rest, d_out, k_first, k_rest, v, staged_probs, staged_scores, ready, free = shared
     probs_out, scores_out, pair_row = pairs
     stage = tile % _STAGES
@@ -147,9 +148,7 @@ def _step(
     scores = warpgroup_mma(q_rest.index(SIDE), k_rest.index(stage).permute((1, 0)), scores, is_async=True)
     d_probs = gl.zeros([_HALF, _KEYS], gl.float32, layout=_NARROW)
     d_probs = warpgroup_mma(d_out.index(SIDE), v.index(stage).permute((1, 0)), d_probs, use_acc=False, is_async=True)
-    scores, grad_first, grad_rest = warpgroup_mma_wait(1, deps=[scores, grad_first, grad_rest])
-    # The keys of the tile before are no longer read.
-    mbarrier.arrive(free.index((tile + 1) % _STAGES), count=1, pred=tile > 0)
+    scores = warpgroup_mma_wait(1, deps=[scores])
     probs = gl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None])
     if MASKED:
         probs = gl.where(_allowed(words, tile, num_words, there), probs, 0.0)
@@ -172,6 +171,8 @@ def _step(
     narrow = gl.convert_layout(d_scores, gl.DotOperandLayout(0, _NARROW, 2))
     grad_first = warpgroup_mma(wide, k_first.index(stage), grad_first, is_async=True)
     grad_rest = warpgroup_mma(narrow, k_rest.index(stage), grad_rest, is_async=True)
+    grad_first, grad_rest = warpgroup_mma_wait(0, deps=[grad_first, grad_rest])
+    mbarrier.arrive(free.index(stage), count=1)
     return grad_first, grad_rest
 
 
@@ -192,8 +193,8 @@ def _attend(shared, pairs, walk, SIDE: gl.constexpr, MASKED: gl.constexpr):
     row_lse = gl.load(lse + place, mask=rows < length, other=0.0)
     row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse)
     row_delta = gl.load(delta + place, mask=rows < length, other=0.0) * scale
-    grad_first = warpgroup_mma_init(gl.zeros([_HALF, _FIRST], gl.float32, layout=_WIDE))
-    grad_rest = warpgroup_mma_init(gl.zeros([_HALF, _REST], gl.float32, layout=_NARROW))
+    grad_first = gl.zeros([_HALF, _FIRST], gl.float32, layout=_WIDE)
+    grad_rest = gl.zeros([_HALF, _REST], gl.float32, layout=_NARROW)
     mbarrier.wait(ready.index(_STAGES), 0)
     whole = block // _KEYS
     for tile in range(whole):
@@ -206,7 +207,6 @@ def _attend(shared, pairs, walk, SIDE: gl.constexpr, MASKED: gl.constexpr):
             shared, pairs, words, there, num_words, rows, row_lse, row_delta, scale, tile, grad_first, grad_rest,
             SIDE, MASKED, True,
         )  # fmt: skip
-    grad_first, grad_rest = warpgroup_mma_wait(0, deps=[grad_first, grad_rest])
     tma.store_wait(0)
     # No scores are computed any more: the queries' memory serves to write whole rows.
     q_first.index(SIDE).store(grad_first.to(gl.bfloat16))

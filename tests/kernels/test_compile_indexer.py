@@ -1,4 +1,6 @@
-"""The indexer's kernels and the grouped products compiled for an H100 or H200 as they are launched, without a GPU."""
+"""The indexer's kernels, grouped products and packed attention's Gluon kernels compiled for an H100 or H200 as they are
+launched, without a GPU.
+"""
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportPrivateUsage=false
 
@@ -16,7 +18,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
-from kernels import grouped, indexer, indexer_loss, paged, topk  # noqa: E402
+from kernels import grouped, indexer, indexer_loss, masked_mha_hopper, masked_mha_hopper_backward, paged, topk  # noqa: E402
 
 SHARED_MEMORY = 227 * 1024
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -87,6 +89,16 @@ def attend_pages() -> None:
     paged.paged_sparse_attention(zeros(16, 64, 576), pages.flatten(0, 1), rows, 0.1, 512)
 
 
+def attend() -> None:
+    queries, keys, values = (zeros(256, 4, width) for width in (192, 192, 128))
+    lse, words = zeros(256, 4, dtype=torch.float32), torch.zeros(256, 8, dtype=torch.int32)
+    masked_mha_hopper.forward(queries, keys, values, words, int32(3), values, lse, 0.1)
+    pairs = zeros(4 * 3 * 128 * 128)
+    masked_mha_hopper_backward.grad_queries(
+        queries, keys, values, words, int32(3), values, lse, lse, pairs, pairs, queries, 0.1, 0, 4, 3
+    )
+
+
 CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "prepare": (prepare, []),
     "fp8 scores": (lambda: score(FP8), ["_packed_kernel", "_paged_kernel"]),
@@ -96,6 +108,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "walk": (lambda: topk.bounded_topk(zeros(2, 32768, dtype=torch.float32), 20000), []),
     "pages": (attend_pages, ["_paged_kernel"]),
     "loss": (learn, ["_target_kernel", "_normaliser_kernel", "_queries_kernel", "_keys_kernel"]),
+    "packed attention": (attend, ["forward_kernel", "grad_queries_kernel"]),
     "grouped": (multiply, ["_rows_kernel", "_weights_kernel"]),
 }
 
