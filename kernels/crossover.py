@@ -25,9 +25,9 @@ class Rates:
     sparse: float
 
 
-# masked_mha at 16,384 tokens and sparse_mla at 128 heads in BENCHMARKS.md; training is both passes together.
-FORWARD = Rates(masked=315.0, sparse=566.0)
-TRAINING = Rates(masked=211.0, sparse=360.0)
+# masked_mha at 8192 tokens and sparse_mla at 128 heads in BENCHMARKS.md; training is both passes together.
+FORWARD = Rates(masked=474.0, sparse=566.0)
+TRAINING = Rates(masked=344.0, sparse=360.0)
 
 
 def attention_form(
