@@ -76,6 +76,11 @@ class Draft:
     faults: Mapping[str, int]
     loop: LoopState | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """About what the driver's files take on the disk."""
+        return 0 if self.loop is None else self.loop.num_bytes
+
     def write(self, partial: Path) -> dict[str, FileRecord]:
         """Writes the driver's files; raises OSError when the disk does not take them."""
         loop, arrays = (None, {}) if self.loop is None else self.loop.encode()

@@ -33,8 +33,7 @@ class _Copied:
     """A step that is in host memory and not on the disk yet."""
 
     draft: Draft
-    learner: Learner | None
-    num_bytes: int
+    learner: Learner | None = None  # that is writing its files
     began: float
 
 
@@ -70,19 +69,26 @@ class Saver:
 
     async def start(self, sums: Mapping[str, int]) -> None:
         """The checkpoint before the first step: which model it starts from."""
-        self._copied = _Copied(draft=self._draft(0, sums), learner=None, num_bytes=0, began=time.perf_counter())
+        self._copied = _Copied(draft=self._draft(0, sums), began=time.perf_counter())
         self.write(0, {}, sums)
         await self.settle()
 
     async def copy(self, step: int, loop: Loop, system: System, sums: Mapping[str, int]) -> None:
-        """Takes ``step`` into host memory. ``sums`` are the checksums of its weights."""
+        """Takes ``step`` into host memory, from where the ranks begin to write. ``sums`` are those of its weights."""
         await self.settle()
         began = time.perf_counter()
         draft = replace(self._draft(step, sums), loop=loop.state())
+        partial = checkpoint.partial_path(self.run.checkpoints, step)
         async with system.interruption():
             with self.run.timeline.span("learner", "checkpoint", step=step):
                 num_bytes = await system.learner.copy_checkpoint()
-        self._copied = _Copied(draft=draft, learner=system.learner, num_bytes=num_bytes, began=began)
+                try:
+                    await asyncio.to_thread(_make_room, partial, num_bytes + draft.num_bytes)
+                except OSError as error:
+                    self._fail(step, partial, error)
+                    return
+                await system.learner.write_checkpoint(partial)
+        self._copied = _Copied(draft=draft, learner=system.learner, began=began)
 
     def write(self, step: int, row: Mapping[str, Any], sums: Mapping[str, int]) -> None:
         """Comes after a step whose ``row`` of metrics is logged: begins to write it, if it was copied."""
@@ -159,8 +165,9 @@ class Saver:
         step, folder = copied.draft.step, self.run.checkpoints
         partial = checkpoint.partial_path(folder, step)
         try:
-            await asyncio.to_thread(self._make_room, partial, copied)
-            files = {} if copied.learner is None else await copied.learner.write_checkpoint(partial)
+            if copied.learner is None:
+                await asyncio.to_thread(_make_room, partial, copied.draft.num_bytes)
+            files = {} if copied.learner is None else await copied.learner.checkpoint_written(partial)
             files |= await asyncio.to_thread(copied.draft.write, partial)
             # What a checkpoint counts as done must be on the disk as well.
             await asyncio.to_thread(self.run.flush)
@@ -174,16 +181,6 @@ class Saver:
         if step:
             seconds = time.perf_counter() - copied.began
             self._written = {"checkpoint/bytes": float(num_bytes), "checkpoint/seconds": seconds}
-
-    def _make_room(self, partial: Path, copied: _Copied) -> None:
-        """An empty folder for the checkpoint. Raises OSError where it would not fit: a full disk stops metrics too."""
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        sync_folder(partial.parent)
-        needed = copied.num_bytes + (copied.draft.loop.num_bytes if copied.draft.loop else 0) + ROOM_BYTES
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left")
 
     def _prune(self) -> None:
         settings = self.recipe.checkpoint
@@ -200,3 +197,13 @@ class Saver:
         best = self.recipe.checkpoint.best
         if best is not None and best not in row and not best.startswith("eval/"):
             self.progress.warn(f"checkpoint.best is {best}, which is no metric of this run; {did_you_mean(best, row)}")
+
+
+def _make_room(partial: Path, num_bytes: int) -> None:
+    """An empty folder for the checkpoint. Raises OSError where it would not fit: a full disk stops metrics too."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    sync_folder(partial.parent)
+    needed, free = num_bytes + ROOM_BYTES, shutil.disk_usage(partial).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,27 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def read_announcement(folder: Path, rank: int) -> FileRecord | None:
+    """What a rank has written; None as long as it writes."""
+    path = folder / _announcement(rank)
+    return FileRecord(**json.loads(path.read_text())) if path.exists() else None
+
+
+def remove_announcements(folder: Path) -> None:
+    """Leaves the ranks' files alone in their folder."""
+    for path in folder.glob(_announcement("*")):
+        path.unlink()
+
+
+def _announcement(rank: int | str) -> str:
+    return f".rank_{rank}.written"
+
+
 class CheckpointWriter:
-    """Holds one set of copies, writes it when it is told to, and says how that went."""
+    """Holds one set of copies, writes it when it is told to, and says how that went.
+
+    A rank that steps cannot be asked meanwhile, so it announces a file that is written by another one beside it.
+    """
 
     def __init__(self) -> None:
         self._tensors: Mapping[str, Tensor] = {}
@@ -34,12 +55,12 @@ class CheckpointWriter:
             self._thread.join()
         self._tensors, self._header = tensors, header
 
-    def begin(self, path: Path) -> None:
+    def begin(self, folder: Path, rank: int) -> None:
         """Starts to write what is held, and lets go of it when it is written."""
         tensors, self._tensors = self._tensors, {}
         self._outcome = None
         self._thread = threading.Thread(
-            target=self._write, args=(path, tensors, self._header), name="checkpoint", daemon=True
+            target=self._write, args=(folder, rank, tensors, self._header), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -47,10 +68,14 @@ class CheckpointWriter:
         """None while it is being written."""
         return self._outcome
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    def _write(self, folder: Path, rank: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         try:
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-            self._outcome = write_tensors(path, arrays, {"state": json.dumps(header)})
+            record = write_tensors(folder / rank_file(rank), arrays, {"state": json.dumps(header)})
+            hidden = folder / f"{_announcement(rank)}.partial"
+            hidden.write_text(json.dumps(asdict(record)))
+            os.replace(hidden, folder / _announcement(rank))
+            self._outcome = record
         except OSError as error:
             self._outcome = error
         except Exception as error:  # the thread ends here, and the driver must not wait for ever

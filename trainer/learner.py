@@ -22,7 +22,7 @@ from rl.metrics import Mean, merge
 from rl.placement import gpu_shares
 from rl.sample import NDArray
 from rl.whereabouts import Whereabouts, announce
-from trainer.checkpoint_writer import rank_file
+from trainer.checkpoint_writer import rank_file, read_announcement, remove_announcements
 from trainer.pack import ATTENTION_SPAN, Minibatch, span_of
 from trainer.phase import Phase
 from trainer.rank import LOOPBACK, LearnerRank
@@ -93,7 +93,7 @@ class Learner:
         say where Ray puts each rank (`rl.placement`); without them it chooses.
 
         Raises:
-            LearnerFailed: a rank did not start, died or stopped answering; names the rank.
+            RunStopped: a rank did not start, died or fell silent; names the rank. Later calls raise LearnerFailed.
             UserError: what a rank says about the recipe or the model directory.
         """
         learner = cls(recipe, _actors(recipe, actor_options), timeout_s=timeout_s)
@@ -106,6 +106,9 @@ class Learner:
             await learner._all("join", host, port, timeout_s)
             if phase is not None:
                 await learner.begin(phase, model_dir)
+        except LearnerFailed as failure:
+            learner.close()
+            raise RunStopped(str(failure)) from failure  # what cannot even start is not mended by another start
         except BaseException:
             learner.close()
             raise
@@ -208,12 +211,33 @@ class Learner:
         """Copies what a later run needs to go on exactly from here to the ranks' host memory; returns its bytes."""
         return sum(await self._all("copy_checkpoint"))
 
-    async def write_checkpoint(self, directory: str | Path) -> dict[str, FileRecord]:
-        """Writes the copies, by their files' names, while the ranks may already take their next step.
+    async def write_checkpoint(self, directory: str | Path) -> None:
+        """Begins to write the copies; the ranks go on with whatever they are called for next."""
+        await self._all("write_checkpoint", Path(directory).absolute())
+
+    async def checkpoint_written(self, directory: str | Path) -> dict[str, FileRecord]:
+        """Waits until what :meth:`write_checkpoint` began is on the disk; by the files' names. Other calls may be under
+        way.
 
         Raises OSError when a rank could not write, for a full disk for example.
         """
-        await self._all("write_checkpoint", Path(directory).absolute())
+        folder, asking = Path(directory), asyncio.create_task(self._ask_for_writing())
+        try:
+            while not asking.done():
+                announced = {rank_file(rank): read_announcement(folder, rank) for rank in range(len(self._actors))}
+                written = {name: record for name, record in announced.items() if record is not None}
+                if len(written) == len(announced):
+                    break
+                await asyncio.wait({asking}, timeout=WRITE_POLL_S)
+            else:
+                written = asking.result()
+        finally:
+            asking.cancel()
+        remove_announcements(folder)
+        return written
+
+    async def _ask_for_writing(self) -> dict[str, FileRecord]:
+        """The same from the ranks themselves, who answer between two steps; they know why a file was not written."""
         while True:
             outcomes = await self._all("checkpoint_written")
             for outcome in outcomes:
@@ -347,9 +371,14 @@ def _raise_cause(method: str, errors: Mapping[int, BaseException | None]) -> Non
         if isinstance(error, RayActorError):
             raise LearnerFailed(f"learner rank {rank} died during {method}: {_first_line(error)}") from error
     rank, error = next(iter(failed.items()))
-    if isinstance(error, RayTaskError) and isinstance(error.cause, DEVICE_ERRORS):
+    if isinstance(error, RayTaskError) and _comes_from_outside(error.cause):
         raise LearnerFailed(f"learner rank {rank} failed in {method}: {_first_line(error)}") from error
     raise RuntimeError(f"learner rank {rank} failed in {method}: {_first_line(error)}") from error
+
+
+def _comes_from_outside(cause: BaseException) -> bool:
+    """Whether a device or another rank failed this one; on CPUs gloo says so by a plain RuntimeError."""
+    return isinstance(cause, DEVICE_ERRORS) or (isinstance(cause, RuntimeError) and "gloo" in str(cause))
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from rl.config import Offload, Placement, Recipe
 from rl.durable import FileRecord
 from rl.errors import DataError, RecipeError
 from rl.sample import NDArray
-from trainer.checkpoint_writer import CheckpointWriter, rank_file
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.deepspeed_engine import DeepSpeedEngine, Sharding, join_ranks, shard_frozen
 from trainer.domain_gradients import DomainGradients
 from trainer.generators import generator_states, restore_generators
@@ -229,7 +229,7 @@ class LearnerRank:
 
     def write_checkpoint(self, directory: Path) -> None:
         """Begins to write the copies to a file of this rank's in ``directory``, beside what else the rank does."""
-        self._writer.begin(directory / rank_file(self.rank))
+        self._writer.begin(directory, self.rank)
 
     def checkpoint_written(self) -> FileRecord | OSError | None:
         """What was written, or why it could not be; None while it is being written."""

@@ -53,6 +53,9 @@ def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(
     shown = EventAccumulator(str(run.path)).Reload().Scalars("reward/mean")
     assert [event.step for event in shown] == list(range(1, STEPS + 1))
     assert run.status["status"] == "finished"
+    assert {path.name for path in (run.path / "checkpoints" / "step_9").iterdir()} == {
+        *("manifest.json", "run.json", "groups.safetensors", "rank_00000.safetensors")
+    }
     assert {path.name for path in (run.path / "checkpoints").iterdir()} == {f"step_{step}" for step in (7, 8, 9)}
 
 

@@ -19,7 +19,7 @@ from rl.sample import Group
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks
 from tests.trainer.samples import advantages_of, groups_of, tiny_config, tiny_recipe
-from tests.trainer.test_ranks import Weights, assert_same, in_dtype, interrupted, read_weights, train
+from tests.trainer.test_ranks import Weights, assert_same, in_dtype, interrupted, read_weights, reloaded, train
 from trainer.deepspeed_engine import full_shape
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
@@ -115,7 +115,7 @@ def test_four_ranks_give_the_loss_the_norm_and_the_weights_of_one(
 
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "bfloat16")])
 def test_a_resumed_run_takes_bitwise_the_same_steps(
-    four: Ranks, model_dir: Path, tmp_path: Path, stage: int, dtype: str
+    four: Ranks, sole_rank: MakeRank, model_dir: Path, tmp_path: Path, stage: int, dtype: str
 ):
     recipe = in_dtype(tiny_recipe(zero_stage=stage, expert_parallel=2, ranks=4, warmup_steps=4, kl_beta=0.1), dtype)
     weights = []
@@ -123,6 +123,13 @@ def test_a_resumed_run_takes_bitwise_the_same_steps(
         assert_same(straight, resumed)
         weights.append(resumed)
     assert_same(weights[0], weights[3])
+    # One rank with all experts reads what four wrote, and writes what they read with half as many experts each.
+    alone = in_dtype(tiny_recipe(zero_stage=2), dtype)
+    whole, _ = reloaded(sole_rank, alone, model_dir, tmp_path, tmp_path / "one")
+    fewer = in_dtype(tiny_recipe(zero_stage=2, expert_parallel=4, ranks=4), dtype)
+    for shared, _ in four(reloaded, fewer, model_dir, tmp_path / "one", tmp_path / "four"):
+        assert_same(shared, whole)
+    assert not torch.equal(whole["lm_head.weight"], load_model(model_dir, dtype=getattr(torch, dtype)).lm_head.weight)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

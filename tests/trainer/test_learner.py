@@ -16,7 +16,7 @@ import torch
 
 from model import checksums, load_model
 from rl.config import Recipe
-from rl.errors import DataError, RecipeError, RunStopped
+from rl.errors import DataError, LearnerFailed, RecipeError, RunStopped
 from rl.metrics import values
 from tests.trainer.samples import advantages_of, groups_of, tiny_recipe
 from trainer.deepspeed_engine import StepOutcome
@@ -114,9 +114,11 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
 
             num_bytes = await learner.copy_checkpoint()
             (tmp_path / "checkpoint").mkdir()
-            written = await learner.write_checkpoint(tmp_path / "checkpoint")
+            await learner.write_checkpoint(tmp_path / "checkpoint")
+            written = await learner.checkpoint_written(tmp_path / "checkpoint")
             assert sorted(written) == ["rank_00000.safetensors", "rank_00001.safetensors"]
             assert sum(record.bytes for record in written.values()) >= num_bytes
+            assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == written.keys()
             after = values((await learner.step(batch(tmp_path / "cold", ranks=2, kl_beta=0.1))).metrics)
             await learner.begin(Phase.REINFORCEMENT, tmp_path / "cold")
             await learner.load_checkpoint(tmp_path / "checkpoint")
@@ -154,11 +156,11 @@ def test_silent_ranks_and_a_dead_one_are_named(model_dir: Path):
     async def test() -> None:
         async with started(tiny_recipe(ranks=2, zero_stage=1), model_dir, timeout_s=60.0) as learner:
             learner.timeout_s = 0.0
-            with pytest.raises(RunStopped, match="learner rank 0, 1 did not finish checksums within 0 s"):
+            with pytest.raises(LearnerFailed, match="learner rank 0, 1 did not finish checksums within 0 s"):
                 await learner.checksums()
             learner.timeout_s = 60.0
             ray.kill(learner._actors[1])
-            with pytest.raises(RunStopped, match="learner rank 1 died during step"):
+            with pytest.raises(LearnerFailed, match="learner rank 1 died during step"):
                 await learner.step(batch(model_dir, ranks=2))
 
     run(test)
