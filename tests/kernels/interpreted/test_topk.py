@@ -1,4 +1,4 @@
-"""Selection against sorting by hand: ties, bounds, padding, rounds over tiles and the walk for a large k."""
+"""Selection against sorting by hand: ties, bounds, padding, survivors of a floor and the walk for a large k."""
 
 from __future__ import annotations
 
@@ -57,15 +57,34 @@ def make_rows(kind: str, rows: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.asarray(scores, dtype=np.float32))
 
 
-@pytest.mark.parametrize("kind", ["gauss", "relu", "ties", "equal", "outlier"])
-@pytest.mark.parametrize(("width", "k"), [(130, 64), (900, 50), (1000, 500)], ids=["one tile", "rounds", "walk"])
-def test_rows_of_many_tiles(kind: str, width: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tiles of 256: one tile, two rounds (whose second holds four tiles' winners), and the walk."""
+ONE_TILE, SURVIVORS, WALK = (130, 64), (900, 50), (1000, 500)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(SURVIVORS, kind) for kind in ("gauss", "relu", "ties", "equal", "outlier")]
+    + [(WALK, "ties"), (WALK, "outlier"), (ONE_TILE, "relu"), (ONE_TILE, "ties")],
+    ids=str,
+)
+def test_rows_of_all_lengths(size: tuple[int, int], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tiles of 256: one tile; survivors of a floor, too many of them among equal scores; a k beyond all tiles."""
     monkeypatch.setattr(topk, "MAX_TILE", 256)
+    width, k = size
     scores = make_rows(kind, 3, width)
     starts, ends = [0, 5, 100], [width, width, 120]
     found = topk.bounded_topk(scores, k, torch.tensor(starts).int(), torch.tensor(ends).int())
     assert found.tolist() == by_hand(scores, k, starts, ends)
+
+
+def test_a_floor_that_misses_is_corrected_or_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample decides how long it takes: one that is far off changes nothing."""
+    monkeypatch.setattr(topk, "MAX_TILE", 256)
+    scores = make_rows("gauss", 2, 700)
+    wanted = topk.bounded_topk(scores, 100)
+    for number in (20, 690):
+        plan = topk.Plan(tile=256, wanted=number, sample=64, warps=1)
+        monkeypatch.setattr(topk, "_plan", lambda *_, plan=plan: plan)
+        assert torch.equal(topk.bounded_topk(scores, 100), wanted)
 
 
 @pytest.mark.parametrize("width", [200, 900])
@@ -82,11 +101,11 @@ def test_a_nan_empties_its_row_from_inside_the_bounds_only(width: int, monkeypat
 
 
 def test_a_row_alone_and_how_long_the_caller_says_it_is_change_nothing() -> None:
-    scores = make_rows("ties", 4, 300)
-    starts, ends = torch.tensor([0, 10, 50, 299]).int(), torch.tensor([90, 100, 140, 300]).int()
+    scores = make_rows("ties", 3, 300)
+    starts, ends = torch.tensor([0, 10, 299]).int(), torch.tensor([90, 100, 300]).int()
     together = topk.bounded_topk(scores, 16, starts, ends)
     assert torch.equal(together, topk.bounded_topk(scores, 16, starts, ends, longest=90))
-    alone = [topk.bounded_topk(scores[i : i + 1], 16, starts[i : i + 1], ends[i : i + 1]) for i in range(4)]
+    alone = [topk.bounded_topk(scores[i : i + 1], 16, starts[i : i + 1], ends[i : i + 1]) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 
