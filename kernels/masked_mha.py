@@ -167,7 +167,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _forward(queries, keys, values, ordered, cu_seqlens, out, lse, scale) -> None:
-    if masked_mha_hopper.fits(queries, keys, values):
+    if masked_mha_hopper.fits(queries, keys, values, cu_seqlens.shape[0] - 1):
         masked_mha_hopper.forward(queries, keys, values, ordered, cu_seqlens, out, lse, scale)
         return
     tiles = _launches(queries.shape[-1], values.shape[-1], queries.element_size()).forward
@@ -201,7 +201,7 @@ def _grad_queries(
     queries, keys, values, ordered, cu_seqlens, grad_out, lse, delta, scale, grad_queries,
     probs, d_scores, heads, first, num_tiles,
 ) -> None:  # fmt: skip
-    if masked_mha_hopper.fits(queries, keys, values):
+    if masked_mha_hopper.fits(queries, keys, values, cu_seqlens.shape[0] - 1):
         hopper_backward.grad_queries(
             queries, keys, values, ordered, cu_seqlens, grad_out, lse, delta, probs, d_scores, grad_queries, scale,
             first, heads, num_tiles,

@@ -26,6 +26,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 FIRST, REST, VALUE = 128, 64, 128
 QUERIES, KEYS, STAGES = 128, 128, 2
+# A program looks for its block one sequence after another: with hundreds that would take longer than the block.
+MOST_SEQUENCES = 64
 
 _FIRST, _REST, _VALUE = gl.constexpr(FIRST), gl.constexpr(REST), gl.constexpr(VALUE)
 _HALF, _KEYS, _STAGES = gl.constexpr(QUERIES // 2), gl.constexpr(KEYS), gl.constexpr(STAGES)
@@ -286,10 +288,11 @@ def forward_kernel(
     )
 
 
-def fits(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether these kernels take such inputs: DeepSeek-V3.2's dimensions in bfloat16, rows of whole 16 bytes."""
+def fits(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, num_sequences: int) -> bool:
+    """Whether these kernels serve such inputs: DeepSeek-V3.2's dimensions in bfloat16, rows of whole 16 bytes."""
     return (
-        queries.is_cuda
+        num_sequences <= MOST_SEQUENCES
+        and queries.is_cuda
         and torch.cuda.get_device_capability(queries.device)[0] == 9
         and queries.dtype == keys.dtype == values.dtype == torch.bfloat16
         and (queries.shape[-1], values.shape[-1]) == (FIRST + REST, VALUE)
