@@ -134,7 +134,7 @@ class Saver:
             self.progress.warn(sentence)
         step = search.found.step if search.found else -1
         where = f"the run goes on after step {step}" if search.found else "the run begins again"
-        self.progress.warn(f"{failure}; {where} ({self.num_restores}. restore of the learner)")
+        self.progress.warn(f"{str(failure).rstrip('.')}; {where} ({self.num_restores}. restore of the learner)")
         self.run.cut(step)
         self.progress.resume(max(0, step), self.run.rows())
         return search.found
