@@ -245,7 +245,7 @@ def test_mistakes_in_rubrics(make_sample, answer, problem):
 
 def test_a_judge_is_needed_before_a_run_starts():
     for name in ("rubric", "rubric_comparison", "proof_generator", "proof_verifier"):
-        with pytest.raises(RecipeError, match=f"the reward {name} needs a judge; set judge.url or judge.path"):
+        with pytest.raises(RecipeError, match=r"needs a judge; set judge\.url or judge\.path in the recipe"):
             resolve(RewardUse(use=name))
 
 
