@@ -131,7 +131,14 @@ class Doctor:
         at = f" in step {span.step}" if span.step is not None else ""
         waiting = [one for one in self._timeline.open if one.actor == "driver" and one is not span]
         prefix = f"the driver waits ({waiting[0].phase} of step {waiting[0].step}); " if waiting else ""
-        return f"{prefix}{span.actor} is late: {what}{at} has taken {self._age(span):.1f} s, {before}"
+        suffix = f"; under way: {self._under_way()}" if span.actor == "driver" else ""
+        return f"{prefix}{span.actor} is late: {what}{at} has taken {self._age(span):.1f} s, {before}{suffix}"
+
+    def _under_way(self) -> str:
+        """What the driver may be waiting for, the longest first."""
+        others = [one for one in self._timeline.open if one.actor != "driver" and one.kind not in ENDLESS]
+        shown = [f"{one.phase} of {one.detail} by {one.actor} for {self._age(one):.1f} s" for one in others[:_SHOWN]]
+        return ", ".join(shown) or "nothing"
 
     def _suspects(self, span: Span) -> list[tuple[str, Whereabouts]]:
         """The processes that a span may be waiting for, with names."""
@@ -160,7 +167,7 @@ class Doctor:
 
 
 _SHOWN = 4
-"""Reward workers that are looked at."""
+"""Reward workers that are looked at, and spans that are told."""
 
 
 def _number(span: Span) -> int:

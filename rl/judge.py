@@ -26,6 +26,7 @@ from rl.cluster import join_cluster
 from rl.config import Judge, Model, Placement, Recipe, Sampling
 from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
+from rl.fault_log import FaultLog
 from rl.recipe import load_recipe
 from rl.sample import Prompt, Status
 from rl.secrets import redact
@@ -53,7 +54,9 @@ Complete = Callable[[Sequence[Mapping[str, Any]], int], Awaitable[Completion]]
 
 
 @asynccontextmanager
-async def start_judge(recipe: Recipe, *, host: str = "127.0.0.1") -> AsyncIterator[JudgeAddress | None]:
+async def start_judge(
+    recipe: Recipe, *, host: str = "127.0.0.1", faults: FaultLog | None = None
+) -> AsyncIterator[JudgeAddress | None]:
     """The recipe's judge for as long as the block runs: none, an endpoint, or engines that are started here.
 
     ``host`` is the address of this machine under which workers reach it.
@@ -65,7 +68,7 @@ async def start_judge(recipe: Recipe, *, host: str = "127.0.0.1") -> AsyncIterat
     if judge.path is None:
         yield None
         return
-    pool = await EnginePool.start(_judging(recipe), judge.path)
+    pool = await EnginePool.start(_judging(recipe), judge.path, faults=faults, called="the judge's engine")
     try:
         conversation = Conversation(load_tokenizer(judge.path))
         async with serve(_completer(judge, pool, conversation), host=host) as (url, token):

@@ -231,7 +231,7 @@ def check_environments(recipe: Recipe) -> None:
 
 async def start_rewards(recipe: Recipe, judge: AsyncExitStack, faults: FaultLog | None = None) -> RewardPool:
     """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
-    address = await judge.enter_async_context(start_judge(recipe, host=address_for_workers()))
+    address = await judge.enter_async_context(start_judge(recipe, host=address_for_workers(), faults=faults))
     return await RewardPool.start(
         recipe.domains, num_workers=recipe.reward_workers, judge=address, env=recipe.reward_env, faults=faults
     )

@@ -42,7 +42,7 @@ class EngineHandle:
     def __init__(
         self,
         index: int,
-        total: int,
+        name: str,
         make: Callable[[], Any],
         arguments: Mapping[str, Any],
         *,
@@ -50,7 +50,7 @@ class EngineHandle:
         timeline: Timeline,
     ) -> None:
         self.index = index
-        self.name = f"engine {index} of {total}"
+        self.name = name
         self.state = State.DOWN
         self.actor: Any = None
         self.process: Whereabouts | None = None
@@ -110,7 +110,7 @@ class EngineHandle:
         """Completes requests; when the caller is cancelled, they are aborted."""
         actor = self.actor
         try:
-            with self.lane.generating(_names(requests)):
+            with self.lane.generating(names(requests)):
                 return await self.call("generate", requests)
         except asyncio.CancelledError:
             if actor is not None:
@@ -157,6 +157,7 @@ class EngineHandle:
         return f"the Ray cluster has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
 
 
-def _names(requests: Sequence[Request]) -> str:
+def names(requests: Sequence[Request]) -> str:
+    """The first request, and how many others there are."""
     others = len(requests) - 1
     return requests[0].id + (f" and {others} more" if others else "")

@@ -29,7 +29,7 @@ from rl.whereabouts import Whereabouts
 from rollout.conversation import Conversation
 from rollout.engine import Completion, EngineDied, EngineStats, Request, check_window
 from rollout.engine_actors import engine_makers
-from rollout.engine_handle import EngineHandle, State
+from rollout.engine_handle import EngineHandle, State, names
 from rollout.samples import to_sample
 
 _SHUTDOWN_S = {EngineKind.torch: 5.0, EngineKind.vllm: 20.0}
@@ -94,17 +94,21 @@ class EnginePool:
         gpus: Sequence[str | None] = (),
         timeline: Timeline | None = None,
         faults: FaultLog | None = None,
+        called: str = "engine",
     ) -> EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`.
 
         `device` is the torch engine's. Of a vLLM engine, `actor_options` say where Ray puts it, and `gpus` which GPUs
-        it takes where Ray does not assign them (`rl.placement`); both have one entry an engine or none.
+        it takes where Ray does not assign them (`rl.placement`); both have one entry an engine or none. `called` is
+        what sentences about an engine call it.
         """
         conversation = Conversation(load_tokenizer(model_path))
         makers = engine_makers(recipe, device, actor_options, gpus)
         timeline = timeline or Timeline()
         engines = [
-            EngineHandle(index, len(makers), make, arguments, limits=recipe.faults, timeline=timeline)
+            EngineHandle(
+                index, f"{called} {index} of {len(makers)}", make, arguments, limits=recipe.faults, timeline=timeline
+            )
             for index, (make, arguments) in enumerate(makers)
         ]
         pool = cls(
@@ -331,8 +335,7 @@ class EnginePool:
             assert seat.engine is not None
             with self._burying(seat.engine, tolerant=True):
                 return await seat.engine.generate(requests)
-            reissued = f"{len(requests)} requests are issued again, {requests[0].id} first"
-            self.faults.record("reissued", reissued, count=len(requests))
+            self.faults.record("reissued", f"issued again: {names(requests)}", count=len(requests))
 
     async def _available(self) -> EngineHandle:
         """The least loaded engine of those that are up, as soon as one is."""
@@ -411,7 +414,8 @@ class EnginePool:
         left = [other for other in self._engines if other.state != State.LOST]
         if not left:
             self._failure = self._failure or RunStopped(f"no engine is left: {death}")
-        self.faults.record("engines_lost", f"{death}; the run goes on with {len(left)} of its engines", each=True)
+        then = f"the run goes on with {len(left)} of its engines" if left else "none is left"
+        self.faults.record("engines_lost", f"{death}; {then}", each=True)
         self._notify()
 
     async def _start(self, engine: EngineHandle) -> None:

@@ -9,9 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from rl.config import Doctor as Settings
+from rl.config import DoctorAct
+from rl.doctor import Doctor
+from rl.errors import RunStopped
+from rl.fault_log import FaultLog
+from rl.system import System
+from rl.timeline import Timeline
 from rl.whereabouts import Whereabouts, end, innermost, stack_of, state_of
 from tests.rl.saboteur import Saboteur, arm, closed
 from tests.rl.tiny_runs import REPOSITORY, assert_one_sentence, run_here
@@ -60,6 +69,46 @@ def test_a_process_is_looked_at_from_outside():
         for process in (sleeping, computing):
             process.kill()
             process.wait()
+
+
+def test_deadlines_come_from_what_phases_took_before():
+    now = [0.0]
+    timeline, said = Timeline(clock=lambda: now[0]), list[str]()
+    system = SimpleNamespace(
+        timeline=timeline, faults=FaultLog(said.append), rewards=SimpleNamespace(working=lambda most: [])
+    )
+
+    def doctor(act: DoctorAct) -> Doctor:
+        return Doctor(Settings(act=act, factor=3, floor_s=10, first_s=100), cast(System, system))
+
+    def looked(doctor: Doctor, seconds: float) -> list[str]:
+        now[0] += seconds
+        asyncio.run(doctor.look())
+        told = said.copy()
+        said.clear()
+        return told
+
+    warning = doctor(DoctorAct.warn)
+    with pytest.raises(ValueError), timeline.span("rewards", "score"):
+        now[0] += 1000  # no measure for others, as it failed
+        raise ValueError
+    with timeline.span("rewards", "score", detail="sums/1"), timeline.span("engine 0", "generate"):
+        assert looked(warning, 99) == []
+        assert looked(warning, 2) == ["rewards is late: score of sums/1 has taken 101.0 s, for the first time"]
+        assert looked(warning, 50) == []  # said once
+        assert len(looked(warning, 60)) == 1  # and once more after twice the time
+    with timeline.span("rewards", "score", detail="sums/2"), timeline.span("driver", "rollout", step=4):
+        assert looked(warning, 600) == [
+            "driver is late: rollout in step 4 has taken 600.0 s, for the first time; under way: score of sums/2 by "
+            "rewards for 600.0 s"
+        ]
+        with pytest.raises(
+            RunStopped, match=r"waits \(rollout of step 4\); rewards is late: .* 211\.0 s at most before"
+        ):
+            looked(doctor(DoctorAct.stop), 40)
+    timeline.begin("engine 1", "sync")
+    timeline.end(timeline.begin("engine 0", "sync"))
+    assert looked(doctor(DoctorAct.warn), 9) == []  # however short it was before
 
 
 def test_what_hangs_is_named_and_ended(

@@ -16,12 +16,13 @@ from typing import Any, cast
 import pytest
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from safetensors.torch import load_file
 
 from rl.errors import RunStopped
 from rl.initial_model import create_initial_model, initial_config
 from rl.sync import Broadcast, publish
+from rollout.engine import EngineDied
 from rollout.pool import EnginePool
 from rollout.vllm_layout import Held, whole_checksums
 from tests.rl.receiving_worker import Worker
@@ -35,14 +36,26 @@ class WorkersOnly:
     """As much of an EnginePool as a transport needs: engines of two workers each."""
 
     def __init__(self, num_engines: int) -> None:
-        worker = ray.remote(Worker).options(num_cpus=0)
-        self.engines = [[worker.remote(rank, 2) for rank in range(2)] for _ in range(num_engines)]
+        self.engines = [self._new() for _ in range(num_engines)]
+        self.down: set[int] = set()
         self.trouble = self.flip = ""
         self.largest = 0
 
+    @staticmethod
+    def _new() -> list[Any]:
+        worker = ray.remote(Worker).options(num_cpus=0)
+        return [worker.remote(rank, 2) for rank in range(2)]
+
     @property
     def present(self) -> list[int]:
-        return list(range(len(self.engines)))
+        return [index for index in range(len(self.engines)) if index not in self.down]
+
+    def restart(self, engines: Sequence[int], reason: str) -> None:
+        for index in engines:
+            for worker in self.engines[index]:
+                ray.kill(worker)
+            self.engines[index] = self._new()
+        self.down |= set(engines)
 
     def membership(self, engines: Sequence[int]) -> tuple[Any, ...]:
         return tuple(worker for index in engines for worker in self.engines[index])
@@ -64,12 +77,15 @@ class WorkersOnly:
         calls = [worker.receive.remote(trouble) for worker, trouble in zip(workers, troubles, strict=True)]
         try:
             self.largest = max(await asyncio.gather(*calls))
+        except RayActorError as error:  # both as EnginePool does
+            raise EngineDied("engine 0 of 2 died during receive") from error
         except RayTaskError as error:
-            raise error.cause from error  # as EnginePool does
+            raise error.cause from error
 
     async def commit(self, version: int, engines: Sequence[int]) -> dict[int, dict[str, int]]:
         sums = {}
-        for number in engines:
+        for number in self.present:
+            assert number in engines
             engine = self.engines[number]
             flips = ["", self.flip if number == len(self.engines) - 1 else ""]
             reports = await asyncio.gather(*(w.held.remote(f) for w, f in zip(engine, flips, strict=True)))
@@ -136,7 +152,6 @@ def test_two_engines_of_two_workers_hold_what_the_learner_sent(
 @pytest.mark.parametrize(
     ("trouble", "sentence"),
     [
-        ("dies", "weights of version 1 did not reach the engines"),
         ("fails", "weights of version 1 did not reach the engines: .*the loader broke$"),
         ("hangs", "weights of version 1 did not reach the engines within 3 s"),
     ],
@@ -154,6 +169,32 @@ def test_trouble_on_the_way_ends_in_one_sentence_and_not_in_waiting(
                 await publish(transport, 1)
             assert "\n" not in str(stopped.value)
             assert time.monotonic() - began < 60
+
+    run(test)
+
+
+def test_an_engine_that_dies_amid_a_broadcast_holds_nobody_up(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The others, half written, are started again too; the next update finds them in a group of its own."""
+    intact = Learner.send_weights
+    monkeypatch.setattr(Learner, "send_weights", lambda learner: intact(learner, max_bytes=8192))
+
+    async def test() -> None:
+        async with connected(tmp_path, 2, *TWO_PARTITIONED) as (transport, learner, pool):
+            await publish(transport, 0)
+            pool.trouble = "dies"
+            began = time.monotonic()
+            sync = await publish(transport, 1)
+            assert pool.down == {0, 1} and sync.checksums == await learner.checksums()
+            print(f"seconds until the learner is free again: {time.monotonic() - began:.1f}")
+            assert time.monotonic() - began < 60
+            pool.down, pool.trouble = set(), ""
+            assert (await publish(transport, 2)).checksums == sync.checksums
+            # One engine alone, as when it comes back between two updates; then both again.
+            sent = await transport.send([1])
+            assert (await pool.commit(2, [0, 1]))[1] == sent.checksums
+            await publish(transport, 3)
 
     run(test)
 
