@@ -59,18 +59,23 @@ class Doctor:
         """One round: tells what is late and acts on it."""
         late = [span for span in self._timeline.open if self._is_late(span)]
         self._said = {span.number: self._said[span.number] for span in late if span.number in self._said}
-        for span in [span for span in late if self._is_news(span)]:
-            self._said[span.number] = self._age(span)
-            await self._see_to(span)
+        places: dict[tuple[str, str], list[Span]] = {}
+        for span in late:
+            places.setdefault((span.actor, span.phase), []).append(span)
+        for longest, *others in places.values():
+            if self._is_news(longest):
+                self._said |= {span.number: self._age(span) for span in (longest, *others)}
+                await self._see_to(longest, len(others))
 
-    async def _see_to(self, span: Span) -> None:
+    async def _see_to(self, span: Span, num_others: int) -> None:
         suspects = self._suspects(span)
         stacks = await asyncio.gather(*(self._stack(where) for _, where in suspects))
         findings = "; ".join(
             f"{name} (process {where.pid}) {innermost(stack)}"
             for (name, where), stack in zip(suspects, stacks, strict=True)
         )
-        sentence = f"{self._complaint(span)}{': ' + findings if findings else ''}"
+        others = f" (and {num_others} others)" if num_others else ""
+        sentence = f"{self._complaint(span)}{others}{': ' + findings if findings else ''}"
         self._note(sentence, [name for name, _ in suspects], stacks)
         if self._settings.act == DoctorAct.stop:
             raise RunStopped(sentence)
@@ -82,6 +87,8 @@ class Doctor:
         actor, phase = span.kind
         if actor == "engine" and phase in ENGINES_OWN:
             index = _number(span)
+            if not suspects:
+                return "; it is being started"
             if phase == REQUEST and await self._is_making_progress(index):
                 return "; it goes on generating and is left alone"
             await self._end(where for _, where in suspects)
@@ -118,7 +125,8 @@ class Doctor:
     def _deadline(self, span: Span) -> float:
         longest = self._timeline.longest(span.kind)
         allowed = self._settings.first_s if longest is None else self._settings.factor * longest
-        return max(allowed, self._settings.floor_s)
+        # The driver only waits for others, so whoever keeps it waiting is to be found out before.
+        return max(allowed, self._settings.floor_s * (2 if span.actor == "driver" else 1))
 
     def _age(self, span: Span) -> float:
         return self._timeline.now - span.begin

@@ -25,6 +25,8 @@ from trainer.sender import Sent
 
 STANDSTILL_S = 300.0
 """How long a sender or receiver waits for the next bucket to move before it gives up."""
+SETTLE_S = 5.0
+"""How long everybody may take to say what happened, once one of them has failed."""
 UPDATE_S = 1800.0
 """How long an update may take altogether."""
 
@@ -104,13 +106,29 @@ class Broadcast:
         try:
             await self._connect(engines)
             await self.pool.begin_update(engines)
-            sent, _ = await together(self.learner.send_weights(), self.pool.receive(None, engines))
+            return await self._exchange(engines)
         except EngineDied as death:
             self._members = ()
-            await asyncio.to_thread(abandon, *self._address)
             self.pool.restart(engines, f"its update broke off when {death}")
             return Sent(num_bytes=0, checksums=await self.learner.checksums())
-        return sent
+
+    async def _exchange(self, engines: Sequence[int]) -> Sent:
+        """One broadcast. Of all that goes wrong then, an engine's death is the cause: it is raised before the rest."""
+        receiving = (self.pool.receive(None, [engine]) for engine in engines)
+        parts = [asyncio.ensure_future(part) for part in (self.learner.send_weights(), *receiving)]
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
+            if any(part.exception() for part in done):
+                await asyncio.to_thread(abandon, *self._address)
+                await asyncio.wait(parts, timeout=SETTLE_S)
+            errors = [error for part in parts if part.done() and (error := part.exception())]
+            for error in sorted(errors, key=lambda error: not isinstance(error, EngineDied)):
+                raise error
+            return parts[0].result()
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
 
     async def _connect(self, engines: Sequence[int]) -> None:
         """Makes the group of the learner and the processes that ``engines`` have now, if it is not there."""

@@ -98,7 +98,8 @@ class EngineHandle:
                 return await getattr(self.actor, method).remote(*args, **kwargs)
         except RayActorError as error:
             reason = str(error).partition("\n")[0]
-            raise EngineDied(f"{self.name} died during {method.strip('_')}: {reason}") from error
+            doing = "start" if method == "__ray_call__" else method
+            raise EngineDied(f"{self.name} died during {doing}: {reason}") from error
         except RayTaskError as error:
             if isinstance(error.cause, EngineDied):
                 raise EngineDied(f"{self.name} died during {method}: {error.cause}") from error

@@ -250,7 +250,7 @@ class EnginePool:
     async def receive(self, offer: Mapping[str, Any] | None = None, engines: Sequence[int] | None = None) -> None:
         """Lets engines load a bucket that the learner offers, or all that the learner broadcasts.
 
-        A broadcast that an engine does not live through raises EngineDied: the others are waiting for it.
+        Of a broadcast that an engine does not live through it raises EngineDied: others are waiting for it.
         """
         if offer is None:
             await asyncio.gather(*(self._call(engine, "receive", None) for engine in self._among(engines)))
@@ -303,7 +303,7 @@ class EnginePool:
         """Ends the processes of engines that can be used no more, and starts them again."""
         for index in indices:
             engine = self._engines[index]
-            self._bury(engine, EngineDied(f"{engine.name} is started again: {reason}"))
+            self._bury(engine, EngineDied(f"{engine.name} was ended: {reason}"))
 
     def close(self) -> None:
         """Ends the engines' processes.

@@ -96,7 +96,8 @@ def test_deadlines_come_from_what_phases_took_before():
         assert looked(warning, 99) == []
         assert looked(warning, 2) == ["rewards is late: score of sums/1 has taken 101.0 s, for the first time"]
         assert looked(warning, 50) == []  # said once
-        assert len(looked(warning, 60)) == 1  # and once more after twice the time
+        with timeline.span("rewards", "score", detail="sums/3"):
+            assert len(looked(warning, 60)) == 1  # and once more after twice the time
     with timeline.span("rewards", "score", detail="sums/2"), timeline.span("driver", "rollout", step=4):
         assert looked(warning, 600) == [
             "driver is late: rollout in step 4 has taken 600.0 s, for the first time; under way: score of sums/2 by "
@@ -145,11 +146,13 @@ def test_what_hangs_is_named_and_ended(
     assert_one_sentence(output.err, "learner rank 1 died during step")
     assert run.status["status"] == "stopped"
     late = [line for line in output.out.splitlines() if line.startswith("warning: ") and " is late: " in line]
-    scoring, generating, learning = late[:3]
-    assert "rewards is late: score of sums/" in scoring and "s at most before" in scoring
-    assert "the reward worker at gated of sums/" in scoring and "in gated (saboteur.py:" in scoring
+    scoring, generating, learning = late
+    assert (
+        "the driver waits (rollout of step 2); rewards is late: score of sums/" in scoring
+        and "s at most before" in scoring
+    )
+    assert "(and 3 others): the reward worker at gated of sums/" in scoring and "in gated (saboteur.py:" in scoring
     assert "engine 0 is late: request of sums/" in generating and "is stopped by a signal" in generating
-    assert "the driver waits (rollout of step" in generating
     assert "learner is late: step in step" in learning
     assert "learner rank 1 (process" in learning and "is stopped by a signal; it is killed" in learning
     assert "learner rank 0 (process" in learning

@@ -73,14 +73,21 @@ class WorkersOnly:
 
     async def receive(self, offer: None, engines: Sequence[int]) -> None:
         workers = self.membership(engines)
-        troubles = [self.trouble] + [""] * (len(workers) - 1)
-        calls = [worker.receive.remote(trouble) for worker, trouble in zip(workers, troubles, strict=True)]
+        troubles = [self.trouble if engines[0] == 0 else ""] + [""] * (len(workers) - 1)
+        calls = [
+            asyncio.wrap_future(worker.receive.remote(trouble).future())
+            for worker, trouble in zip(workers, troubles, strict=True)
+        ]
+        done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+        if any(call.exception() for call in done):
+            await asyncio.wait(calls, timeout=2)
+        for error in [call.exception() for call in calls if call.done()]:
+            if isinstance(error, RayActorError):  # a worker takes its engine along
+                raise EngineDied(f"engine {engines[0]} died during receive") from error
         try:
-            self.largest = max(await asyncio.gather(*calls))
-        except RayActorError as error:  # both as EnginePool does
-            raise EngineDied("engine 0 of 2 died during receive") from error
+            self.largest = max([await call for call in calls])
         except RayTaskError as error:
-            raise error.cause from error
+            raise error.cause from error  # as EnginePool does
 
     async def commit(self, version: int, engines: Sequence[int]) -> dict[int, dict[str, int]]:
         sums = {}
