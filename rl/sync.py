@@ -114,8 +114,9 @@ class Broadcast:
 
     async def _exchange(self, engines: Sequence[int]) -> Sent:
         """One broadcast. Of all that goes wrong then, an engine's death is the cause: it is raised before the rest."""
-        receiving = (self.pool.receive(None, [engine]) for engine in engines)
-        parts = [asyncio.ensure_future(part) for part in (self.learner.send_weights(), *receiving)]
+        sending = asyncio.ensure_future(self.learner.send_weights())
+        receiving = [asyncio.ensure_future(self.pool.receive(None, [engine])) for engine in engines]
+        parts: list[asyncio.Future[Any]] = [sending, *receiving]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
             if any(part.exception() for part in done):
@@ -124,7 +125,7 @@ class Broadcast:
             errors = [error for part in parts if part.done() and (error := part.exception())]
             for error in sorted(errors, key=lambda error: not isinstance(error, EngineDied)):
                 raise error
-            return parts[0].result()
+            return sending.result()
         finally:
             for part in parts:
                 part.cancel()
