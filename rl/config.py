@@ -409,7 +409,7 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    every: int = 0
+    every: int = 20
     """Steps between resumable checkpoints; 0 writes one after the last step only. Before the first step, and when the
     run is interrupted, there is one in any case."""
     keep: int = 2
