@@ -212,6 +212,9 @@ def test_a_link_opens_the_trajectory_it_names(page: Browser):
     go_to(page, "trajectories")
     page.click(".list li:nth-child(8) button")
     page.wait("location.hash.startsWith('#trajectories/0/')")
+    # The address comes first, and the pane when the trajectory is unpacked.
+    named = "decodeURIComponent(location.hash.split('/')[3])"
+    page.wait(f"document.querySelector('.pane h3')?.textContent.startsWith({named})")
     address, title = page.run("location.href"), texts(page, ".pane h3")
     page.call("Page.navigate", url="about:blank")
     page.requests.clear()

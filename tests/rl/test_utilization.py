@@ -95,7 +95,8 @@ def test_the_page_names_what_the_code_logs():
     folders = ("rl", "trainer", "rollout", "rewards")
     source = "\n".join(path.read_text() for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
     for name in documented():
-        literal, built = name.partition("<")[0], re.fullmatch(r"(?:time|memory)/(\w+)_(?:s|gb)", name)
+        literal = name.partition("<")[0]
+        built = re.fullmatch(r"(?:time|memory)/(\w+)_(?:s|gb)", name) or re.fullmatch(r"faults/(\w+)", name)
         spelt = f'"{name}"' in source or (literal != name and literal in source)
         assert spelt or (built and f'"{built[1]}"' in source), f"nothing logs {name}"
 
