@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from rewards.judge import JudgeAddress
 from rewards.protocol import Fault, Outcome, check_names, part_name
 from rewards.worker import ConcurrentWorker, SerialWorker, Surroundings, Traits, late, most_s
+from rl.cluster import settled
 from rl.config import Domain, RewardUse
 from rl.environ import chosen_variables
 from rl.errors import RecipeError, RunStopped, UserError
@@ -33,6 +34,8 @@ OPEN_LIMIT_S = 300.0
 """Seconds a worker may take to start and import the rewards."""
 GRACE_S = 30.0
 """Seconds the driver waits beyond all timeouts of a call before it kills a worker that should have ended itself."""
+START_TRIES = 3
+"""How often a worker that ran before is started until it lives through that."""
 ASYNC_CALLS = 1000
 """Groups whose async rewards are awaited at the same time."""
 
@@ -255,7 +258,10 @@ class _Process:
         self._lock = asyncio.Lock()
 
     async def start(self) -> dict[str, list[Traits]]:
-        """Starts the process and imports the rewards; returns what they are like."""
+        """Starts the process and imports the rewards; returns what they are like.
+
+        Raises RecipeError when the rewards cannot be used, of which its end while it starts is a sign.
+        """
         actor = self._actor_class.remote()
         try:
             async with asyncio.timeout(OPEN_LIMIT_S):
@@ -297,11 +303,19 @@ class _Process:
         """The actor; a fresh one if the last one died."""
         async with self._lock:
             if self._actor is None:
-                try:
-                    await self.start()
-                except RecipeError as error:
-                    raise RunStopped(f"a reward worker died and cannot be started again: {error}") from error
+                await self._start_again()
             return self._actor
+
+    async def _start_again(self) -> None:
+        """What imported its rewards before is not at fault if it dies on a node that Ray has not yet noticed is lost."""
+        for tries_left in reversed(range(START_TRIES)):
+            try:
+                await self.start()
+                return
+            except RecipeError as error:
+                if not tries_left or not isinstance(error.__cause__, RayActorError):
+                    raise RunStopped(f"a reward worker died and cannot be started again: {error}") from error
+            await settled()
 
     def kill(self, actor: Any = None) -> None:
         """Ends the process; with ``actor``, only if that is still the current one."""

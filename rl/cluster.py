@@ -32,6 +32,9 @@ OBJECT_STORE_BYTES = 512 << 20
 
 UNKNOWN_BYTES = 1 << 50
 """Stands for the memory of GPUs whose driver says nothing: large enough that nothing is refused for it."""
+SETTLE_S = 60.0
+"""How long nodes may take to answer, or Ray to notice that they never will."""
+_ANSWER_S = 10.0
 SENT_FOLDERS = "working_dir_files"
 """Where Ray unpacks the working directories of jobs, within its own folder on each node."""
 _QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -113,7 +116,7 @@ async def cluster_hardware() -> Hardware:
     return summarize([int(node["Resources"]["GPU"]) for node in nodes], answers)
 
 
-async def _ask(task: Any, node_id: str) -> NodeAnswer:
+async def _ask(task: Any, node_id: str) -> Any:
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return await task.options(scheduling_strategy=there).remote()
 
@@ -132,6 +135,30 @@ async def on_host(host: str, function: Callable[..., T], *arguments: Any, timeou
                 task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
                 return await task.remote(*arguments)
     raise LookupError(f"no node of the Ray cluster is called {host}")
+
+
+async def settled(*, timeout_s: float = SETTLE_S) -> None:
+    """Returns when every node answers that Ray takes to be alive, or after ``timeout_s``.
+
+    Ray notices only after seconds that a node was lost, and until then lets new actors die of it.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while not await _all_nodes_answer():
+                await asyncio.sleep(0.5)
+
+
+async def _all_nodes_answer() -> bool:
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return True  # this one
+    ask = ray.remote(num_cpus=0, max_retries=0)(lambda: None)
+    asking = [asyncio.ensure_future(_ask(ask, node)) for node in nodes]
+    _, silent = await asyncio.wait(asking, timeout=_ANSWER_S)
+    for task in silent:
+        task.cancel()
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    return not any(isinstance(answer, BaseException) for answer in answers)
 
 
 def describe_node() -> NodeAnswer:

@@ -24,7 +24,7 @@ from rl.advantage import group_advantages
 from rl.buffer import GroupBuffer
 from rl.canary import Canary
 from rl.checkpoint import Saved
-from rl.cluster import check_runs_last
+from rl.cluster import check_runs_last, settled
 from rl.cold_start import encode_demonstrations, run_cold_start
 from rl.config import Recipe
 from rl.data import RunData, load_data
@@ -140,6 +140,7 @@ async def run_recipe(
             return
         except LearnerFailed as failure:
             saved = saver.restore(failure)
+            await settled()
 
 
 async def run_once(

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 
 from model.tokenizer import load_tokenizer
+from rl.cluster import settled
 from rl.config import EngineKind, Recipe, Sampling
 from rl.errors import RunStopped
 from rl.fault_log import FaultLog
@@ -393,6 +394,7 @@ class EnginePool:
             while not engine.is_present and engine.may_restart():
                 began = time.monotonic()
                 self.faults.record("engine_restarts", f"{death}; it is started again", each=True)
+                await settled()
                 try:
                     await self.welcome(engine.index, lambda: self._start(engine))
                 except EngineDied as again:

@@ -64,6 +64,10 @@ class Saboteur:
         """The id of the node that an engine's actor is on."""
         return await self.system.pool._engines[index].actor.__ray_call__.remote(_node_id)
 
+    async def learners_home(self) -> str:
+        """The id of the node that the learner's first rank is on."""
+        return await self.system.learner._actors[0].__ray_call__.remote(_node_id)
+
     async def busy(self, actor: str, phase: str) -> None:
         """Returns in the middle of an actor's phase."""
         while not self.is_busy(actor, phase):
