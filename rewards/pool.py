@@ -307,7 +307,7 @@ class _Process:
             return self._actor
 
     async def _start_again(self) -> None:
-        """What imported its rewards before is not at fault if it dies on a node that Ray has not yet noticed is lost."""
+        """What imported its rewards before is not at fault when it dies of a node that was lost unnoticed."""
         for tries_left in reversed(range(START_TRIES)):
             try:
                 await self.start()
