@@ -107,7 +107,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "rounds": (lambda: topk.bounded_topk(zeros(2, 32768, dtype=torch.float32), 2048, int32(2), int32(2)), []),
     "walk": (lambda: topk.bounded_topk(zeros(2, 32768, dtype=torch.float32), 20000), []),
     "pages": (attend_pages, ["_paged_kernel"]),
-    "loss": (learn, ["_target_kernel", "_normaliser_kernel", "_queries_kernel", "_keys_kernel"]),
+    "loss": (learn, ["target_kernel", "normaliser_kernel", "queries_kernel", "keys_kernel"]),
     "packed attention": (attend, ["forward_kernel", "grad_queries_kernel"]),
     "grouped": (multiply, ["_rows_kernel", "_weights_kernel"]),
 }
