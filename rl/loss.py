@@ -77,35 +77,30 @@ def grpo_loss(
         masked = (sequences.mean(advantage) < 0) & (sequences.mean(-log_ratio.detach()) > off_policy_delta)
     surrogate = torch.where(masked[sequences.index], zero, surrogate)
 
-    if ref_logprobs is None:
-        if beta.any() if isinstance(kl_beta, Tensor) else kl_beta != 0:
-            raise ValueError("grpo_loss: kl_beta is not 0, so ref_logprobs is needed")
-        kl = torch.zeros_like(beta)
-    else:
+    if ref_logprobs is None and (beta.any() if isinstance(kl_beta, Tensor) else kl_beta != 0):
+        raise ValueError("grpo_loss: kl_beta is not 0, so ref_logprobs is needed")
+    kl = torch.zeros_like(beta)
+    if ref_logprobs is not None:
         log_ref_ratio = torch.where(beta != 0, ref_logprobs.detach().to(dtype) - learner, zero)
         kl = ratio * (log_ref_ratio.expm1() - log_ref_ratio)
 
-    if aggregation == "sequence_mean":
-        weight, count = 1 / sequences.lengths.clamp(min=1)[sequences.index], sequences.count
-    else:
-        weight, count = torch.ones_like(ratio), sampled.sum()
+    weight, count = sequences.weights(aggregation)
     policy_sum, kl_sum = -(weight * surrogate).sum(), (weight * beta * kl).sum()
 
-    with torch.no_grad():
-        tokens = sampled.sum()
-        clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
-        metrics = _means(
-            {
-                "loss/policy": (policy_sum, count),
-                "loss/kl": (kl_sum, count),
-                "kl/reference": (kl.sum(), (beta != 0).sum()),
-                "ratio/mean": (on_sampled(ratio).sum(), tokens),
-                "ratio/clipped": (clipped.sum(), tokens),
-                "mask/off_policy": (masked.sum(), sequences.count),
-                "mismatch/logprob_abs": (log_ratio.abs().sum(), tokens),
-                "mismatch/kl": ((log_ratio.expm1() - log_ratio).sum(), tokens),
-            }
-        )
+    tokens = sampled.sum()
+    clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
+    metrics = _means(
+        {
+            "loss/policy": (policy_sum, count),
+            "loss/kl": (kl_sum, count),
+            "kl/reference": (kl.sum(), (beta != 0).sum()),
+            "ratio/mean": (on_sampled(ratio).sum(), tokens),
+            "ratio/clipped": (clipped.sum(), tokens),
+            "mask/off_policy": (masked.sum(), sequences.count),
+            "mismatch/logprob_abs": (log_ratio.abs().sum(), tokens),
+            "mismatch/kl": ((log_ratio.expm1() - log_ratio).sum(), tokens),
+        }
+    )
     return (policy_sum + kl_sum) / denominator, metrics
 
 
@@ -125,10 +120,16 @@ class _Sequences:
     def mean(self, stream: Tensor) -> Tensor:
         return self.sum(stream) / self.lengths.clamp(min=1)
 
+    def weights(self, aggregation: str) -> tuple[Tensor, Tensor]:
+        """What each token counts, [N], and how many sequences or tokens the sum is then over."""
+        if aggregation == "sequence_mean":
+            return 1 / self.lengths.clamp(min=1)[self.index], self.count
+        return torch.ones_like(self.lengths)[self.index], self.lengths.sum()
+
 
 def _means(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Mean]:
     """Reads all numerators and denominators from the device at once."""
-    numbers = torch.stack([number.double() for pair in pairs.values() for number in pair])
+    numbers = torch.stack([number.detach().double() for pair in pairs.values() for number in pair])
     return {name: Mean(total, count) for name, (total, count) in zip(pairs, numbers.view(-1, 2).tolist(), strict=True)}
 
 
