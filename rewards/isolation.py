@@ -200,8 +200,9 @@ class Launch:
         above = {str(parent) for path in self.readable for parent in Path(path).parents} - {"/", "/tmp"}
         for path in sorted(above):  # which it would make for its own user alone
             command += ["--perms", "0755", "--dir", path]
+        below = tuple(f"{inside}/" for inside in self._binds())  # where a link would outlast this program
         for path in self.readable:
-            if os.path.islink(path):
+            if os.path.islink(path) and not path.startswith(below):
                 command += ["--symlink", os.readlink(path), path]
             else:
                 command += ["--ro-bind-try", path, path]

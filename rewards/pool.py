@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,6 @@ from ray.exceptions import RayActorError, RayTaskError
 from rewards.judge import JudgeAddress
 from rewards.protocol import Fault, Outcome, check_names, part_name
 from rewards.worker import ConcurrentWorker, SerialWorker, Surroundings, Traits, late, most_s
-from rl.cluster import settled
 from rl.config import Domain, RewardUse
 from rl.environ import chosen_variables
 from rl.errors import RecipeError, RunStopped, UserError
@@ -38,6 +37,8 @@ START_TRIES = 3
 """How often a worker that ran before is started until it lives through that."""
 ASYNC_CALLS = 1000
 """Groups whose async rewards are awaited at the same time."""
+
+Settled = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +62,14 @@ class RewardPool:
         num_workers: int,
         surroundings: Surroundings,
         faults: FaultLog | None = None,
+        settled: Settled | None = None,
     ) -> None:
         self._uses = uses
         self._faults = faults or FaultLog()
         serial = ray.remote(SerialWorker).options(num_cpus=0, scheduling_strategy="SPREAD")
         concurrent = ray.remote(ConcurrentWorker).options(num_cpus=0, max_concurrency=ASYNC_CALLS)
-        self._serial = [_Process(serial, uses, surroundings, exclusive=True) for _ in range(num_workers)]
-        self._concurrent = _Process(concurrent, uses, surroundings, exclusive=False)
+        self._serial = [_Process(serial, uses, surroundings, settled, exclusive=True) for _ in range(num_workers)]
+        self._concurrent = _Process(concurrent, uses, surroundings, settled, exclusive=False)
         self._idle: asyncio.LifoQueue[_Process] = asyncio.LifoQueue()
         self._traits: dict[str, list[Traits]] = {}
         self._turns: dict[tuple[str, int], asyncio.Semaphore] = {}
@@ -81,10 +83,12 @@ class RewardPool:
         judge: JudgeAddress | None = None,
         env: Sequence[str] = (),
         faults: FaultLog | None = None,
+        settled: Settled | None = None,
     ) -> RewardPool:
         """Starts the workers and imports every reward in them.
 
         ``judge`` is for rewards that ask one, and ``env`` names variables of this process that rewards may read.
+        ``settled`` returns when Ray knows which nodes there are; one that was lost kills what is started there.
 
         Raises RecipeError for a reward that cannot be used, a domain without rewards, and two parts of one name.
         """
@@ -92,7 +96,7 @@ class RewardPool:
             check_names(name, domain)
         surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=chosen_variables(env))
         uses = {name: list(domain.rewards) for name, domain in domains.items()}
-        pool = cls(uses, max(1, num_workers), surroundings, faults)
+        pool = cls(uses, max(1, num_workers), surroundings, faults, settled)
         try:
             traits, *_ = await asyncio.gather(*(process.start() for process in pool._serial))
             if any(trait.is_async for members in traits.values() for trait in members):
@@ -246,11 +250,13 @@ class _Process:
         actor_class: Any,
         uses: Mapping[str, Sequence[RewardUse]],
         surroundings: Surroundings,
+        settled: Settled | None = None,
         *,
         exclusive: bool,
     ) -> None:
         self._actor_class = actor_class
         self._opening = (uses, surroundings)
+        self._settled = settled
         self._exclusive = exclusive
         self._actor: Any = None
         self.process: Whereabouts | None = None
@@ -315,7 +321,8 @@ class _Process:
             except RecipeError as error:
                 if not tries_left or not isinstance(error.__cause__, RayActorError):
                     raise RunStopped(f"a reward worker died and cannot be started again: {error}") from error
-            await settled()
+            if self._settled is not None:
+                await self._settled()
 
     def kill(self, actor: Any = None) -> None:
         """Ends the process; with ``actor``, only if that is still the current one."""

@@ -137,7 +137,11 @@ class Sandbox:
                 process.take(process.stderr, limits.output_bytes),
                 process.feed(stdin),
             )
-            result = await process.wait()
+            try:
+                result = await process.wait()
+            except SandboxError as error:
+                *_, last = ["", *stderr.decode(errors="replace").splitlines()]
+                raise SandboxError(f"{error}{last and f' (it said: {last})'}") from error
         return replace(result, stdout=stdout, stderr=stderr)
 
     async def open(

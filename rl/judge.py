@@ -22,7 +22,7 @@ from typing import Any
 
 from model.tokenizer import load_tokenizer
 from rewards.judge import JudgeAddress
-from rl.cluster import join_cluster
+from rl.cluster import join_cluster, settled
 from rl.config import Judge, Model, Placement, Recipe, Sampling
 from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
@@ -68,7 +68,9 @@ async def start_judge(
     if judge.path is None:
         yield None
         return
-    pool = await EnginePool.start(_judging(recipe), judge.path, faults=faults, called="the judge's engine")
+    pool = await EnginePool.start(
+        _judging(recipe), judge.path, faults=faults, settled=settled, called="the judge's engine"
+    )
     try:
         conversation = Conversation(load_tokenizer(judge.path))
         async with serve(_completer(judge, pool, conversation), host=host) as (url, token):

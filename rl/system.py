@@ -21,7 +21,7 @@ from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox
-from rl.cluster import address_for_workers, cluster_hardware, join_cluster
+from rl.cluster import address_for_workers, cluster_hardware, join_cluster, settled
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
 from rl.data import RunData
 from rl.errors import DataError, RecipeError
@@ -233,7 +233,12 @@ async def start_rewards(recipe: Recipe, judge: AsyncExitStack, faults: FaultLog 
     """After the judge, whose address rewards are constructed with; ``judge`` is what ends it."""
     address = await judge.enter_async_context(start_judge(recipe, host=address_for_workers(), faults=faults))
     return await RewardPool.start(
-        recipe.domains, num_workers=recipe.reward_workers, judge=address, env=recipe.reward_env, faults=faults
+        recipe.domains,
+        num_workers=recipe.reward_workers,
+        judge=address,
+        env=recipe.reward_env,
+        faults=faults,
+        settled=settled,
     )
 
 
@@ -248,7 +253,13 @@ async def _start_pool(
 ) -> EnginePool:
     """Beside the learner; after it on shared GPUs, where vLLM measures how much memory is free."""
     start_pool = partial(
-        EnginePool.start, recipe, model_dir, actor_options=reservation.engines, timeline=timeline, faults=faults
+        EnginePool.start,
+        recipe,
+        model_dir,
+        actor_options=reservation.engines,
+        timeline=timeline,
+        faults=faults,
+        settled=settled,
     )
     if recipe.placement == Placement.split or recipe.rollout.engine != EngineKind.vllm:
         return await start_pool()

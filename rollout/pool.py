@@ -19,7 +19,6 @@ import numpy as np
 import ray
 
 from model.tokenizer import load_tokenizer
-from rl.cluster import settled
 from rl.config import EngineKind, Recipe, Sampling
 from rl.errors import RunStopped
 from rl.fault_log import FaultLog
@@ -61,8 +60,10 @@ class EnginePool:
         shutdown_s: float = 0.0,
         restart_s: float = 0.0,
         faults: FaultLog | None = None,
+        settled: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """``shutdown_s``: seconds that :meth:`close` gives engines to come to rest and end what they started.
+        """``shutdown_s``: seconds that :meth:`close` gives engines to come to rest and end what they started;
+        ``settled``: awaited before an engine is started again, until Ray knows which nodes there are.
 
         Engines start from the model in ``directory``, which is ``version`` of the weights.
         """
@@ -74,6 +75,7 @@ class EnginePool:
         self._sleeps = sleeps
         self._shutdown_s = shutdown_s
         self._restart_s = restart_s
+        self._settled = settled
         self._conversation = conversation
         self._directory = directory
         self._version = version
@@ -95,6 +97,7 @@ class EnginePool:
         gpus: Sequence[str | None] = (),
         timeline: Timeline | None = None,
         faults: FaultLog | None = None,
+        settled: Callable[[], Awaitable[None]] | None = None,
         called: str = "engine",
     ) -> EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`.
@@ -123,6 +126,7 @@ class EnginePool:
             shutdown_s=_SHUTDOWN_S[recipe.rollout.engine],
             restart_s=recipe.faults.restart_s,
             faults=faults,
+            settled=settled,
         )
         try:
             await asyncio.gather(*(engine.start(pool._directory, version) for engine in engines))
@@ -394,7 +398,8 @@ class EnginePool:
             while not engine.is_present and engine.may_restart():
                 began = time.monotonic()
                 self.faults.record("engine_restarts", f"{death}; it is started again", each=True)
-                await settled()
+                if self._settled is not None:
+                    await self._settled()
                 try:
                     await self.welcome(engine.index, lambda: self._start(engine))
                 except EngineDied as again:

@@ -32,7 +32,7 @@ def enter(
     The calling process stays behind, waits for it and exits as it did; if it is killed, so is everything inside.
 
     Args:
-        readable: paths that exist inside as they are outside, read-only. Links stay links.
+        readable: paths that exist inside as they are outside, read-only. Links stay links, except below ``writable``.
         writable: path outside, by path inside.
         scratch: bytes of a file system in memory, by path inside.
         staged: path outside, by path inside, read-only.
@@ -79,8 +79,9 @@ def _change_root(
     syscalls.mount("none", "/", None, MS_REC | MS_PRIVATE)
     # Held open, as the mount hides whatever of it lies below /tmp.
     outside = (*readable, *writable.values(), *staged.values())
-    held = {path: os.open(path, os.O_PATH) for path in outside if not os.path.islink(path)}
-    links = {path: os.readlink(path) for path in readable if os.path.islink(path)}
+    below = tuple(f"{inside}/" for inside in writable)  # where a link would outlast this program
+    links = {path: os.readlink(path) for path in readable if os.path.islink(path) and not path.startswith(below)}
+    held = {path: os.open(path, os.O_PATH) for path in outside if path not in links}
     syscalls.mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755,size=1m")
     for inside, size in scratch.items():
         os.makedirs(root + inside, exist_ok=True)

@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -323,6 +324,21 @@ def test_a_folder_lasts_and_goes(sandbox):
         assert folder.read("kept", max_bytes=1) == b"1"
         top = folder.work.parent
     assert not top.exists()
+
+
+def test_what_may_be_read_through_a_link_may_be_read_again(isolation):
+    """Below /tmp, where a folder's own files are: a virtual environment may be such a link."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as top:
+        os.chmod(top, 0o755)
+        (Path(top) / "there").mkdir(mode=0o755)
+        (Path(top) / "there" / "words").write_text("hello")
+        (Path(top) / "link").symlink_to("there")
+        sandbox = Sandbox(wanted=isolation, limits=LIMITS, readable=(f"{top}/link",))
+        source = f"print(open('{top}/link/words').read())"
+        assert python(sandbox, source).stdout == b"hello\n"
+        with sandbox.folder() as folder:
+            for _ in range(2):
+                assert python(sandbox, source, folder=folder).stdout == b"hello\n"
 
 
 def test_the_environment_stays_outside(sandbox, monkeypatch):

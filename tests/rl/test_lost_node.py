@@ -14,6 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from rewards.pool import RewardPool
+from rl.cluster import settled
 from rl.config import Domain, RewardUse
 from rl.sample import Scored
 from tests.rewards.conftest import make
@@ -98,7 +99,7 @@ def test_reward_workers_start_again_elsewhere(nodes: Cluster, tmp_path: Path):
     use = RewardUse(use="tests.rl.saboteur:gated", args={"gate": str(gate)})
 
     async def score() -> list[Any]:
-        pool = await RewardPool.start({"math": Domain(prompts="-", rewards=[use])}, num_workers=2)
+        pool = await RewardPool.start({"math": Domain(prompts="-", rewards=[use])}, num_workers=2, settled=settled)
         try:
             with closed(gate):  # both are at work, one of them on each node
                 scoring = asyncio.gather(*(pool.score_group([make(index=index)]) for index in range(2)))
