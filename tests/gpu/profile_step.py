@@ -113,7 +113,7 @@ def profiled(policy: Policy, tokens: PackedTokens, options: argparse.Namespace, 
     print(averages.table(sort_by="self_cpu_time_total", row_limit=options.rows, max_name_column_width=70))
     if options.trace:
         profiler.export_chrome_trace(str(options.trace))
-    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]
     launches = {event.key: event.count for event in averages if "LaunchKernel" in event.key}
     return {
         "profiled_wall_s": wall,

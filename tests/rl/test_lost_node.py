@@ -81,14 +81,14 @@ def test_a_lost_node_costs_its_engine_for_as_long_as_there_is_no_room(
     arm(monkeypatch, plan)
     code, run = run_here(
         tmp_path,
-        "steps=6",
+        "steps=4",
         "log_samples=100",
         "rollout={engines: 2, max_staleness: 1}",
         f"domains.sums.rewards=[{{use: 'tests.rl.saboteur:gated', args: {{gate: '{gate}'}}}}]",
     )
     print(capsys.readouterr().out)
     assert code == 0
-    promises(run, steps=6, staleness=1)
+    promises(run, steps=4, staleness=1)
     assert sum(row["faults/engine_restarts"] for row in run.steps) == 1
     assert sum(row["faults/engines_lost"] for row in run.steps) == 0
 
