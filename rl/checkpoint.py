@@ -5,6 +5,9 @@
     groups.safetensors     the token streams of finished groups that are not trained yet
     rank_R.safetensors     what learner rank R alone held: fp32 weights, moments, generators; none before the first step
 
+``checkpoints/cold_start/step_N/`` is the same of step N of a cold start, and there as long as nothing of reinforcement
+learning is saved.
+
 Everything is written beside it and renamed, so a checkpoint is whole or not there. What is not in the manifest is
 refused, and nothing that is read can hold code.
 """
@@ -28,6 +31,8 @@ from rl.sample import Prompt
 
 FORMAT = 1
 MANIFEST, RUN, GROUPS = "manifest.json", "run.json", "groups.safetensors"
+COLD_START = "cold_start"
+"""The folder beside the other checkpoints for those of the cold start, whose steps count on their own."""
 _OURS = re.compile(r"manifest\.json|run\.json|groups\.safetensors|rank_\d{5}\.safetensors")
 _READERS = 4
 
@@ -42,18 +47,26 @@ class Saved:
 
     path: Path
     step: int
+    cold_start: bool  # whose step it is; otherwise of reinforcement learning
     recipe: Mapping[str, Any]
     model_dir: Path
-    """What the first step of reinforcement learning started from, and what the reference is."""
+    """What the phase's first step started from, and in reinforcement learning what the reference is."""
     sums: Mapping[str, int]
-    """Checksums of the weights, as the engines answered them."""
+    """Checksums of the weights, as the engines answered them, or the learner in the cold start."""
     faults: Mapping[str, int]
-    loop: Mapping[str, Any] | None  # None before the first step
+    loop: Mapping[str, Any] | None  # None before the first step of reinforcement learning
+    has_learner: bool
+    """Whether the learner had trained in this phase; otherwise it starts from ``model_dir``."""
 
     @property
-    def has_learner(self) -> bool:
-        """Whether the learner had trained; otherwise it starts from ``model_dir``."""
-        return self.loop is not None
+    def run_path(self) -> Path:
+        """The directory of the run that wrote it."""
+        return _run_path(self.path.resolve(), cold_start=self.cold_start)
+
+    @property
+    def moment(self) -> str:
+        """``step 7``, or ``cold start step 7``."""
+        return moment(self.step, cold_start=self.cold_start)
 
     def restore(self, loop: Loop, prompts: Sequence[Prompt]) -> int:
         """Puts the loop back to where it stood and returns its next step.
@@ -70,6 +83,7 @@ class Draft:
     """What the driver has to say of a step; the ranks' files come beside it."""
 
     step: int
+    cold_start: bool = False
     recipe: Mapping[str, Any]
     model_dir: Path
     sums: Mapping[str, int]
@@ -85,10 +99,11 @@ class Draft:
         """Writes the driver's files; raises OSError when the disk does not take them."""
         loop, arrays = (None, {}) if self.loop is None else self.loop.encode()
         # A run that is moved or copied takes its own model along.
-        run_path = partial.absolute().parents[1]
+        run_path = _run_path(partial.absolute(), cold_start=self.cold_start)
         model_dir = self.model_dir.absolute()
         inside = model_dir.is_relative_to(run_path)
         values = {
+            "cold_start": self.cold_start,
             "recipe": self.recipe,
             "model_dir": str(model_dir.relative_to(run_path) if inside else model_dir),
             "sums": self.sums,
@@ -99,6 +114,20 @@ class Draft:
             RUN: write_json(partial / RUN, values),
             GROUPS: write_tensors(partial / GROUPS, arrays),
         }
+
+
+def moment(step: int, *, cold_start: bool) -> str:
+    """What people call it."""
+    return f"cold start step {step}" if cold_start else f"step {step}"
+
+
+def folder_of(checkpoints: Path, *, cold_start: bool) -> Path:
+    """Where the checkpoints of a stage are."""
+    return checkpoints / COLD_START if cold_start else checkpoints
+
+
+def _run_path(path: Path, *, cold_start: bool) -> Path:
+    return path.parents[2 if cold_start else 1]
 
 
 def partial_path(checkpoints: Path, step: int) -> Path:
@@ -118,7 +147,8 @@ def commit(
     sync_folder(partial)
     discard(path)
     os.rename(partial, path)
-    sync_folder(checkpoints)
+    for folder in (checkpoints, checkpoints.parent):  # which may be as new
+        sync_folder(folder)
     return path, written.bytes + sum(record.bytes for record in files.values())
 
 
@@ -139,8 +169,17 @@ def discard(path: Path) -> None:
 
 def sweep(checkpoints: Path) -> None:
     """Deletes what an earlier process left half written or half deleted."""
-    for path in [*checkpoints.glob(".step_*.partial"), *checkpoints.glob(".step_*.deleted")]:
-        shutil.rmtree(path, ignore_errors=True)
+    for folder in (checkpoints, checkpoints / COLD_START):
+        for path in [*folder.glob(".*.partial"), *folder.glob(".*.deleted")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def discard_later(checkpoints: Path, saved: Saved) -> None:
+    """Deletes what was saved after ``saved``."""
+    for path in _newest_first(checkpoints):
+        if path.resolve() == saved.path.resolve():
+            break
+        discard(path)
 
 
 def prune(checkpoints: Path, *, keep: int, best: str | None) -> None:
@@ -175,13 +214,19 @@ class Search:
 def newest(checkpoints: Path) -> Search:
     """Raises DataError for a checkpoint with files in it that Keel does not write."""
     search = Search()
-    for step in reversed(steps_saved(checkpoints)):
+    for path in _newest_first(checkpoints):
         try:
-            search.found = read(checkpoints / f"step_{step}")
+            search.found = read(path)
             break
         except Damaged as error:
             search.damaged.append(str(error))
     return search
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """Those of the cold start after all others, as they are older."""
+    folders = (checkpoints, checkpoints / COLD_START)
+    return [folder / f"step_{step}" for folder in folders for step in reversed(steps_saved(folder))]
 
 
 def read(path: Path) -> Saved:
@@ -197,14 +242,17 @@ def read(path: Path) -> Saved:
     if problem := next(_damages(path, records), ""):
         raise Damaged(f"{path} is damaged: {problem}")
     values = read_json(path / RUN)
+    cold_start = values.get("cold_start", False)
     return Saved(
         path=path,
         step=manifest["step"],
+        cold_start=cold_start,
         recipe=values["recipe"],
-        model_dir=path.absolute().parents[1] / values["model_dir"],
+        model_dir=_run_path(path.absolute(), cold_start=cold_start) / values["model_dir"],
         sums=values["sums"],
         faults=values["faults"],
         loop=values["loop"],
+        has_learner=any(name.startswith("rank_") for name in records),
     )
 
 

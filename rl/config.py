@@ -412,6 +412,9 @@ class Checkpoint:
     every: int = 20
     """Steps between resumable checkpoints; 0 writes one after the last step only. Before the first step, and when the
     run is interrupted, there is one in any case."""
+    cold_start_every: int = 100
+    """The same of the cold start, in its own, much shorter steps; 0 saves it when it is interrupted only. These
+    checkpoints go when the cold start is over."""
     keep: int = 2
     """The latest so many stay."""
     best: Optional[str] = None

@@ -14,6 +14,8 @@ called over the training prompts, never over those held out for evaluation.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +71,15 @@ def load_demonstrations(
         raise RecipeError(f"{PLACE}.size must be a whole number from 1 on, not {size!r}")
     order = _shuffled(len(training), size, seed)
     return [_from_function(path, function, args, training[place], number, seed) for number, place in enumerate(order)]
+
+
+def fingerprint(demonstrations: Sequence[Demonstration]) -> str:
+    """A checksum of what they say, in their order; ids do not count."""
+    digest = hashlib.sha256()
+    for one in demonstrations:
+        said = [one.messages, one.prompt.tools, one.prompt.thinking]
+        digest.update(json.dumps(said, sort_keys=True, default=str).encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _from_file(path: str, held_out: Sequence[Prompt]) -> list[Demonstration]:

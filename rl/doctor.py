@@ -29,7 +29,7 @@ from rollout.engine_lane import REQUEST
 ENDLESS = {("engine", "generate"), ("engine", "sleep"), ("learner", "cold start")}
 """Kinds that last as long as there is work, or as others take."""
 ENGINES_OWN = (REQUEST, "sync", "wake")
-LEARNERS_OWN = ("step", "canary", "sync", "checkpoint", "save")
+LEARNERS_OWN = ("step", "supervised step", "canary", "sync", "checkpoint", "save")
 _ANSWER_S = 10.0
 """Seconds that a process, or its host, may take to say something about itself."""
 

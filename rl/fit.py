@@ -87,8 +87,8 @@ def _host_problems(plan: Plan, room: float) -> Iterator[tuple[str, str]]:
         largest = max(plan.host, key=lambda item: item.num_bytes)
         yield (
             "learner.ranks",
-            f"a node needs {needed / GIB:.0f} GiB of host memory, most of it for {largest.name} ({largest.how}), but "
-            f"has {there / GIB:.0f} GiB",
+            f"a node needs {needed / GIB:,.0f} GiB of host memory, most of it for {largest.name} ({largest.how}), but "
+            f"has {there / GIB:,.0f} GiB",
         )
 
 

@@ -28,13 +28,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_rows(path: Path, step: int) -> None:
-    """Leaves the rows up to ``step``, and no half of a row."""
+    """Leaves the rows up to ``step``, and no half of a row; no file without a row."""
     if not path.exists():
         return
     content = path.read_bytes()
     lines = content.splitlines(keepends=True)[: len(read_rows(path))]
     kept = b"".join(line for line in lines if json.loads(line)["step"] <= step)
-    if kept != content:
+    if not kept:
+        path.unlink()
+    elif kept != content:
         _replace(path, kept)
 
 
@@ -46,24 +48,17 @@ def cut_samples(folder: Path, step: int) -> None:
             path.unlink()
 
 
-def cut_events(folder: Path, step: int) -> None:
-    """Leaves TensorBoard's events up to ``step``, and those of the cold start."""
+def cut_events(folder: Path, step: int, *, cold_step: int | None = None) -> None:
+    """Leaves TensorBoard's events up to ``step``, and of the cold start those up to ``cold_step``, or all."""
     for path in folder.glob("events.out.tfevents.*"):
         records = list(RawEventFileLoader(str(path)).Load())
-        kept = [record for record in records if _is_kept(Event.FromString(record), step)]
+        kept = [record for record in records if _is_kept(Event.FromString(record), step, cold_step)]
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "wb") as file:
             writer = RecordWriter(file)
             for record in kept:
                 writer.write(record)
         os.replace(partial, path)
-
-
-def clear_cold_start(folder: Path) -> None:
-    """Removes what a cold start that has to be done again has logged."""
-    (folder / "supervised.jsonl").unlink(missing_ok=True)
-    for path in folder.glob("events.out.tfevents.*"):
-        path.unlink()
 
 
 def clear(folder: Path) -> None:
@@ -75,9 +70,13 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def _is_kept(event: Any, step: int) -> bool:
+def _is_kept(event: Any, step: int, cold_step: int | None) -> bool:
     tags = [value.tag for value in event.summary.value]
-    return event.step <= step or all(tag.startswith(SUPERVISED) for tag in tags)
+    if not tags:  # the head of a file
+        return True
+    if all(tag.startswith(SUPERVISED) for tag in tags):
+        return cold_step is None or event.step <= cold_step
+    return event.step <= step
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -40,6 +40,7 @@ class RankMemory:
     step: tuple[Item, ...]  # what a step adds at its peak
     host: tuple[Item, ...]  # in the memory of its node
     slept: float  # of the resident bytes, those that learner.sleep moves to the host while engines generate
+    copied: Item  # what a checkpoint copies to the host, and keeps there until it is written beside later steps
 
     @property
     def resident_bytes(self) -> float:
@@ -106,6 +107,7 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
         step=(*whole, _activations(recipe, costs, element), _logits(costs, element)),
         host=tuple(on_host),
         slept=slept,
+        copied=_copied(counts),
     )
 
 
@@ -165,6 +167,12 @@ def _optimizer(counts: _Counts, stage: int) -> Item:
         num_bytes=MASTER_AND_MOMENTS * counts.whole / counts.ranks,
         how=f"fp32 weights and two moments{counts.spread}",
     )
+
+
+def _copied(counts: _Counts) -> Item:
+    """At every stage what a rank alone holds of the optimizer; what all ranks hold alike, they share out."""
+    num_bytes = MASTER_AND_MOMENTS * counts.whole / counts.ranks
+    return Item(name="checkpoint", num_bytes=num_bytes, how=f"fp32 weights and two moments{counts.spread}")
 
 
 def _reference(counts: _Counts, stage: int, element: int) -> Item:

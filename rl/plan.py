@@ -123,12 +123,14 @@ def make_plan(recipe: Recipe, costs: ModelCosts, hardware: Hardware) -> Plan:
     )
 
 
-def assumed_hardware(recipe: Recipe, *, num_gpus: int | None, num_nodes: int | None, gpu_bytes: int) -> Hardware:
+def assumed_hardware(
+    recipe: Recipe, *, num_gpus: int | None, num_nodes: int | None, gpu_bytes: int, host_bytes: int | None = None
+) -> Hardware:
     """The machines that were named, and for the rest those that the recipe needs, in nodes of ``GPUS_PER_NODE``."""
     on_gpus = recipe.rollout.engine == EngineKind.vllm or num_gpus is not None
     gpus = gpus_needed(recipe, on_gpus=on_gpus) if num_gpus is None else num_gpus
     nodes = num_nodes or max(1, -(-gpus // GPUS_PER_NODE))
-    return Hardware(num_gpus=gpus, num_nodes=nodes, gpu_bytes=gpu_bytes)
+    return Hardware(num_gpus=gpus, num_nodes=nodes, gpu_bytes=gpu_bytes, host_bytes=host_bytes)
 
 
 @contextmanager
@@ -218,6 +220,9 @@ def _host(
     elif rank.host_bytes:
         names = " and ".join(item.name for item in rank.host)
         yield Item(name="learner", num_bytes=ranks * rank.host_bytes, how=f"{ranks} ranks' {names}")
+    copied = ranks * rank.copied.num_bytes
+    how = f"{ranks} {'rank' if ranks == 1 else 'ranks'}, {rank.copied.how}; a copy until it is written"
+    yield Item(name=rank.copied.name, num_bytes=copied, how=how)
     actors = max((len(roles) for roles in by_node.values()), default=recipe.learner.ranks + rollout.engines)
     processes = actors + recipe.reward_workers + 1
     yield Item(name="processes", num_bytes=processes * HOST_PROCESS_BYTES, how=f"{processes} of 2 GiB")

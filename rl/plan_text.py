@@ -26,6 +26,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print what the run needs of which machine and stop")
     parser.add_argument("--gpus", type=_count, metavar="N", help="GPUs there are in all (default: as many as it needs)")
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GIB", help="memory of a GPU (default: 80)")
+    parser.add_argument("--host-memory", type=float, metavar="GIB", help="memory of a machine (default: not known)")
     parser.add_argument("--nodes", type=_count, metavar="N", help="machines they are in (default: one for every 8)")
 
 
@@ -33,7 +34,11 @@ def show_plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     """Prints the plan; the exit status: 0. Raises RecipeError, after printing, for a plan that does not fit."""
     costs = recipe_costs(recipe)
     hardware = assumed_hardware(
-        recipe, num_gpus=arguments.gpus, num_nodes=arguments.nodes, gpu_bytes=round(arguments.gpu_memory * GIB)
+        recipe,
+        num_gpus=arguments.gpus,
+        num_nodes=arguments.nodes,
+        gpu_bytes=round(arguments.gpu_memory * GIB),
+        host_bytes=None if arguments.host_memory is None else round(arguments.host_memory * GIB),
     )
     print(render(make_plan(recipe, costs, hardware)), end="", flush=True)
     check_plan(recipe, costs, hardware)

@@ -103,10 +103,12 @@ class Progress:
         if not self._live.is_started:
             self._print(f"{self.name}: {stage}")
 
-    def resume(self, step: int, rows: Sequence[Mapping[str, float]]) -> None:
-        """Goes on after ``step``, with the rows of metrics up to there; also back from a later one."""
+    def resume(self, step: int, rows: Sequence[Mapping[str, float]], *, cold_step: int = 0) -> None:
+        """Goes on after ``step``, or that of the cold start, with the rows of metrics so far; also back from a later
+        one."""
         self.evaluations = [(int(row["step"]), found) for row in rows if (found := _by_domain(row, "eval/"))]
         self._training.rewind(step, self._clock())
+        self._supervised.rewind(cold_step, self._clock())
 
     def say(self, sentence: str) -> None:
         """One line that stays on the screen."""

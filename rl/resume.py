@@ -12,6 +12,7 @@ from rl import checkpoint
 from rl.checkpoint import MANIFEST, Saved
 from rl.config import RESUME_AUTO, RESUME_NEVER, Recipe
 from rl.data import RunData
+from rl.demonstrations import fingerprint
 from rl.errors import DataError, RecipeError, RunStopped
 from rl.progress import Progress
 from rl.recipe import to_plain, to_yaml
@@ -46,7 +47,8 @@ class Resumption:
         for sentence in self.sentences:
             progress.say(sentence)
         if self.saved is not None:
-            progress.resume(self.saved.step, self.run.rows())
+            step, cold_step = (0, self.saved.step) if self.saved.cold_start else (self.saved.step, 0)
+            progress.resume(step, self.run.rows(), cold_step=cold_step)
 
 
 def open_run(recipe: Recipe, data: RunData) -> Resumption:
@@ -74,8 +76,9 @@ def _continued(recipe: Recipe, data: RunData, path: Path, lock: RunLock) -> Resu
     status = read_status(path)
     search = checkpoint.newest(path / "checkpoints")
     saved, finished = search.found, status is not None and status.status == FINISHED
-    if finished and (saved is None or saved.step >= recipe.steps):
-        more = "" if saved is None else f", raise steps above {saved.step} to go on with it"
+    trained = saved if saved and not saved.cold_start else None
+    if finished and (trained is None or trained.step >= recipe.steps):
+        more = "" if trained is None else f", raise steps above {trained.step} to go on with it"
         raise RecipeError(f"{path} already holds {describe(path)}; choose another name=...{more} or delete it")
     if saved is None and search.damaged:
         raise DataError(f"{search.damaged[0]}, and no other is whole; delete {path} or choose another name=...")
@@ -94,7 +97,7 @@ def _from_elsewhere(recipe: Recipe, data: RunData, path: Path, source: Path) -> 
     saved = _saved_at(source)
     changes = _check(recipe, data, saved, path)
     saved = _with_model(saved, recipe)
-    if saved.path.resolve().parents[1] == path.resolve():
+    if saved.run_path == path.resolve():
         lock = RunLock(path)
         try:
             return _take_over(recipe, path, lock, saved, changes, ())
@@ -102,7 +105,7 @@ def _from_elsewhere(recipe: Recipe, data: RunData, path: Path, source: Path) -> 
             lock.release()
             raise
     run = RunDirectory.create(path, recipe=to_yaml(recipe))
-    return Resumption(run=run, saved=saved, sentences=(f"starts after step {saved.step} of {saved.path}", *changes))
+    return Resumption(run=run, saved=saved, sentences=(f"starts after {saved.moment} of {saved.path}", *changes))
 
 
 def _saved_at(source: Path) -> Saved:
@@ -119,17 +122,17 @@ def _saved_at(source: Path) -> Saved:
 def _take_over(
     recipe: Recipe, path: Path, lock: RunLock, saved: Saved, changes: tuple[str, ...], damaged: tuple[str, ...]
 ) -> Resumption:
-    for step in checkpoint.steps_saved(path / "checkpoints"):
-        if step > saved.step:
-            checkpoint.discard(path / "checkpoints" / f"step_{step}")
-    run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=saved.step, lock=lock)
-    sentence = f"goes on after step {saved.step} of {recipe.steps}, from {saved.path}"
+    checkpoint.discard_later(path / "checkpoints", saved)
+    step, cold_step = (-1, saved.step) if saved.cold_start else (saved.step, 0)
+    run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=step, cold_step=cold_step, lock=lock)
+    steps = recipe.supervised.steps if saved.cold_start else recipe.steps
+    sentence = f"goes on after {saved.moment} of {steps}, from {saved.path}"
     return Resumption(run=run, saved=saved, is_old=True, sentences=(sentence, *changes), warnings=damaged)
 
 
 def _check(recipe: Recipe, data: RunData, saved: Saved, path: Path) -> tuple[str, ...]:
     """A sentence about what has changed; raises RecipeError or DataError for what must not."""
-    if saved.step > recipe.steps:
+    if saved.step > recipe.steps and not saved.cold_start:
         raise RecipeError(f"steps is {recipe.steps}, but {saved.path} is already that of step {saved.step}; raise it")
     changes = list(_changes(saved.recipe, to_plain(recipe)))
     for key, before, now in changes:
@@ -139,9 +142,19 @@ def _check(recipe: Recipe, data: RunData, saved: Saved, path: Path) -> tuple[str
                 "it back, or choose another name=..."
             )
     if saved.loop is not None:
-        data.stream.load_state_dict(saved.loop["values"]["prompts"])
+        _check_data(saved, saved.loop["values"], data)
     told = [f"{key} {_shown(before)} -> {_shown(now)}" for key, before, now in changes if key not in _SILENT]
     return (f"from here on with {', '.join(told)}",) if told else ()
+
+
+def _check_data(saved: Saved, values: Mapping[str, Any], data: RunData) -> None:
+    if not saved.cold_start:
+        data.stream.load_state_dict(values["prompts"])
+    elif values["demonstrations"] != fingerprint(data.demonstrations):
+        raise DataError(
+            f"supervised.demonstrations has others, or in another order, than when {saved.path} was written; resume "
+            "with the same ones"
+        )
 
 
 def _with_model(saved: Saved, recipe: Recipe) -> Saved:
@@ -176,8 +189,13 @@ async def bring_back(saved: Saved, system: System) -> None:
         await system.learners_turn()
         await system.learner.load_checkpoint(saved.path)
     sync = await system.publish(version=saved.step)
-    for name in sorted(saved.sums.keys() | sync.checksums.keys()):
-        if saved.sums.get(name) != sync.checksums.get(name):
+    check_sums(saved, sync.checksums)
+
+
+def check_sums(saved: Saved, sums: Mapping[str, int]) -> None:
+    """Raises RunStopped for weights that are not those that were saved."""
+    for name in sorted(saved.sums.keys() | sums.keys()):
+        if saved.sums.get(name) != sums.get(name):
             raise RunStopped(
                 f"{saved.path} does not give back the weights that were saved: {name} differs; the model in "
                 f"{saved.model_dir}, which frozen weights are read from, may have changed since"

@@ -103,8 +103,8 @@ class RunDirectory:
         return cls(path, status, lock)
 
     @classmethod
-    def resume(cls, path: Path, *, recipe: str, step: int | None, lock: RunLock) -> RunDirectory:
-        """Takes over a run that an earlier process left after ``step``; None leaves nothing of it."""
+    def resume(cls, path: Path, *, recipe: str, step: int | None, lock: RunLock, cold_step: int = 0) -> RunDirectory:
+        """Takes over a run that an earlier process left after ``step``, as :meth:`cut` does; None leaves nothing."""
         before = read_status(path)
         status = RunStatus(status=RUNNING, started=before.started if before else _now())
         if step is None:
@@ -114,7 +114,7 @@ class RunDirectory:
         (path / "samples").mkdir(exist_ok=True)
         run = cls(path, status, lock)
         if step is not None:
-            run.cut(step)
+            run.cut(step, cold_step=cold_step)
         return run
 
     @property
@@ -182,15 +182,16 @@ class RunDirectory:
         """Every row of metrics so far."""
         return history.read_rows(self.metrics)
 
-    def cut(self, step: int) -> None:
-        """Takes back everything that was logged after ``step``, of the cold start too where none is over (-1)."""
+    def cut(self, step: int, *, cold_step: int = 0) -> None:
+        """Takes back everything that was logged after ``step``; where that is -1, of the cold start what came after
+        its ``cold_step``."""
         self._events.close()
         history.cut_rows(self.metrics, step)
         history.cut_rows(self.alarms, step)
         history.cut_samples(self.samples, step)
-        history.cut_events(self.path, step)
+        history.cut_events(self.path, step, cold_step=cold_step if step < 0 else None)
         if step < 0:
-            history.clear_cold_start(self.path)
+            history.cut_rows(self.supervised, cold_step)
         self._open_logs()
 
     def flush(self) -> None:

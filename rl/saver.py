@@ -17,7 +17,7 @@ from rl.checkpoint import Draft, Saved
 from rl.config import Recipe
 from rl.durable import sync_folder
 from rl.errors import LearnerFailed, did_you_mean
-from rl.loop_state import Loop
+from rl.loop_state import Loop, LoopState
 from rl.progress import Progress
 from rl.recipe import to_plain
 from rl.run_directory import RunDirectory
@@ -53,13 +53,17 @@ class Saver:
         self.last: int | None = None  # step of the newest checkpoint
         self._restores: list[float] = []  # when the learner was restored, by the monotonic clock
         self._trained: tuple[int, Mapping[str, Any], Mapping[str, int]] | None = None
+        self._cold_start = False
         self._model_dir = Path()
         self._copied: _Copied | None = None
         self._writing: asyncio.Task[None] | None = None
         self._written: dict[str, float] = {}
 
-    def follow(self, model_dir: Path, saved: Saved | None) -> None:
-        """What every checkpoint from now on belongs to: the model that RL starts from, and what was resumed."""
+    def follow(self, model_dir: Path, saved: Saved | None, *, cold_start: bool = False) -> None:
+        """What every checkpoint from now on belongs to: the stage, the model that it starts from, what was resumed."""
+        if cold_start != self._cold_start:
+            self.last, self._written = None, {}
+        self._cold_start = cold_start
         self._model_dir = model_dir
         self._trained = None
         if saved is not None:
@@ -67,10 +71,10 @@ class Saver:
             self.num_failed = max(self.num_failed, saved.faults["checkpoints_failed"])
             self.num_restores = max(self.num_restores, saved.faults["learner_restores"])
 
-    async def start(self, sums: Mapping[str, int]) -> None:
-        """The checkpoint before the first step: which model it starts from."""
-        self._copied = _Copied(draft=self._draft(0, sums), began=time.perf_counter())
-        self.write(0, {}, sums)
+    async def start(self, sums: Mapping[str, int], *, step: int = 0, loop: LoopState | None = None) -> None:
+        """The checkpoint before a phase's first step, the one after ``step``: which model it starts from."""
+        self._copied = _Copied(draft=replace(self._draft(step, sums), loop=loop), began=time.perf_counter())
+        self.write(step, {}, sums)
         await self.settle()
 
     async def copy(self, step: int, loop: Loop, system: System, sums: Mapping[str, int]) -> None:
@@ -78,21 +82,31 @@ class Saver:
         await self.settle()
         began = time.perf_counter()
         draft = replace(self._draft(step, sums), loop=loop.state())
-        partial = checkpoint.partial_path(self.run.checkpoints, step)
         async with system.interruption():
-            with self.run.timeline.span("learner", "checkpoint", step=step):
-                num_bytes = await system.learner.copy_checkpoint()
-                try:
-                    await asyncio.to_thread(_make_room, partial, num_bytes + draft.num_bytes)
-                except OSError as error:
-                    self._fail(step, partial, error)
-                    return
-                await system.learner.write_checkpoint(partial)
-        self._copied = _Copied(draft=draft, learner=system.learner, began=began)
+            await self._copy(draft, system.learner, began)
+
+    async def copy_cold_start(self, step: int, state: LoopState, learner: Learner) -> None:
+        """The same of a step of the cold start, while engines sleep."""
+        await self.settle()
+        began = time.perf_counter()
+        draft = replace(self._draft(step, await learner.checksums()), loop=state)
+        await self._copy(draft, learner, began)
+
+    async def _copy(self, draft: Draft, learner: Learner, began: float) -> None:
+        partial = self._partial(draft)
+        with self.run.timeline.span("learner", "checkpoint", step=draft.step):
+            num_bytes = await learner.copy_checkpoint()
+            try:
+                await asyncio.to_thread(_make_room, partial, num_bytes + draft.num_bytes)
+            except OSError as error:
+                self._fail(draft, error)
+                return
+            await learner.write_checkpoint(partial)
+        self._copied = _Copied(draft=draft, learner=learner, began=began)
 
     def write(self, step: int, row: Mapping[str, Any], sums: Mapping[str, int]) -> None:
         """Comes after a step whose ``row`` of metrics is logged: begins to write it, if it was copied."""
-        if self._trained is None and step:
+        if self._trained is None and step and not self._cold_start:
             self._check_metric(row)
         self._trained = (step, row, sums)
         if self._copied is not None:
@@ -107,9 +121,14 @@ class Saver:
             step, row, sums = self._trained
             await self.copy(step, loop, system, sums)
             self.write(step, row, sums)
-            await self.settle()
+        await self.settle_and_say()
+
+    async def settle_and_say(self) -> None:
+        """The end of a run that is interrupted: what is saved of it."""
+        await self.settle()
         if self.last is not None:
-            self.progress.say(f"interrupted; step {self.last} is saved, and the same command goes on from there")
+            moment = checkpoint.moment(self.last, cold_start=self._cold_start)
+            self.progress.say(f"interrupted; {moment} is saved, and the same command goes on from there")
 
     async def settle(self) -> None:
         """Waits until what is being written is on the disk. Raises LearnerFailed when the learner could not write."""
@@ -132,12 +151,13 @@ class Saver:
         search = checkpoint.newest(self.run.checkpoints)
         for sentence in search.damaged:
             self.progress.warn(sentence)
-        step = search.found.step if search.found else -1
-        where = f"the run goes on after step {step}" if search.found else "the run begins again"
+        saved, self.last = search.found, None
+        where = f"the run goes on after {saved.moment}" if saved else "the run begins again"
         self.progress.warn(f"{str(failure).rstrip('.')}; {where} ({self.num_restores}. restore of the learner)")
-        self.run.cut(step)
-        self.progress.resume(max(0, step), self.run.rows())
-        return search.found
+        cold_step, step = (saved.step, -1) if saved and saved.cold_start else (0, saved.step if saved else -1)
+        self.run.cut(step, cold_step=cold_step)
+        self.progress.resume(max(0, step), self.run.rows(), cold_step=cold_step)
+        return saved
 
     def _drop(self) -> None:
         """Gives up what is being written: its learner is gone."""
@@ -152,18 +172,26 @@ class Saver:
         faults = {f"faults/{name}": float(count) for name, count in self._faults.items()}
         return faults | written
 
+    def _partial(self, draft: Draft) -> Path:
+        folder = checkpoint.folder_of(self.run.checkpoints, cold_start=draft.cold_start)
+        return checkpoint.partial_path(folder, draft.step)
+
     @property
     def _faults(self) -> dict[str, int]:
         return {"learner_restores": self.num_restores, "checkpoints_failed": self.num_failed}
 
     def _draft(self, step: int, sums: Mapping[str, int]) -> Draft:
         return Draft(
-            step=step, recipe=to_plain(self.recipe), model_dir=self._model_dir, sums=dict(sums), faults=self._faults
+            step=step,
+            cold_start=self._cold_start,
+            recipe=to_plain(self.recipe),
+            model_dir=self._model_dir,
+            sums=dict(sums),
+            faults=self._faults,
         )
 
     async def _write(self, copied: _Copied, row: Mapping[str, Any]) -> None:
-        step, folder = copied.draft.step, self.run.checkpoints
-        partial = checkpoint.partial_path(folder, step)
+        step, partial = copied.draft.step, self._partial(copied.draft)
         try:
             if copied.learner is None:
                 await asyncio.to_thread(_make_room, partial, copied.draft.num_bytes)
@@ -171,26 +199,29 @@ class Saver:
             files |= await asyncio.to_thread(copied.draft.write, partial)
             # What a checkpoint counts as done must be on the disk as well.
             await asyncio.to_thread(self.run.flush)
-            _, num_bytes = await asyncio.to_thread(checkpoint.commit, folder, step, files, row)
+            _, num_bytes = await asyncio.to_thread(checkpoint.commit, partial.parent, step, files, row)
         except OSError as error:
-            self._fail(step, partial, error)
+            self._fail(copied.draft, error)
             return
         self.last = step
         with suppress(OSError):  # what cannot be deleted now is deleted after the next one
-            await asyncio.to_thread(self._prune)
-        if step:
+            await asyncio.to_thread(self._prune, partial.parent, cold_start=copied.draft.cold_start)
+        if copied.learner is not None:
             seconds = time.perf_counter() - copied.began
             self._written = {"checkpoint/bytes": float(num_bytes), "checkpoint/seconds": seconds}
 
-    def _prune(self) -> None:
+    def _prune(self, folder: Path, *, cold_start: bool) -> None:
         settings = self.recipe.checkpoint
-        checkpoint.prune(self.run.checkpoints, keep=settings.keep, best=settings.best)
+        checkpoint.prune(folder, keep=settings.keep, best=None if cold_start else settings.best)
+        if not cold_start:
+            checkpoint.discard(folder / checkpoint.COLD_START)
 
-    def _fail(self, step: int, partial: Path, error: OSError) -> None:
+    def _fail(self, draft: Draft, error: OSError) -> None:
         self.num_failed += 1
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(self._partial(draft), ignore_errors=True)
         before = "there is none before it" if self.last is None else f"that of step {self.last} stays the latest"
-        self.progress.warn(f"the checkpoint of step {step} was not written: {error.strerror or error}; {before}")
+        moment = checkpoint.moment(draft.step, cold_start=draft.cold_start)
+        self.progress.warn(f"the checkpoint of {moment} was not written: {error.strerror or error}; {before}")
 
     def _check_metric(self, row: Mapping[str, Any]) -> None:
         """Says so when no checkpoint will ever be the best, because the metric's name is not one."""

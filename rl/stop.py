@@ -35,6 +35,11 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.ask)
 
+    @property
+    def asked(self) -> bool:
+        """Whether the run is to end in good order."""
+        return self._asked.is_set()
+
     def ask(self) -> None:
         """What a signal does."""
         if not self._orderly or self._asked.is_set():

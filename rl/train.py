@@ -25,9 +25,10 @@ from rl.buffer import GroupBuffer
 from rl.canary import Canary
 from rl.checkpoint import Saved
 from rl.cluster import check_runs_last, settled
-from rl.cold_start import encode_demonstrations, run_cold_start
+from rl.cold_start import ColdStart, encode_demonstrations
 from rl.config import Recipe
 from rl.data import RunData, load_data
+from rl.demonstrations import fingerprint
 from rl.doctor import Doctor
 from rl.environ import conceal_environment
 from rl.errors import LearnerFailed, RunStopped, UserError
@@ -153,7 +154,7 @@ async def run_once(
     saved: Saved | None,
 ) -> None:
     """Cold start, evaluation, training, evaluation, and the model that comes out."""
-    cold_start = saved is None and recipe.supervised.steps > 0
+    cold_start = recipe.supervised.steps > 0 and (saved is None or saved.cold_start)
     model_dir = saved.model_dir if saved else prepare_model(recipe, run.path)
     conversation = open_conversation(recipe, data, model_dir)
     demonstrations = encode_demonstrations(recipe, data, conversation) if cold_start else []
@@ -169,8 +170,18 @@ async def run_once(
             progress.enter(Stage.COLD_START)
             await system.publisher.hold()
             await system.pool.sleep()
-            with timeline.span("learner", "cold start"):
-                model_dir = await run_cold_start(recipe, demonstrations, system, model_dir, run, progress)
+            stage = ColdStart(
+                recipe=recipe,
+                demonstrations=demonstrations,
+                contents=fingerprint(data.demonstrations),
+                system=system,
+                run=run,
+                progress=progress,
+                stop=stop,
+                saver=saver,
+            )
+            with timeline.span("learner", "cold start"), stop.orderly():
+                model_dir, saved = await stage.train(model_dir, saved), None
         saver.follow(model_dir, saved)
         await bring_back(saved, system) if saved else await saver.start((await system.publish(version=0)).checksums)
         log = StepLog(recipe, conversation, run, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch.distributed
 from ray.exceptions import RayActorError, RayTaskError
 
 from model import outline
-from rl.config import Recipe, Supervised
+from rl.config import Recipe
 from rl.durable import FileRecord
 from rl.errors import LearnerFailed, RecipeError, RunStopped, UserError
 from rl.metrics import Mean, merge
@@ -332,33 +332,6 @@ class Learner:
             silent = ", ".join(str(rank) for rank, call in calls.items() if call in pending)
             raise LearnerFailed(f"learner rank {silent} did not finish {method.strip('_')} within {timeout_s:.0f} s")
         return [call.result() for call in calls.values()]
-
-
-async def cold_start(
-    learner: Learner,
-    settings: Supervised,
-    batches: Iterator[Sequence[EncodedDemonstration]],
-    *,
-    model_dir: Path,
-    out_dir: Path,
-) -> AsyncIterator[StepResult]:
-    """Trains ``settings.steps`` steps from ``model_dir``; the first ``dense_warmup_steps`` train the indexer alone.
-
-    Yields the result of every step. At the end the weights are in ``out_dir`` and the learner is ready for RL from
-    there, with a fresh optimizer.
-    """
-    for phase, steps in (
-        (Phase.INDEXER_WARMUP, min(settings.dense_warmup_steps, settings.steps)),
-        (Phase.SUPERVISED, max(0, settings.steps - settings.dense_warmup_steps)),
-    ):
-        if not steps:
-            continue
-        await learner.begin(phase, model_dir)
-        for _ in range(steps):
-            yield await learner.supervised_step(next(batches))
-        await learner.save_model(out_dir)
-        model_dir = out_dir
-    await learner.begin(Phase.REINFORCEMENT, model_dir)
 
 
 def _raise_cause(method: str, errors: Mapping[int, BaseException | None]) -> None:

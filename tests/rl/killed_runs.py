@@ -53,18 +53,23 @@ def logged(step: int) -> Callable[[Run], bool]:
     return lambda run: any(f'"step": {step},' in line for line in _lines(run.path / "metrics.jsonl"))
 
 
-def saving(step: int) -> Callable[[Run], bool]:
-    """The moment when the checkpoint of a step, or a later one, is being written."""
+def learned(step: int) -> Callable[[Run], bool]:
+    """The moment when the metrics of a step of the cold start are there."""
+    return lambda run: any(f'"step": {step},' in line for line in _lines(run.path / "supervised.jsonl"))
+
+
+def saving(step: int, stage: str = ".") -> Callable[[Run], bool]:
+    """The moment when the checkpoint of a step, or a later one, is being written; in ``cold_start`` one of its own."""
 
     def begun(run: Run) -> bool:
-        return any(int(path.name.split("_")[1].split(".")[0]) >= step for path in _partials(run))
+        partials = _partials(run.path / "checkpoints" / stage)
+        return any(int(name.split("_")[1].split(".")[0]) >= step for name in partials)
 
     return begun
 
 
-def _partials(run: Run) -> list[Path]:
-    folder = run.path / "checkpoints"
-    return [folder / name for name in os.listdir(folder) if name.endswith(".partial")] if folder.exists() else []
+def _partials(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.endswith(".partial")] if folder.exists() else []
 
 
 def _lines(path: Path) -> list[str]:

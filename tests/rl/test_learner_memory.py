@@ -57,8 +57,8 @@ def states(asked: Recipe, costs: ModelCosts) -> float:
     return rank_memory(asked, costs, on_gpu=False).resident_bytes
 
 
-def held_bytes(make: MakeRank, stage: int, dtype: str) -> float:
-    """Bytes of all tensors of a training engine between the backward pass and the step."""
+def held_bytes(make: MakeRank, stage: int, dtype: str) -> tuple[int, int]:
+    """Bytes of all tensors of a training engine between the backward pass and the step, and of a checkpoint's copy."""
     del make
     gc.collect()
     gc.freeze()  # what is there already is not looked at again
@@ -71,8 +71,9 @@ def held_bytes(make: MakeRank, stage: int, dtype: str) -> float:
     engine.step()  # the moments are made here
     engine.backward(engine(rows).float().square().mean())
     held = sum(storages().values())
+    copied, _ = engine.copy_state()
     engine.close()
-    return held
+    return held, sum(tensor.nbytes for tensor in copied.values())
 
 
 def storages() -> dict[int, int]:
@@ -97,8 +98,9 @@ def pair() -> Iterator[Ranks]:
 def test_states_are_those_of_a_real_engine(pair: Ranks, stage: int, dtype: str):
     expected = states(recipe(stage, 2, dtype), stack())
     bucket = 8 * BUCKET
-    for held in pair(held_bytes, stage, dtype):
+    for held, copied in pair(held_bytes, stage, dtype):
         assert 0.99 * expected < held < 1.02 * expected + bucket
+        assert copied == rank_memory(recipe(stage, 2, dtype), stack()).copied.num_bytes
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 64])

@@ -245,6 +245,22 @@ def test_host_memory_that_is_known_bounds_it(tmp_path: Path):
     assert "a node needs" in problem[1]
 
 
+def test_the_copy_that_a_checkpoint_takes_counts_on_every_node(costs: Write):
+    """12 bytes a parameter over 64 ranks, and the ranks of the fullest of 12 nodes; vLLM's 32 GPUs come first."""
+    model = costs(DEEPSEEK_V32)
+    recipe = with_keys(
+        load_recipe(REPOSITORY / "recipes/gpu/dsv32_671b.yaml"), {"learner.ranks": 64, "rollout.engines": 4}
+    )
+    copied = 8 * 12 * model.outline.num_parameters / 64
+    others = 25 * 2 * GIB + 64 * 16 * 2 * 18432 * (14 + 58 * 8)
+    for spare, fits in ((1 << 20, True), (-(1 << 20), False)):
+        machines = node(96, 268, num_nodes=12, host_bytes=round(copied + others + spare))
+        found = list(problems(make_plan(recipe, model, machines)))
+        assert not found if fits else "most of it for checkpoint (8 ranks, fp32 weights and two moments" in found[0][1]
+    with pytest.raises(RecipeError, match=r"learner\.ranks: a node needs 1,005 GiB of host memory.*, but has 900 GiB"):
+        check_plan(recipe, model, node(96, 268, num_nodes=12, host_bytes=900 * GIB))
+
+
 def test_more_ranks_never_need_more_of_each(costs: Write):
     model = costs(QWEN3_8B)
     recipe = with_keys(Recipe(name="r"), {"model.dtype": "bfloat16", "learner.zero_stage": 3})
@@ -266,6 +282,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = capsys.readouterr()
     assert output.out.rpartition("\n\n")[2].startswith("does not fit: ")
     assert output.err.count("\n") == 1 and "would fit" in output.err
+    assert main([path, "--plan", "--host-memory", "2"]) == 1
+    assert "a node needs" in capsys.readouterr().err
 
 
 def test_a_plan_needs_no_prompts_and_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

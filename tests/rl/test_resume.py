@@ -17,12 +17,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from model import load_model
 from rl.checkpoint import newest
-from tests.rl.killed_runs import assert_same_run, logged, run_until, saving, some_seconds
-from tests.rl.tiny_runs import Run, run_here
+from tests.rl.killed_runs import assert_same_run, learned, logged, run_until, saving, some_seconds
+from tests.rl.tiny_runs import REWARDS, Run, read_lines, run_here
 from tests.small_disk import full_disk
 
-STEPS = 9
-LOCKSTEP = (f"steps={STEPS}", "learner.minibatches=2", "checkpoint={every: 1, keep: 3}", "evaluation.num_prompts=2")
+STEPS, COLD_STEPS = 9, 60
+LOCKSTEP = (
+    f"steps={STEPS}",
+    "learner.minibatches=2",
+    "checkpoint={every: 1, keep: 3, cold_start_every: 7}",
+    "evaluation.num_prompts=2",
+    f"supervised={{steps: {COLD_STEPS}, dense_warmup_steps: 20, batch_size: 7, lr: 1.0e-3, lr_decay: true}}",
+    f"supervised.demonstrations.function={REWARDS}:says_the_prompt",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +44,35 @@ def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(
     straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     rng = random.Random(0)
-    for moment in (logged(1), saving(4), logged(6)):
-        code, _ = run_until(moment, tmp_path, *LOCKSTEP, delay_s=some_seconds(rng, 0.3))
+    code, said = run_until(learned(3), tmp_path, *LOCKSTEP, sign=signal.SIGTERM, delay_s=some_seconds(rng, 0.1))
+    assert code == 130, said
+    cold = newest(tmp_path / "runs" / "tiny" / "checkpoints").found
+    assert cold is not None and cold.cold_start and f"interrupted; cold start step {cold.step} is saved" in said
+    place = f"cold start step {cold.step} of {COLD_STEPS}"
+    for moment in (saving(35, "cold_start"), saving(4)):
+        code, said = run_until(moment, tmp_path, *LOCKSTEP, delay_s=some_seconds(rng, 0.3))
         assert code == -signal.SIGKILL
-    left = newest(tmp_path / "runs" / "tiny" / "checkpoints").found
-    assert left is not None and 5 <= left.step < STEPS
+        assert f"tiny: goes on after {place}" in said
+        left = newest(tmp_path / "runs" / "tiny" / "checkpoints").found
+        assert left is not None
+        place = f"{left.moment} of {COLD_STEPS if left.cold_start else STEPS}"
+    assert not left.cold_start and 3 <= left.step < STEPS
+    assert not (tmp_path / "runs" / "tiny" / "checkpoints" / "cold_start").exists()
 
     capsys.readouterr()
     code, run = run_here(tmp_path, *LOCKSTEP)
     assert code == 0
-    assert f"tiny: goes on after step {left.step} of {STEPS}" in capsys.readouterr().out
+    assert f"tiny: goes on after {place}" in capsys.readouterr().out
     assert_same_run(straight, run, steps=STEPS)
-    ours, theirs = load_model(run.path / "model").state_dict(), load_model(straight.path / "model").state_dict()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    shown = EventAccumulator(str(run.path)).Reload().Scalars("reward/mean")
-    assert [event.step for event in shown] == list(range(1, STEPS + 1))
+    supervised = [read_lines(one.path / "supervised.jsonl") for one in (run, straight)]
+    assert [row["step"] for row in supervised[0]] == list(range(1, COLD_STEPS + 1))
+    assert supervised[0] == supervised[1]
+    for model in ("indexer_warmup", "cold_start", "model"):
+        ours, theirs = load_model(run.path / model).state_dict(), load_model(straight.path / model).state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), model
+    shown = EventAccumulator(str(run.path)).Reload()
+    assert [event.step for event in shown.Scalars("reward/mean")] == list(range(1, STEPS + 1))
+    assert [event.step for event in shown.Scalars("supervised/lr")] == list(range(1, COLD_STEPS + 1))
     assert run.status["status"] == "finished"
     assert {path.name for path in (run.path / "checkpoints" / "step_9").iterdir()} == {
         *("manifest.json", "run.json", "groups.safetensors", "rank_00000.safetensors")
@@ -102,7 +123,10 @@ def test_a_finished_run_goes_on_with_more_steps_on_other_ranks(
     [
         ("prompts_per_step=8", "cannot go on with another prompts_per_step: it was 4 and is 8 now"),
         ("domains.sums.group_size=2", "cannot go on with another domains.sums.group_size"),
-        ("domains.more={prompts: '${domains.sums.prompts}', rewards: [{use: format}]}", "another domains.more"),
+        (
+            "domains.more={prompts: '${domains.sums.prompts}', thinking: false, rewards: [{use: format}]}",
+            "another domains.more",
+        ),
         ("steps=3", "steps is 3, but"),
     ],
 )
@@ -124,10 +148,10 @@ def test_a_learner_that_dies_costs_the_steps_since_it_was_saved(
     run = Run(tmp_path / "runs" / "tiny")
 
     def kill() -> None:
-        moment = logged(4)
-        while not moment(run):
-            time.sleep(0.01)
-        kill_learner()
+        for moment in (learned(30), logged(4)):
+            while not moment(run):
+                time.sleep(0.01)
+            kill_learner()
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -135,11 +159,11 @@ def test_a_learner_that_dies_costs_the_steps_since_it_was_saved(
     killer.join()
     assert code == 0
     said = capsys.readouterr().out
-    assert "warning: learner rank 0 died during" in said
+    assert said.count("warning: learner rank 0 died during") == 2
+    assert "the run goes on after cold start step 2" in said or "the run goes on after cold start step 3" in said
     assert "the run goes on after step 3" in said or "the run goes on after step 6" in said
-    assert run.rows[-1]["faults/learner_restores"] == 1
-    for row in run.rows:
-        row["faults/learner_restores"] = 0.0
+    assert [row["faults/learner_restores"] for row in (run.steps[0], run.rows[-1])] == [1, 2]
+    assert read_lines(run.path / "supervised.jsonl") == read_lines(straight.path / "supervised.jsonl")
     assert [row["reward/mean"] for row in run.steps] == [row["reward/mean"] for row in straight.steps]
     assert [row["loss/total"] for row in run.steps] == [row["loss/total"] for row in straight.steps]
 

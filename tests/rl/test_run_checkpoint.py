@@ -17,17 +17,21 @@ from safetensors.numpy import load_file
 
 from rl import checkpoint
 from rl.checkpoint import Damaged, Draft
-from rl.data import load_data
+from rl.config import Recipe
+from rl.data import RunData, load_data
+from rl.demonstrations import fingerprint
 from rl.durable import read_tensors, write_durably, write_tensors
 from rl.errors import DataError, RecipeError
+from rl.history import read_rows
 from rl.loop_state import Loop, LoopState
 from rl.prompts import PromptStream
 from rl.recipe import to_plain
 from rl.resume import open_run
+from rl.run_directory import RunDirectory
 from rl.sample import Group, Prompt, Sample, Scored, Status, ToolCall, ToolResult, Turn
 from rl.saved_groups import group_of, group_record
 from tests.rl.test_rollouts import PROMPTS, Rig
-from tests.rl.tiny_runs import make_prompt, make_sample, tiny_recipe
+from tests.rl.tiny_runs import REWARDS, make_prompt, make_sample, tiny_recipe
 
 
 def write(folder: Path, step: int, metrics: dict[str, float] | None = None) -> Path:
@@ -323,3 +327,72 @@ def test_a_run_goes_back_to_an_earlier_checkpoint_or_begins_at_another_runs(tmp_
     assert [path.name for path in back.run.samples.iterdir()] == ["step_1.jsonl"]
     with pytest.raises(RecipeError, match="holds no checkpoint that is whole"):
         open_run(replace(recipe, name="other", resume=str(tmp_path)), data)
+
+
+def save_cold_start(run: RunDirectory, recipe: Recipe, data: RunData, step: int) -> None:
+    """What a cold start logs and saves of one step."""
+    run.log_supervised({"step": step, "loss/supervised": 1 / step})
+    folder = checkpoint.folder_of(run.checkpoints, cold_start=True)
+    partial = checkpoint.partial_path(folder, step)
+    partial.mkdir(parents=True)
+    draft = Draft(
+        step=step,
+        cold_start=True,
+        recipe=to_plain(recipe),
+        model_dir=run.path / "initial_model",
+        sums={},
+        faults={"learner_restores": 0, "checkpoints_failed": 0},
+        loop=LoopState(values={"demonstrations": fingerprint(data.demonstrations)}),
+    )
+    files = {"rank_00000.safetensors": write_tensors(partial / "rank_00000.safetensors", {})}
+    checkpoint.commit(folder, step, files | draft.write(partial), {})
+
+
+def test_a_cold_start_goes_on_from_where_it_was_saved_until_more_is_saved(tmp_path: Path):
+    overrides = (f"runs={tmp_path / 'runs'}", "supervised.steps=9", "supervised.demonstrations.size=30")
+    recipe = tiny_recipe(tmp_path, *overrides, f"supervised.demonstrations.function={REWARDS}:says_the_prompt")
+    data = load_data(recipe)
+    run = open_run(recipe, data).run
+    for step in (3, 4, 6):
+        save_cold_start(run, recipe, data, step)
+    run.log_supervised({"step": 7, "loss/supervised": 0.1})
+    run.stop("interrupted")
+
+    going_on = open_run(recipe, data)
+    saved = going_on.saved
+    assert saved is not None and saved.cold_start and saved.has_learner
+    path = run.checkpoints / "cold_start" / "step_6"
+    assert going_on.sentences == (f"goes on after cold start step 6 of 9, from {path}",)
+    assert saved.model_dir == run.path.absolute() / "initial_model" and saved.run_path == run.path
+    assert [row["step"] for row in read_rows(run.supervised)] == [3, 4, 6]
+    going_on.run.stop("interrupted")
+
+    other = load_data(replace(recipe, supervised=replace(recipe.supervised, demonstrations=says_k(30))))
+    with pytest.raises(DataError, match=r"supervised\.demonstrations has others, or in another order, than when"):
+        open_run(recipe, other)
+    with pytest.raises(RecipeError, match=r"cannot go on with another supervised\.steps: it was 9 and is 10 now"):
+        open_run(replace(recipe, supervised=replace(recipe.supervised, steps=10)), data)
+
+    branch = open_run(replace(recipe, name="branch", resume=str(path)), data)
+    assert branch.sentences[0] == f"starts after cold start step 6 of {path}"
+    assert not branch.run.supervised.exists()
+    back = open_run(replace(recipe, resume=str(path.with_name("step_3"))), data)
+    assert checkpoint.steps_saved(path.parent) == [3]
+    assert [row["step"] for row in read_rows(run.supervised)] == [3]
+    back.run.stop("interrupted")
+
+    # Whatever is saved of reinforcement learning is later, and what was half written goes in both places.
+    write(run.path, 0)
+    (path.parent / ".step_9.partial").mkdir()
+    found = checkpoint.newest(run.checkpoints).found
+    assert found is not None and not found.cold_start and found.step == 0
+    os.truncate(found.path / "run.json", 7)
+    search = checkpoint.newest(run.checkpoints)
+    assert search.found is not None and search.found.moment == "cold start step 3" and len(search.damaged) == 1
+    again = open_run(recipe, data)
+    assert again.warnings == tuple(search.damaged)
+    assert [one.name for one in run.checkpoints.rglob("*step_*")] == ["step_3"]
+
+
+def says_k(size: int) -> dict[str, object]:
+    return {"function": f"{REWARDS}:says_k", "size": size}

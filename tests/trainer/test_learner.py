@@ -20,7 +20,7 @@ from rl.errors import DataError, LearnerFailed, RecipeError, RunStopped
 from rl.metrics import values
 from tests.trainer.samples import advantages_of, groups_of, tiny_recipe
 from trainer.deepspeed_engine import StepOutcome
-from trainer.learner import Learner, StepResult, cold_start
+from trainer.learner import Learner, StepResult
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
 from trainer.step import RankStep
@@ -69,14 +69,22 @@ def demonstrations() -> Iterator[list[EncodedDemonstration]]:
 def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path):
     recipe = tiny_recipe(ranks=2, zero_stage=2, kl_beta=0.1, warmup_steps=4)
     supervised = dataclasses.replace(recipe.supervised, steps=5, dense_warmup_steps=2)
+    recipe = dataclasses.replace(recipe, supervised=supervised)
 
     async def test() -> None:
-        async with started(recipe, model_dir) as learner:
+        async with started(recipe, model_dir, phase=None) as learner:
             results: list[StepResult] = []
-            async for result in cold_start(
-                learner, supervised, demonstrations(), model_dir=model_dir, out_dir=tmp_path / "cold"
+            start = model_dir
+            for phase, steps, end in (
+                (Phase.INDEXER_WARMUP, 2, tmp_path / "warm"),
+                (Phase.SUPERVISED, 3, tmp_path / "cold"),
+                (Phase.REINFORCEMENT, 0, None),
             ):
-                results.append(result)
+                await learner.begin(phase, start)
+                results += [await learner.supervised_step(next(demonstrations())) for _ in range(steps)]
+                if end is not None:
+                    await learner.save_model(end)
+                    start = end
             losses = [values(result.metrics).get("loss/supervised", 0.0) for result in results]
             assert len(losses) == 5
             assert losses[4] < losses[2]
