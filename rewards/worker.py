@@ -26,7 +26,7 @@ from rewards.judge import JudgeAddress, appoint
 from rewards.protocol import Fault, Outcome, Reward, RewardFunction, read_result, read_results, resolve
 from rl.config import RewardUse
 from rl.environ import forget_environment
-from rl.plugin import describe
+from rl.plugin import describe_raised
 from rl.sample import Sample
 
 CANCEL_GRACE_S = 1.0
@@ -144,7 +144,7 @@ class SerialWorker:
             with self._watchdog(function.timeout_s):
                 result = function.call(samples if function.is_batched else samples[0])
         except (Exception, SystemExit) as error:
-            return [Fault(f"raised {describe(error)}")] * len(samples)
+            return [Fault(f"raised {describe_raised(error)}")] * len(samples)
         return read_results(result, len(samples)) if function.is_batched else [read_result(result)]
 
     @contextlib.contextmanager
@@ -206,7 +206,7 @@ async def _once_async(function: RewardFunction, samples: Sequence[Sample], funct
         except (Exception, SystemExit) as error:
             if limit.expired():
                 return [Fault(late(function.timeout_s))] * len(samples)
-            return [Fault(f"raised {describe(error)}")] * len(samples)
+            return [Fault(f"raised {describe_raised(error)}")] * len(samples)
     return read_results(result, len(samples)) if function.is_batched else [read_result(result)]
 
 

@@ -24,6 +24,10 @@ class RunData:
     evaluation: tuple[Prompt, ...]
     demonstrations: tuple[Demonstration, ...]
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return self.training + self.evaluation
+
 
 def load_data(recipe: Recipe) -> RunData:
     """Reads and checks every source of the recipe. Raises RecipeError or DataError naming the place."""

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from rl.errors import DataError, RecipeError, did_you_mean
-from rl.plugin import check_arguments, describe, import_callable
+from rl.plugin import check_arguments, describe_raised, import_callable
 from rl.prompts import question
 from rl.records import read_records
 from rl.sample import Prompt
@@ -113,7 +113,7 @@ def _from_function(
     try:
         written = function(prompt, np.random.default_rng([seed, _CALLS, number]), **args)
     except Exception as error:
-        raise DataError(f"{place} raised {describe(error)}") from error
+        raise DataError(f"{place} raised {describe_raised(error)}") from error
     if not isinstance(written, Mapping):
         raise DataError(f"{place} returned {type(written).__name__}, not a message {{reasoning_content, content}}")
     return Demonstration(prompt=prompt, reply=_reply(written, prompt, place))

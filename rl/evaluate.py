@@ -13,7 +13,8 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from math import comb
@@ -22,7 +23,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.protocol import part_name
 from rl.cluster import join_cluster
@@ -38,11 +38,13 @@ from rl.system import (
     check_environments,
     check_model,
     closing_episodes,
+    open_conversation,
     seeds_of,
     start_rewards,
 )
-from rollout.conversation import Conversation
 from rollout.pool import EnginePool
+
+LINE_EVERY_S = 10.0
 
 EVALUATION_SEED = 0x5EED
 """Every evaluation of a run draws with the same seeds, so that two of them differ by their weights alone."""
@@ -119,8 +121,14 @@ class Evaluation:
         }
 
 
-async def evaluate(recipe: Recipe, prompts: Sequence[Prompt], system: Player) -> Evaluation:
-    """Samples every prompt ``evaluation.samples_per_prompt`` times and scores the samples."""
+async def evaluate(
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    system: Player,
+    *,
+    done: Callable[[Attempts], None] = lambda attempts: None,
+) -> Evaluation:
+    """Samples every prompt ``evaluation.samples_per_prompt`` times and scores the samples; ``done`` hears of each."""
     per_prompt = recipe.evaluation.samples_per_prompt
 
     async def one(number: int, prompt: Prompt) -> Attempts:
@@ -129,7 +137,9 @@ async def evaluate(recipe: Recipe, prompts: Sequence[Prompt], system: Player) ->
         outcomes = await system.rewards.score_group(samples)
         scored = tuple(outcome for outcome in outcomes if isinstance(outcome, Scored))
         right = tuple(is_accurate(recipe, outcome) for outcome in scored)
-        return Attempts(prompt=prompt, asked=per_prompt, scored=scored, right=right)
+        attempts = Attempts(prompt=prompt, asked=per_prompt, scored=scored, right=right)
+        done(attempts)
+        return attempts
 
     attempts = await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
     scored = tuple(outcome for members in attempts for outcome in members.scored)
@@ -166,7 +176,7 @@ def accuracy(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
 async def evaluate_model(recipe: Recipe, prompts: Sequence[Prompt], model_dir: Path) -> Evaluation:
     """Starts engines and rewards, without a learner, and evaluates the model in ``model_dir``."""
     join_cluster(recipe)
-    conversation = Conversation(load_tokenizer(model_dir))
+    conversation = open_conversation(recipe, prompts, model_dir)
     async with AsyncExitStack() as running:
         rewards = await start_rewards(recipe, running)
         running.push_async_callback(rewards.close)
@@ -176,7 +186,25 @@ async def evaluate_model(recipe: Recipe, prompts: Sequence[Prompt], model_dir: P
         system = Generation(
             pool=pool, rewards=rewards, conversation=conversation, sampling=recipe.sampling, episodes=episodes
         )
-        return await evaluate(recipe, prompts, system)
+        await episodes.check_window(prompts)
+        return await evaluate(recipe, prompts, system, done=Course(len(prompts)).tell)
+
+
+class Course:
+    """How far an evaluation has come: a line on standard error every now and then."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self._num_prompts = num_prompts
+        self._done: list[Attempts] = []
+        self._said_at = time.monotonic()
+
+    def tell(self, attempts: Attempts) -> None:
+        self._done.append(attempts)
+        if time.monotonic() - self._said_at < LINE_EVERY_S:
+            return
+        self._said_at = time.monotonic()
+        right = sum(sum(one.right) for one in self._done) / sum(one.asked for one in self._done)
+        print(f"evaluating: {len(self._done)} of {self._num_prompts} prompts, {right:.1%} right", file=sys.stderr)
 
 
 def adapted(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -205,6 +233,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise RecipeError("there is nothing to evaluate; give --prompts and --samples of 1 or more")
     if not all(1 <= k <= samples for k in arguments.pass_at):
         raise RecipeError(f"pass@k needs at least k samples a prompt, and there are {samples}; raise --samples")
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise RecipeError(f"--out: there is no folder {arguments.out.parent}; make it, or name another file")
     check_model(recipe)
     check_environments(recipe)
     number = recipe.evaluation.num_prompts
@@ -242,15 +272,25 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"keel: {redact(str(error))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("keel: interrupted", file=sys.stderr)
+        return 130
     for domain, figures in result["domains"].items():
         print(f"{domain}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        try:
+            arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"keel: --out: {arguments.out} cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of whole numbers, such as 1,4") from None
 
 
 if __name__ == "__main__":

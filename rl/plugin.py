@@ -6,7 +6,9 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rl.errors import RecipeError, did_you_mean
@@ -28,7 +30,7 @@ def import_callable(path: str, *, role: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise RecipeError(f"{role} '{path}' cannot be imported: {describe(error)}") from error
+        raise RecipeError(f"{role} '{path}' cannot be imported: {describe_raised(error)}") from error
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise RecipeError(f"{role} '{path}': {module_name} has no '{name}'; {did_you_mean(name, functions)}")
@@ -67,3 +69,19 @@ def describe(error: BaseException) -> str:
     """An exception as part of a sentence: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+
+
+def describe_raised(error: BaseException) -> str:
+    """As :func:`describe`, with the line that raised it: ``KeyError: 'year' (my_rewards.py:12)``.
+
+    Of code that was called from a user's function into a library, the line is the user's.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    places = [frame for frame in frames if not _is_library(frame.filename)] or frames
+    if not places or isinstance(error, SyntaxError) or places[-1].filename == __file__:
+        return describe(error)
+    return f"{describe(error)} ({Path(places[-1].filename).name}:{places[-1].lineno})"
+
+
+def _is_library(filename: str) -> bool:
+    return filename.startswith((sys.prefix + os.sep, os.path.dirname(os.__file__) + os.sep))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,6 @@ from rewards.pool import RewardPool
 from rewards.sandbox import Sandbox
 from rl.cluster import address_for_workers, cluster_hardware, join_cluster, settled
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
-from rl.data import RunData
 from rl.errors import DataError, RecipeError
 from rl.fault_log import FaultLog
 from rl.fit import ESTIMATE_SLACK, check_plan
@@ -149,13 +148,13 @@ def _check_indexer(recipe: Recipe, *, has_indexer: bool) -> None:
             raise RecipeError(f"{key} trains a lightning indexer, which this model does not have; leave it out")
 
 
-def open_conversation(recipe: Recipe, data: RunData, model_dir: Path) -> Conversation:
-    """The model's tokenizer, with every prompt checked against the context window."""
+def open_conversation(recipe: Recipe, prompts: Iterable[Prompt], model_dir: Path) -> Conversation:
+    """The model's tokenizer, with every prompt checked against the context window (tools come on top of it)."""
     try:
         conversation = Conversation(load_tokenizer(model_dir))
     except ValueError as error:
         raise DataError(str(error)) from error
-    for prompt in (*data.training, *data.evaluation):
+    for prompt in prompts:
         check_window(f"prompt {prompt.id}", len(encode(conversation, prompt)), recipe.model.max_context)
     return conversation
 

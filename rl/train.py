@@ -156,7 +156,7 @@ async def run_once(
     """Cold start, evaluation, training, evaluation, and the model that comes out."""
     cold_start = recipe.supervised.steps > 0 and (saved is None or saved.cold_start)
     model_dir = saved.model_dir if saved else prepare_model(recipe, run.path)
-    conversation = open_conversation(recipe, data, model_dir)
+    conversation = open_conversation(recipe, data.prompts, model_dir)
     demonstrations = encode_demonstrations(recipe, data, conversation) if cold_start else []
     data.stream.restart()
     join_cluster(recipe)
@@ -166,6 +166,7 @@ async def run_once(
         start(recipe, model_dir, conversation, timeline, FaultLog(progress.warn), cold_start=cold_start) as system,
         doctored(recipe, system, run),
     ):
+        await system.episodes.check_window(data.prompts)
         if cold_start:
             progress.enter(Stage.COLD_START)
             await system.publisher.hold()

@@ -78,7 +78,8 @@ class Episode:
     async def run(self) -> Sample:
         """The finished sample. Status FAILED says that the environment broke, with what there was until then.
 
-        Raises DataError naming the prompt when it cannot be encoded or does not fit the context window.
+        So does a prompt that leaves no room for a reply beside the tools' descriptions, which can differ by prompt.
+        Raises DataError naming the prompt when it cannot be encoded.
         """
         self._ends_at = time.monotonic() + self._use.max_seconds
         status, state, fault = Status.FAILED, None, ""
@@ -86,12 +87,18 @@ class Episode:
             await self._limited(self._environment.start())
             self._tools = [*self._environment.tools, *self._attempt.prompt.tools]
             self._begin(self._encode(self._task))
-            check_window(f"prompt {self._attempt.prompt.id}", len(self._stream), self._max_context)
+            self._check_window()
             status = await self._turn_by_turn()
             state = await self._limited(self._final_state())
         except EnvironmentFailed as error:
             status, fault = Status.FAILED, str(error)
         return self._sample(status, state, fault)
+
+    def _check_window(self) -> None:
+        try:
+            check_window(f"prompt {self._attempt.prompt.id} with its tools", len(self._stream), self._max_context)
+        except DataError as error:
+            raise EnvironmentFailed(str(error)) from error
 
     async def _turn_by_turn(self) -> Status:
         while True:

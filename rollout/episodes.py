@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from rl.config import Domain, Sampling
 from rl.errors import DataError
 from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
+from rollout.engine import check_window
 from rollout.environments.worker import EnvironmentPool
 from rollout.episode import Attempt, Complete, Episode
 from rollout.pool import EnginePool
@@ -44,10 +46,23 @@ class Episodes:
     def __contains__(self, domain: str) -> bool:
         return domain in self._environments
 
+    async def check_window(self, prompts: Sequence[Prompt]) -> None:
+        """Raises DataError for a prompt that has no room for a reply in the context once its domain's tools are shown.
+
+        One environment of each domain is started to ask for its tools; what it fails of is its episodes' business.
+        """
+        for name, environments in self._environments.items():
+            members = [prompt for prompt in prompts if prompt.domain == name and prompt.messages]
+            tools = await _tools_of(environments, members[0]) if members else []
+            for prompt in members if tools else []:
+                shown = [*tools, *prompt.tools]
+                token_ids = self._conversation.encode(prompt.messages, thinking=prompt.thinking, tools=shown)
+                check_window(f"prompt {prompt.id} with its tools", len(token_ids), self._pool.max_context)
+
     async def generate_group(self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int]) -> list[Sample]:
         """One episode per seed, in order. An environment that breaks costs its own episode, which is FAILED then.
 
-        Raises DataError naming the prompt when it cannot be encoded or does not fit the context window.
+        Raises DataError naming the prompt when it cannot be encoded.
         """
         if not prompt.messages:
             raise DataError(f"prompt {prompt.id}: a domain with an environment needs messages, not token ids")
@@ -84,6 +99,14 @@ class Episodes:
         if sample.status == Status.FAILED:
             self._pool.faults.record("tools", f"the environment of {sample.id} broke: {sample.fault}")
         return sample
+
+
+async def _tools_of(environments: EnvironmentPool, prompt: Prompt) -> list[Mapping[str, Any]]:
+    with contextlib.suppress(Exception):
+        async with environments.open(prompt) as environment, asyncio.timeout(environments.use.tool_timeout_s):
+            await environment.start()
+            return list(environment.tools)
+    return []
 
 
 def _first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:

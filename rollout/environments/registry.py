@@ -8,7 +8,7 @@ from typing import Any
 
 from rl.config import EnvironmentUse
 from rl.errors import RecipeError, UserError, did_you_mean
-from rl.plugin import check_arguments, describe, import_callable
+from rl.plugin import check_arguments, describe, describe_raised, import_callable
 from rl.sample import Prompt
 from rollout.environments.protocol import Environment, EnvironmentFailed, FunctionEnvironment
 
@@ -64,7 +64,7 @@ def construct(use: EnvironmentUse, prompt: Prompt, sandbox: Any = None) -> Envir
     try:
         return found(prompt, **given)
     except Exception as error:
-        raise EnvironmentFailed(f"it could not be made for prompt {prompt.id}: {describe(error)}") from error
+        raise EnvironmentFailed(f"it could not be made for prompt {prompt.id}: {describe_raised(error)}") from error
 
 
 def _find(use: str) -> Any:

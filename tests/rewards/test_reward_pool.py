@@ -16,6 +16,7 @@ from rewards.pool import Failure, RewardPool
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError
 from rl.sample import Kept, Sample, Scored, Status
+from tests.rewards.conftest import USER_REWARDS
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -65,13 +66,18 @@ def test_weighted_sum_and_parts(user_rewards, make_sample):
     assert wrong.reward == pytest.approx(0.0 + 0.25 - 0.05 + 2.0 + 0.0)
 
 
+def line_of(code: str) -> int:
+    (number,) = (number for number, line in enumerate(USER_REWARDS.splitlines(), 1) if code in line)
+    return number
+
+
 def test_faults_of_functions_are_failures_with_a_sentence(user_rewards, make_sample):
     expected = {
-        "raises": "raised KeyError: 'no such rubric'",
-        "leaves": "raised SystemExit: 3",
+        "raises": f"raised KeyError: 'no such rubric' ({user_rewards}.py:{line_of('no such rubric')})",
+        "leaves": f"raised SystemExit: 3 ({user_rewards}.py:{line_of('SystemExit(3)')})",
         "returns_text": "returned 'good', which is not a number",
         "returns_nan": "returned nan, which is not finite",
-        "async_raises": "raised RuntimeError: judge is offline",
+        "async_raises": f"raised RuntimeError: judge is offline ({user_rewards}.py:{line_of('judge is offline')})",
         "too_few": "returned 1 results for 2 samples",
     }
 

@@ -111,6 +111,10 @@ def test_a_name_that_is_taken(tmp_path: Path, capsys: Capture):
         ([f"domains.sums.rewards.0.use={REWARDS}:even"], ["has no 'even'; did you mean 'evenness'?"]),
         (["domains.sums.rewards.0.args={targt: 3}"], ["does not take the argument 'targt'"]),
         (["learner.ranks=64"], ["learner.ranks 64", "the Ray cluster has 4"]),
+        (
+            ["domains.sums.environment.use=tests.rollout.plugged:shout"],
+            ["prompt sums/", "with its tools has", "window holds 40 (model.max_context)"],
+        ),
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from rewards.pool import Failure
 from rl.config import Recipe
-from rl.evaluate import Attempts, accuracy, evaluate, is_accurate
+from rl.evaluate import Attempts, Course, accuracy, evaluate, is_accurate, main
 from rl.sample import Prompt, Sample, Scored, Status, Turn
 from rl.system import System
-from tests.rl.tiny_runs import make_prompt, make_sample, tiny_recipe
+from tests.rl.tiny_runs import assert_one_sentence, make_prompt, make_sample, tiny_recipe, write_recipe
+
+Capture = pytest.CaptureFixture[str]
 
 
 class Graded:
@@ -137,3 +139,26 @@ def test_the_summary_reports_what_attempts_cost(recipe: Recipe):
             "steps": 1.0, "tokens": 3.0, "truncated": 0.0, "failed": 0.0,
         }
     )  # fmt: skip
+
+
+def test_how_far_an_evaluation_has_come(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
+    monkeypatch.setattr("rl.evaluate.LINE_EVERY_S", 0.0)
+    prompts = [make_prompt("4"), make_prompt("broken"), make_prompt("1")]
+    asyncio.run(evaluate(recipe, prompts, cast(System, Graded()), done=Course(len(prompts)).tell))
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating: 1 of 3 prompts, 100.0% right",
+        "evaluating: 2 of 3 prompts, 50.0% right",
+        "evaluating: 3 of 3 prompts, 41.7% right",
+    ]
+
+
+def test_mistakes_in_the_command_are_found_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+):
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("an actor was about to start"))
+    recipe, lost = str(write_recipe(tmp_path)), tmp_path / "none" / "figures.json"
+    assert main([recipe, "--model", str(tmp_path), "--prompts", "2", "--out", str(lost)]) == 1
+    assert_one_sentence(capsys.readouterr().err, f"--out: there is no folder {lost.parent}")
+    with pytest.raises(SystemExit):
+        main([recipe, "--pass-at", "1;4"])
+    assert "'1;4' is no list of whole numbers, such as 1,4" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 
 from model.tokenizer import build_byte_tokenizer
 from rl.config import ContextStrategy, EnvironmentUse, Sampling
-from rl.errors import DataError
 from rl.sample import Prompt, Sample, Status, ToolCall, ToolResult
 from rollout.conversation import Conversation, MalformedReply, Reply
 from rollout.engine import Completion, Finish, Request
@@ -352,8 +352,9 @@ def test_a_context_without_room_ends_the_episode(conversation):
     script = Script(conversation, call("f"), "unused")
     sample = episode(World(lambda call: "x" * 3000), script, conversation, max_context=3500)
     assert sample.status == Status.TRUNCATED and len(script.requests) == 1
-    with pytest.raises(DataError, match=r"prompt p has .* tokens"):
-        episode(World(), script, conversation, max_context=100)
+    sample = episode(World(), script, conversation, max_context=100)
+    assert sample.status == Status.FAILED and len(script.requests) == 1
+    assert re.match(r"prompt p with its tools has \d+ tokens and needs at least one more", sample.fault)
 
 
 def test_long_results_lose_their_middle(conversation):

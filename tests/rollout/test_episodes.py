@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -118,6 +119,33 @@ def test_what_ends_a_run_comes_out_as_it_is():
     with pytest.raises(RunStopped, match="engine 0 of 1 died"):
         generate("p", group=4, seats=seats)
     assert Light.open_now == 0
+
+
+def test_tools_count_when_prompts_are_held_against_the_window():
+    conversation = Conversation(build_byte_tokenizer())
+    fits = Prompt(id="fits", domain="d", messages=({"role": "user", "content": "Q"},))
+    long = Prompt(id="long", domain="d", messages=({"role": "user", "content": "Q" * 40},))
+    tool = {"name": "ask", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}}
+    shown = len(conversation.encode(long.messages, thinking=True, tools=[tool]))
+
+    async def check(max_context: int, **use: Any) -> None:
+        seats = Seats()
+        seats.max_context = max_context
+        domains = {"d": Domain(prompts="x", environment=EnvironmentUse(**use)), "plain": Domain(prompts="x")}
+        episodes = Episodes(domains, cast(EnginePool, seats), conversation)
+        try:
+            await episodes.check_window([fits, replace(long, id="other", domain="plain"), long])
+        finally:
+            await episodes.close()
+
+    light = "tests.rollout.plugged:Light"
+    Light.open_now = 0
+    asyncio.run(check(shown + 1, use=light))
+    with pytest.raises(DataError, match=f"prompt long with its tools has {shown} tokens"):
+        asyncio.run(check(shown, use=light))
+    assert Light.open_now == 0
+    # One that cannot even start says so in its episodes, which are counted.
+    asyncio.run(check(2, use="tests.rollout.plugged:Moody", args={"start": -1}))
 
 
 def test_a_prompt_of_token_ids_has_no_episode():
