@@ -50,7 +50,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "name": _Range(
             "a directory name, without slashes", lambda name: name.strip(". ") != "" and not set(name) & set("/\\")
         ),
-        "seed": _AT_LEAST_0,
+        "seed": _Range("from 0 to 9223372036854775807", lambda value: 0 <= value < 1 << 63),
         "steps": _AT_LEAST_0,
         "prompts_per_step": _AT_LEAST_1,
         "log_samples": _AT_LEAST_0,
@@ -209,6 +209,13 @@ def _rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         rollout.engine != EngineKind.torch or rollout.tensor_parallel == 1,
         f"rollout.tensor_parallel is {rollout.tensor_parallel}, but the torch engine runs in one process; use vllm",
     )
+    kind, _, scored = (recipe.checkpoint.best or "").partition("/")
+    yield (
+        "checkpoint.best",
+        kind != "eval" or (scored in recipe.domains and recipe.evaluation.num_prompts > 0),
+        f"checkpoint.best is {recipe.checkpoint.best}, which nothing measures; it takes a domain of the recipe after "
+        "eval/, and evaluation.num_prompts above 0",
+    )
     yield from _sharding_rules(recipe)
     yield from _judge_rules(recipe)
     yield from _vllm_rules(recipe)
@@ -265,6 +272,11 @@ def _sharding_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
 def _judge_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     judge = recipe.judge
     yield "judge", judge.url is None or judge.path is None, "give either judge.url or judge.path, not both"
+    yield (
+        "judge.url",
+        judge.url is None or judge.url.startswith(("http://", "https://")),
+        f"judge.url is {judge.url}; it must begin with http:// or https://",
+    )
     yield (
         "judge.api_key",
         judge.api_key is None or judge.api_key.isidentifier(),

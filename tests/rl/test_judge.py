@@ -83,6 +83,7 @@ def test_an_endpoint_and_its_key(monkeypatch):
     [
         ("{url: http://x, path: y, model: m}", "either judge.url or judge.path"),
         ("{url: http://x}", "judge.model is missing"),
+        ("{url: 'judge:8000/v1', model: m}", "judge.url is judge:8000/v1; it must begin with http"),
         ("{path: x, max_tokens: 16384}", "leaves no room"),
         ("{path: x, attempts: 0}", "judge.attempts is 0"),
     ],
