@@ -131,7 +131,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "usd_per_million_input": _AT_LEAST_0,
         "usd_per_million_output": _AT_LEAST_0,
     },
-    Checkpoint: {"every": _AT_LEAST_0, "keep": _AT_LEAST_1, "grace_s": _AT_LEAST_0},
+    Checkpoint: {"every": _AT_LEAST_0, "cold_start_every": _AT_LEAST_0, "keep": _AT_LEAST_1, "grace_s": _AT_LEAST_0},
     Faults: {
         "engine_restarts": _AT_LEAST_0,
         "window_s": _POSITIVE,
