@@ -47,6 +47,8 @@ class Asked:
     """Every form that a judge was given."""
 
     forms: list[Form] = field(default_factory=list)
+    systems: list[str] = field(default_factory=list)
+    """What the judge was told before each of them."""
 
 
 def with_judge(says: Callable[[Form], str], body: Callable[[Asked], Awaitable[T]], **settings: Any) -> T:
@@ -56,6 +58,7 @@ def with_judge(says: Callable[[Form], str], body: Callable[[Asked], Awaitable[T]
     async def complete(messages: Sequence[Mapping[str, Any]], seed: int) -> Completion:
         form = Form.read(messages, seed)
         asked.forms.append(form)
+        asked.systems.append(messages[0]["content"])
         return Completion(text=says(form), finished=True, prompt_tokens=100, completion_tokens=20)
 
     async def run() -> T:

@@ -212,6 +212,39 @@ def test_answers_against_their_siblings(make_sample):
     assert sum(reward.value for reward in rewards) == pytest.approx(2.5)
 
 
+def test_a_comparison_leaves_the_judges_words_with_both(make_sample):
+    def says(form: Form) -> str:
+        verdict = json.loads(better(longer)(form))
+        first, second = (label for label in form.quoted if label != "question")
+        return json.dumps(verdict | {"reasons": f" {first} came before {second}. "})
+
+    rewards = compared(make_sample, says, ["a", "bb", ""], opponents=1)
+    both = "#0 first: #0 came before #1.\n#1 first: #1 came before #0."
+    assert [reward.comment for reward in rewards] == [f"against #1, lost:\n{both}", f"against #0, won:\n{both}", ""]
+    (reward, _) = compared(make_sample, better(lambda first, second: 0), ["a", "bb"])
+    assert reward.comment == ""
+
+    def biased(form: Form) -> str:
+        return json.dumps(json.loads(better(lambda first, second: 0)(form)) | {"reasons": "so"})
+
+    (reward, _) = compared(make_sample, biased, ["a", "bb"])
+    assert reward.comment == "against #1, the order decided:\n#0 first: so\n#1 first: so"
+
+
+@pytest.mark.parametrize("reasons", [True, False])
+def test_reasons_of_comparisons_are_asked_for_where_they_are_wanted(make_sample, reasons):
+    systems: list[str] = []
+
+    async def body(asked) -> list[Reward]:
+        samples = [make_sample(reply, answer=RUBRIC, index=index) for index, reply in enumerate(("a", "bb"))]
+        rewards = await RubricComparison(reasons=reasons)(samples)
+        systems.extend(asked.systems)
+        return rewards
+
+    with_judge(better(longer), body)
+    assert [("reasons" in system) for system in systems] == [reasons] * 2
+
+
 def test_the_order_of_answers_decides_nothing(make_sample):
     rewards = compared(make_sample, better(lambda first, second: 0), ["a", "bb", "ccc"])
     assert [reward.value for reward in rewards] == [0.5, 0.5, 0.5]
