@@ -33,6 +33,7 @@ class SequenceView:
         sample = self.sample
         routed = np.ones(len(sample), bool) if sample.routed is None else sample.routed
         return {
+            "reply": sample.reply,
             "masked": self.masked,
             "token_ids": sample.token_ids.tolist(),
             "tokens": list(self.token_texts),
@@ -62,10 +63,10 @@ class Trajectory:
             "prompt": sample.prompt.id,
             "domain": sample.prompt.domain,
             "messages": [dict(message) for message in sample.prompt.messages],
+            "tools": [dict(tool) for tool in sample.prompt.tools],
             "answer": sample.prompt.answer,
             "thinking": sample.prompt.thinking,
             "index": sample.index,
-            "reply": sample.reply,
             "turns": [asdict(turn) for turn in sample.turns],
             "final_state": sample.final_state,
             "status": str(sample.status),

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rewards.saved import read_samples
 from rl.evaluate import main as evaluate_command
-from tests.rl.tiny_runs import run_here, write_recipe
+from tests.rl.tiny_rewards import seen
+from tests.rl.tiny_runs import REWARDS, run_here, write_recipe
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -28,6 +30,7 @@ def test_episodes_with_a_user_are_trained_and_evaluated(tmp_path: Path, capsys: 
         "supervised={steps: 40, batch_size: 16, lr: 1.0e-2, warmup_steps: 0}",
         "supervised.demonstrations.function=tests.rl.tiny_rewards:says_k",
         "evaluation={num_prompts: 2, samples_per_prompt: 2}",
+        f"domains.sums.rewards=[{{use: '{REWARDS}:evenness'}}, {{use: '{REWARDS}:seen', weight: 0}}]",
     )
     assert status == 0 and run.status["status"] == "finished"
     (step,) = run.steps
@@ -38,6 +41,11 @@ def test_episodes_with_a_user_are_trained_and_evaluated(tmp_path: Path, capsys: 
     turns = [trajectory["turns"] for trajectory in run.trajectories(1)]
     assert max(map(len, turns)) == 3
     assert all(turn["user"] == "again" for turn in max(turns, key=len)[:-1])
+
+    # A reward sees of what was saved what it saw in the run.
+    samples = read_samples(run.path / "samples" / "step_1.jsonl")
+    assert max(len(sample.earlier) for sample in samples) == 2
+    assert [seen(sample) for sample in samples] == [row["parts"]["seen"] for row in run.trajectories(1)]
 
     out = tmp_path / "figures.json"
     arguments = [str(write_recipe(tmp_path)), *ENVIRONMENT, "--model", str(run.path / "model")]

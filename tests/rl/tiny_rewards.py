@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import zlib
+from dataclasses import asdict
+
 import numpy as np
 
 from rl.sample import Prompt, Sample
@@ -10,6 +14,17 @@ from rl.sample import Prompt, Sample
 def evenness(sample: Sample) -> float:
     """Share of even ids among the sampled tokens: a reward that differs between siblings from the first step on."""
     return float(np.mean(sample.token_ids[sample.sampled] % 2 == 0))
+
+
+def seen(sample: Sample) -> float:
+    """A checksum of all that a reward can see of a sample, log-probabilities in five digits."""
+    prompt = sample.prompt
+    told = [prompt.id, prompt.domain, prompt.messages, prompt.tools, prompt.answer, prompt.thinking, sample.final_state]
+    told += [sample.index, str(sample.status), [asdict(turn) for turn in sample.turns]]
+    for one in sample.sequences:
+        told += [one.id, one.reply, one.token_ids.tolist(), one.sampled.tolist(), one.versions.tolist()]
+        told += [[f"{value:.5g}" for value in one.rollout_logprobs.tolist()]]
+    return float(zlib.crc32(json.dumps(told, sort_keys=True).encode()))
 
 
 def raises(sample: Sample) -> float:
