@@ -14,6 +14,7 @@ from model.hf import (
     save_model,
     write_checkpoint,
 )
+from model.key_selection import GivenKeys, KeySelection
 from model.language_model import BackboneOutput, LanguageModel
 from model.layout import join_experts, split_experts
 from model.moe import Routing
@@ -23,6 +24,8 @@ __all__ = [
     "BackboneOutput",
     "CacheView",
     "DeepseekV32",
+    "GivenKeys",
+    "KeySelection",
     "LanguageModel",
     "LatentCache",
     "ModelConfig",

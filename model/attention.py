@@ -7,7 +7,7 @@ the cached latents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,9 +17,10 @@ import kernels
 from kernels.crossover import AttentionForm, attention_form
 from model.cache import CacheStep
 from model.config import ModelConfig
-from model.indexer import IndexArithmetic, Indexer, IndexerHeads, Selections
+from model.indexer import IndexArithmetic, Indexer, IndexerHeads
+from model.key_selection import KeySelection
 from model.norm import RMSNorm
-from model.packing import Batch, SequenceGroup
+from model.packing import Batch
 from model.rope import RotaryAngles, softmax_scale
 
 IndexerLoss = Literal["dense", "sparse"]
@@ -34,7 +35,15 @@ class WholeSequences:
     indexer_loss: IndexerLoss | None
     always_index: bool
     index_arithmetic: IndexArithmetic = "plain"  # of what is selected; the indexer is trained in the plain one
-    selections: Selections | None = None
+    selection: KeySelection = field(default_factory=KeySelection)
+
+    def selects(self, index_topk: int) -> bool:
+        """Whether attention leaves out keys."""
+        return self.batch.longest > index_topk and self.indexer_loss != "dense"
+
+    def chooses(self, index_topk: int) -> bool:
+        """Whether the indexer says which: not where all keys are given, unless its own loss looks at the scores."""
+        return self.selects(index_topk) and not (self.selection.spares_choice and self.indexer_loss is None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +52,7 @@ class CachedTokens:
 
     angles: RotaryAngles
     step: CacheStep
+    selection: KeySelection
 
 
 class _Streams(NamedTuple):
@@ -127,7 +137,7 @@ class Attention(nn.Module):
         self, streams: _Streams, how: WholeSequences, arithmetic: IndexArithmetic = "plain"
     ) -> IndexerHeads | None:
         """The indexer's heads, None where neither a selection nor its loss needs them."""
-        if how.indexer_loss is None and how.batch.longest <= self.index_topk and not how.always_index:
+        if how.indexer_loss is None and not how.chooses(self.index_topk) and not how.always_index:
             return None
         with torch.set_grad_enabled(torch.is_grad_enabled() and how.indexer_loss is not None and arithmetic == "plain"):
             return self.indexer(streams.hidden.detach(), streams.query_latent.detach(), how.angles, arithmetic)
@@ -135,7 +145,7 @@ class Attention(nn.Module):
     def _packed(self, streams: _Streams, how: WholeSequences) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All sequences as one row, in the form that is fastest for the longest: what `_grouped` returns."""
         batch = how.batch
-        selects = batch.longest > self.index_topk and how.indexer_loss != "dense"
+        selects = how.selects(self.index_topk)
         form = self._form(batch) if selects else AttentionForm.DENSE
         if form is AttentionForm.SPARSE:
             # The projection of every unit vector is its weight; called as a module, so that ZeRO-3 gathers it as ever.
@@ -147,7 +157,7 @@ class Attention(nn.Module):
         chooses = _flat(self._index(streams, how, how.index_arithmetic))
         learns = how.indexer_loss is not None and how.index_arithmetic != "plain"
         index = _flat(self._index(streams, how)) if learns else chooses
-        selected = self._selected(chooses, how) if selects and chooses is not None else None
+        selected = self._selected(chooses, how) if selects else None
         if form is AttentionForm.SPARSE:
             assert selected is not None
             latents, _ = kernels.packed_sparse_attention(queries, keys, selected, self.scale, self.latent_dim)
@@ -166,13 +176,14 @@ class Attention(nn.Module):
             )
         return heads.unflatten(0, streams.latent.shape[:2]), loss
 
-    def _selected(self, index: IndexerHeads, how: WholeSequences) -> torch.Tensor:
+    def _selected(self, index: IndexerHeads | None, how: WholeSequences) -> torch.Tensor:
         """Which keys of the packed row each query attends to, int32 [N, index_topk] padded with -1."""
-        batch = how.batch
-        detached = index.queries.detach(), index.keys.detach(), index.weights.detach()
-        spans = batch.starts, batch.ends
-        selected = kernels.select_keys(*detached, *spans, self.index_topk, index.key_scales, longest=batch.longest)
-        return selected if how.selections is None else how.selections.settle(self.layer, selected)
+        batch, chosen = how.batch, None
+        if index is not None and how.chooses(self.index_topk):
+            detached = index.queries.detach(), index.keys.detach(), index.weights.detach()
+            spans = batch.starts, batch.ends
+            chosen = kernels.select_keys(*detached, *spans, self.index_topk, index.key_scales, longest=batch.longest)
+        return how.selection.settle(self.layer, chosen, batch, self.index_topk)
 
     def _form(self, batch: Batch) -> AttentionForm:
         return attention_form(
@@ -189,31 +200,28 @@ class Attention(nn.Module):
         queries, keys, values = self._expand(streams)
         index = self._index(streams, how)
         heads, losses = [], []
-        for group in how.batch.groups:
+        for number, group in enumerate(how.batch.groups):
             q, k, v = group.take(queries), group.take(keys), group.take(values)
-            mask, loss = self._select(index, q, k, group, how.indexer_loss)
+            mask, loss = self._select(index, q, k, how, number)
             heads.append(kernels.masked_attention(q, k, v, mask, self.scale))
             losses.append(loss)
         return how.batch.join(heads), None if how.indexer_loss is None else how.batch.join(losses).sum()
 
     def _select(
-        self,
-        index: IndexerHeads | None,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        group: SequenceGroup,
-        indexer_loss: IndexerLoss | None,
+        self, index: IndexerHeads | None, queries: torch.Tensor, keys: torch.Tensor, how: WholeSequences, number: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which keys each query attends to, bool [S or 1, T, T], and the indexer's loss per query, [S, T]."""
-        mask = group.causal
-        outgrown = group.num_tokens > self.index_topk
-        if index is None or not (outgrown or indexer_loss is not None):
-            return mask, None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and indexer_loss is not None):
-            scores = kernels.indexer_scores(*(group.take(stream) for stream in index[:3]), visible=mask)
-        if outgrown and indexer_loss != "dense":
-            mask = kernels.topk_mask(scores.detach(), self.index_topk)
-        if indexer_loss is None:
+        """Which keys each query of group `number` attends to, bool [S or 1, T, T], and the indexer's loss, [S, T]."""
+        group, learns = how.batch.groups[number], how.indexer_loss is not None
+        mask, scores, chosen = group.causal, None, None
+        outgrown = group.num_tokens > self.index_topk and how.selects(self.index_topk)
+        if index is not None and (learns or (outgrown and how.chooses(self.index_topk))):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                scores = kernels.indexer_scores(*(group.take(stream) for stream in index[:3]), visible=mask)
+        if outgrown:
+            if scores is not None:
+                chosen = kernels.topk_mask(scores.detach(), self.index_topk)
+            mask = how.selection.settle_mask(self.layer, chosen, group, how.batch, number)
+        if scores is None or not learns:
             return mask, None
         target = kernels.mean_attention(queries.detach(), keys.detach(), mask, self.scale)
         return mask, kernels.indexer_kl(scores, target, mask)
@@ -240,7 +248,9 @@ class Attention(nn.Module):
         if step.window <= self.index_topk:
             return None
         scores = kernels.indexer_scores(index.queries, index_keys, index.weights, step.visible)
-        return kernels.topk_indices(scores, self.index_topk)
+        selected = kernels.topk_indices(scores, self.index_topk)
+        how.selection.keep(self.layer, selected)
+        return selected
 
 
 def _flat(index: IndexerHeads | None) -> IndexerHeads | None:

@@ -14,6 +14,7 @@ from torch import nn
 from model.attention import Attention, CachedTokens, IndexerLoss, WholeSequences
 from model.cache import CacheStep, CacheView, LatentCache
 from model.config import ModelConfig
+from model.key_selection import KeySelection
 from model.language_model import BackboneOutput, LanguageModel
 from model.layout import split_experts
 from model.moe import MLP, Experts, MoE, Router, Routing
@@ -109,22 +110,33 @@ class DeepseekV32(LanguageModel):
         routes: Routing | None = None,
         record_routes: bool = False,
         indexer_loss: IndexerLoss | None = None,
+        selection: KeySelection | None = None,
     ) -> BackboneOutput:
         """As `LanguageModel.backbone`."""
+        selection = selection or KeySelection()
+        given = None if selection.given is None else selection.given.keys.shape[1:]
+        if given is not None and given != (self.config.num_hidden_layers, self.config.index_topk):
+            raise ValueError(
+                f"{given[1]} keys are given in {given[0]} layers, but the model attends to {self.config.index_topk} "
+                f"in {self.config.num_hidden_layers}"
+            )
         if cache is not None:
-            if positions is None or cu_seqlens is not None or indexer_loss is not None:
-                raise ValueError("backbone with a cache takes positions, and neither cu_seqlens nor indexer_loss")
+            if positions is None or cu_seqlens is not None or indexer_loss is not None or given is not None:
+                raise ValueError(
+                    "backbone with a cache takes positions, and neither cu_seqlens nor indexer_loss nor keys"
+                )
             with torch.no_grad():
-                cached = CachedTokens(angles=self._rope(positions), step=CacheStep(cache, positions))
+                step = CacheStep(cache, positions)
+                cached = CachedTokens(angles=self._rope(positions), step=step, selection=selection)
                 hidden, chosen, _ = self.model(input_ids, cached, routes, record_routes)
             return BackboneOutput(hidden=hidden, routes=chosen, indexer_loss=None)
-        how = self._whole_sequences(input_ids, positions, cu_seqlens, indexer_loss)
+        how = self._whole_sequences(input_ids, positions, cu_seqlens, indexer_loss, selection)
         hidden, chosen, loss = self.model(input_ids, how, routes, record_routes)
         return BackboneOutput(hidden=hidden, routes=chosen, indexer_loss=loss)
 
     @property
-    def has_indexer(self) -> bool:
-        return True
+    def index_topk(self) -> int:
+        return self.config.index_topk
 
     def new_cache(self, num_slots: int, max_len: int) -> LatentCache:
         weight = self.lm_head.weight
@@ -150,6 +162,7 @@ class DeepseekV32(LanguageModel):
         positions: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         indexer_loss: IndexerLoss | None,
+        selection: KeySelection,
     ) -> WholeSequences:
         batch = Batch(input_ids, cu_seqlens)
         return WholeSequences(
@@ -158,7 +171,7 @@ class DeepseekV32(LanguageModel):
             indexer_loss=indexer_loss,
             always_index=self.always_index,
             index_arithmetic=self.index_arithmetic,
-            selections=self.selections,
+            selection=selection,
         )
 
     def _outline(self) -> ModelOutline:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,22 +26,6 @@ class IndexerHeads(NamedTuple):
 IndexArithmetic = Literal["plain", "vllm"]
 """How indices are selected: "plain" in the dtype of the weights, with fp32 head weights; "vllm" as vLLM 0.32.0 selects,
 with queries and keys in fp8 (scaled by powers of two, no Hadamard rotation) and head weights of the weights' dtype."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selections:
-    """What packed sequences attend to, by layer: int32 [N, index_topk], places in the packed row, ascending, then -1.
-
-    A layer that `replayed` names attends to what it says there; `own` gets what every layer would choose by itself.
-    """
-
-    replayed: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    own: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def settle(self, layer: int, selected: torch.Tensor) -> torch.Tensor:
-        """What the layer attends to, where it chose `selected`."""
-        self.own[layer] = selected
-        return self.replayed.get(layer, selected)
 
 
 class Indexer(nn.Module):

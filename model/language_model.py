@@ -12,7 +12,8 @@ from torch import nn
 
 from model.attention import IndexerLoss
 from model.cache import CacheView, SlotCache
-from model.indexer import IndexArithmetic, Selections
+from model.indexer import IndexArithmetic
+from model.key_selection import KeySelection
 from model.moe import Routing
 from model.outline import ModelOutline
 
@@ -32,14 +33,12 @@ class LanguageModel(nn.Module, ABC):
     `always_index`: run the indexer's projections, if there are any, even in a forward that leaves no key out. ZeRO-3
     needs it where ranks may disagree on that, because they must all gather the same parameters in the same order.
     `index_arithmetic`: how the indexer selects in packed sequences, so that a learner can follow an engine.
-    `selections`: given or recorded selections of the next forward over packed sequences; for measurements.
     """
 
     outline: ModelOutline
     lm_head: nn.Linear
     always_index: bool = False
     index_arithmetic: IndexArithmetic = "plain"
-    selections: Selections | None = None
 
     @abstractmethod
     def backbone(
@@ -52,6 +51,7 @@ class LanguageModel(nn.Module, ABC):
         routes: Routing | None = None,
         record_routes: bool = False,
         indexer_loss: IndexerLoss | None = None,
+        selection: KeySelection | None = None,
     ) -> BackboneOutput:
         """Everything but the head, over input_ids int [B, T].
 
@@ -67,13 +67,21 @@ class LanguageModel(nn.Module, ABC):
         keys, attention as ever. "dense" (Eq. 3), the warm-up stage: over all keys, and this forward's attention also
         uses all of them.
 
+        `selection` (models with an indexer) gives queries of whole sequences the keys they attend to, and takes what
+        the indexer chooses by itself; the indexer's loss is then over the keys that are given.
+
         Raises ValueError for arguments that do not go together.
         """
 
     @property
     @abstractmethod
+    def index_topk(self) -> int | None:
+        """The most keys that a query attends to, chosen by a lightning indexer; None in a model without one."""
+
+    @property
     def has_indexer(self) -> bool:
         """Whether attention selects its keys by a lightning indexer."""
+        return self.index_topk is not None
 
     @abstractmethod
     def new_cache(self, num_slots: int, max_len: int) -> SlotCache:

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from model import transformers_attention as attention
 from model import transformers_experts as stacks
 from model.cache import CacheStep, CacheView
+from model.key_selection import KeySelection
 from model.language_model import BackboneOutput, IndexerLoss, LanguageModel
 from model.moe import Routing
 from model.outline import ModelOutline, tensor_specs
@@ -68,8 +69,8 @@ class TransformersModel(LanguageModel):
         return cls(module, examine(module))
 
     @property
-    def has_indexer(self) -> bool:
-        return False
+    def index_topk(self) -> None:
+        return None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -85,10 +86,11 @@ class TransformersModel(LanguageModel):
         routes: Routing | None = None,
         record_routes: bool = False,
         indexer_loss: IndexerLoss | None = None,
+        selection: KeySelection | None = None,
     ) -> BackboneOutput:
         """As `LanguageModel.backbone`."""
-        if indexer_loss is not None:
-            raise ValueError(f"{self.outline.architecture} has no indexer to train")
+        if indexer_loss is not None or selection is not None:
+            raise ValueError(f"{self.outline.architecture} has no indexer, neither to train nor to replay")
         self._set_routes(routes)
         if cache is None:
             hidden = self._whole_sequences(input_ids, positions, cu_seqlens)

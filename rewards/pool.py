@@ -344,7 +344,7 @@ def _opening_error(error: BaseException) -> BaseException | None:
 
 def _lightened(sample: Sample) -> Sample:
     """The sample without what is large and no reward reads."""
-    if sample.routes is None and sample.kept is None and not sample.earlier:
+    if sample.routes is sample.selections is sample.kept is None and not sample.earlier:
         return sample
     earlier = tuple(_lightened(one) for one in sample.earlier)
-    return replace(sample, routes=None, routed=None, kept=None, earlier=earlier)
+    return replace(sample, routes=None, routed=None, selections=None, kept=None, earlier=earlier)

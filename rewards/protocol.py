@@ -12,7 +12,8 @@ A reward is a function of one sample, sync or async, that returns a number or a 
 * An async function or instance with an attribute ``concurrency`` is never awaited more often than that at the same
   time, and its timeout begins when its turn comes.
 
-Samples arrive as :class:`rl.sample.Sample` without ``routes`` and ``kept``, which are large and no reward's business.
+Samples arrive as :class:`rl.sample.Sample` without ``routes``, ``selections`` and ``kept``, which are large and no
+reward's business.
 """
 
 from __future__ import annotations

@@ -135,6 +135,8 @@ def rules(recipe: Recipe) -> Iterator[tuple[Rule, str]]:
     yield _MISMATCH, "canary/logprob_abs"
     yield _REPLAY, "routes/replayed"
     yield _REPLAY, "kept/share"
+    if recipe.objective.keep_selection:
+        yield _REPLAY, "selections/replayed"
     yield _KEPT, "kept/mean_size"
     yield _ENTROPY, "entropy"
     yield _MASKED, "mask/off_policy"

@@ -5,7 +5,7 @@ mini-batches but the first come after it has moved. Here nothing but the two imp
 what was recorded and replayed, and what the engine really runs.
 
 The prompts and seeds are the same in every comparison of a run. The replies are the engine's, as they are in training,
-so that routes and kept sets are recorded; they are neither scored nor trained on.
+so that routes, selections and kept sets are recorded; they are neither scored nor trained on.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def _judging(recipe: Recipe) -> Recipe:
             threads=judge.threads,
         ),
         placement=Placement.split,
+        objective=replace(recipe.objective, keep_selection=False),
         judge=Judge(),
     )
 

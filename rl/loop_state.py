@@ -27,7 +27,7 @@ class LoopState:
     def num_bytes(self) -> int:
         """About what its groups will take on the disk."""
         samples = (sequence for group in self.groups for one in group.scored for sequence in one.sample.sequences)
-        return sum(1024 + 16 * len(one) + (0 if one.routes is None else one.routes.nbytes) for one in samples)
+        return sum(1024 + 16 * len(one) + one.recorded_bytes for one in samples)
 
     def encode(self) -> tuple[dict[str, Any], Arrays]:
         """The same as JSON and arrays."""

@@ -23,6 +23,7 @@ from rl.hardware import GIB, LOCAL_BYTES_PER_S, Hardware
 from rl.initial_model import initial_config
 from rl.learner_memory import Item, RankMemory, element_bytes, rank_memory
 from rl.placement import engines_sleep
+from rl.selections import bytes_per_token
 
 GPUS_PER_NODE = 8
 """Of a node that nobody has described."""
@@ -229,10 +230,13 @@ def _host(
     samples = recipe.prompts_per_step * max((d.group_size for d in recipe.domains.values()), default=1)
     width = 1 if spec.num_experts <= 256 else 2
     routes = len(spec.moe_layers) * spec.experts_per_token * width if recipe.objective.keep_routing else 0
-    held = samples * (rollout.max_staleness + 1) * recipe.model.max_context * (SAMPLE_BYTES_PER_TOKEN + routes)
+    keeps = recipe.objective.keep_selection and costs.index_topk is not None
+    selected = bytes_per_token(spec.num_layers, costs.index_topk or 0, recipe.model.max_context) if keeps else 0
+    token = SAMPLE_BYTES_PER_TOKEN + routes + selected
+    held = samples * (rollout.max_staleness + 1) * recipe.model.max_context * token
     yield Item(
         name="samples",
         num_bytes=held,
         how=f"{samples} a step x {rollout.max_staleness + 1} steps of {recipe.model.max_context} tokens, "
-        f"{routes} B of routes a token; kept sets not counted",
+        f"{routes} B of routes{f' and {selected} B of selections' if selected else ''} a token; kept sets not counted",
     )

@@ -315,6 +315,12 @@ def _vllm_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
         0.01 <= temperature <= 2,
         f"sampling.temperature is {temperature}, but vLLM samples at 0.01 to 2 only",
     )
+    yield (
+        "objective.keep_selection",
+        not recipe.objective.keep_selection,
+        "objective.keep_selection needs rollout.engine torch: vLLM does not return which keys it selected; set it to "
+        "false",
+    )
     gpus = rollout.engines * rollout.tensor_parallel
     yield (
         "placement",

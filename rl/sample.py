@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from rl.selections import Selections
+
 NDArray = np.ndarray
 
 
@@ -137,6 +139,7 @@ class Sample:
     versions: NDArray  # int32 [T], weight version that sampled the token; -1 where not sampled
     routes: NDArray | None = None  # uint8 (uint16 above 256 experts) [T, moe_layers, top_k]; t routed as an input
     routed: NDArray | None = None  # bool [T], which rows of routes were recorded; None means all of them
+    selections: Selections | None = None  # None when not recorded, or where no position sees more than it attends to
     kept: Kept | None = None  # None when sampling did not truncate
     status: Status = Status.FINISHED
     reply: str = ""  # the (last) reply, decoded once by the engine's tokenizer for rewards and reports
@@ -147,12 +150,14 @@ class Sample:
     part: int | None = None  # place among the earlier sequences of its episode; None for the last one
 
     def __post_init__(self) -> None:
-        for name in ("sampled", "rollout_logprobs", "versions", "routes", "routed", "kept"):
+        for name in ("sampled", "rollout_logprobs", "versions", "routes", "routed", "selections", "kept"):
             stream = getattr(self, name)
             if stream is not None and len(stream) != len(self.token_ids):
                 raise ValueError(f"sample {self.id}: {name} has {len(stream)} entries for {len(self.token_ids)} tokens")
         if self.routes is None and self.routed is not None:
             raise ValueError(f"sample {self.id}: routed is given without routes")
+        if self.selections is not None and (fault := self.selections.fault()):
+            raise ValueError(f"sample {self.id}: selections {fault}")
         if len(self.sampled) and self.sampled[0]:
             raise ValueError(f"sample {self.id}: the first token has no context it could have been sampled from")
         if np.any(self.rollout_logprobs[~self.sampled] != 0):
@@ -189,6 +194,11 @@ class Sample:
     def num_generated(self) -> int:
         """|o_i|, the number of tokens the policy chose in the whole episode."""
         return sum(sequence.num_sampled for sequence in self.sequences)
+
+    @property
+    def recorded_bytes(self) -> int:
+        """What this sequence's routes and selections take."""
+        return sum(stream.nbytes for stream in (self.routes, self.selections) if stream is not None)
 
     @property
     def oldest_version(self) -> int:

@@ -10,9 +10,10 @@ import numpy as np
 
 from rl.errors import DataError
 from rl.sample import Group, Kept, NDArray, Prompt, Sample, Scored, Status, ToolCall, ToolResult, Turn
+from rl.selections import Selections
 
 Arrays = dict[str, NDArray]
-_NESTED = ("prompt", "turns", "earlier", "status", "kept")
+_NESTED = ("prompt", "turns", "earlier", "status", "selections", "kept")
 _PLAIN = [field.name for field in fields(Sample) if field.name not in _NESTED]
 
 
@@ -63,6 +64,12 @@ def _sample_record(sample: Sample, place: str, arrays: Arrays) -> dict[str, Any]
     if sample.kept is not None:
         record["kept"] = f"{place}.kept"
         arrays |= {f"{place}.kept.ids": sample.kept.ids, f"{place}.kept.offsets": sample.kept.offsets}
+    if (selections := sample.selections) is not None:
+        record["selections"] = {"place": f"{place}.selections", "top_k": selections.top_k}
+        arrays |= {
+            f"{place}.selections.recorded": selections.recorded,
+            f"{place}.selections.rows": selections.rows,
+        }
     record["earlier"] = [_sample_record(one, f"{place}.{number}", arrays) for number, one in enumerate(sample.earlier)]
     return record
 
@@ -76,6 +83,9 @@ def _sample_of(record: Mapping[str, Any], arrays: Mapping[str, NDArray], prompt:
     }
     if kept := record.get("kept"):
         values["kept"] = Kept(ids=arrays[f"{kept}.ids"], offsets=arrays[f"{kept}.offsets"])
+    if selections := record.get("selections"):
+        recorded, rows = (arrays[f"{selections['place']}.{name}"] for name in ("recorded", "rows"))
+        values["selections"] = Selections(top_k=selections["top_k"], recorded=recorded, rows=rows)
     return Sample(
         prompt=prompt,
         status=Status(record["status"]),

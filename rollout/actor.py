@@ -35,6 +35,7 @@ class EngineActor:
         max_context: int,
         threads: int,
         version: int = 0,
+        record_selections: bool = False,
     ) -> None:
         """Loads a Hugging Face directory; `dtype` is a torch dtype's name, `threads` counts CPU threads.
 
@@ -45,7 +46,13 @@ class EngineActor:
             module = load_model(model_path, dtype=getattr(torch, dtype), device=device)
         except (ValueError, OSError) as error:
             raise DataError(f"the model in {model_path} cannot be loaded: {error}") from error
-        self._engine = TorchEngine(module, max_num_seqs=max_num_seqs, max_context=max_context, version=version)
+        self._engine = TorchEngine(
+            module,
+            max_num_seqs=max_num_seqs,
+            max_context=max_context,
+            version=version,
+            record_selections=record_selections,
+        )
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self._live.submit(*requests)

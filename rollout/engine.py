@@ -16,6 +16,7 @@ import numpy as np
 from rl.config import Sampling
 from rl.errors import DataError, RunStopped
 from rl.sample import Kept, NDArray
+from rl.selections import Selections
 
 
 class EngineDied(RunStopped):
@@ -61,6 +62,7 @@ class Completion:
     routes: NDArray | None  # uint8 (uint16 above 256 experts) [P + C, moe_layers, top_k]; None without experts
     routed: NDArray | None  # bool [P + C], False for tokens that were never fed: always the last one
     finish: Finish
+    selections: Selections | None = None  # of P + C tokens; None without sparse attention, or where nobody asked
 
     def __post_init__(self) -> None:
         for name in ("logprobs", "versions", "kept"):

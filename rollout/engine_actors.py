@@ -42,6 +42,7 @@ def _torch_engines(recipe: Recipe, device: str) -> list[Maker]:
         "max_num_seqs": rollout.max_num_seqs,
         "max_context": model.max_context,
         "threads": rollout.threads,
+        "record_selections": recipe.objective.keep_selection,
     }
     return [(actor.remote, arguments) for _ in range(rollout.engines)]
 

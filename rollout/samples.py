@@ -25,6 +25,7 @@ def to_sample(prompt: Prompt, index: int, request: Request, completion: Completi
         versions=np.concatenate([np.full(num_prompt, -1, np.int32), completion.versions]),
         routes=completion.routes,
         routed=completion.routed,
+        selections=completion.selections,
         kept=kept,
         status=_STATUS[completion.finish],
         reply=reply,

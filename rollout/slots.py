@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rl.sample import Kept, NDArray
+from rl.selections import Selections
 from rollout.engine import Completion, Finish, Request, truncates
 from rollout.sampler import Draws, SamplingRows
 
@@ -15,10 +16,17 @@ class SlotTable:
     """The sequences in `num_slots` slots of `max_context` tokens. S slots, T = max_context.
 
     route_shape: (moe_layers, top_k) of the routes to keep, or None; num_experts decides their dtype.
+    selection_shape: (layers, index_topk) of the selections to keep, or None.
     """
 
     def __init__(
-        self, num_slots: int, max_context: int, *, route_shape: tuple[int, int] | None, num_experts: int
+        self,
+        num_slots: int,
+        max_context: int,
+        *,
+        route_shape: tuple[int, int] | None,
+        num_experts: int,
+        selection_shape: tuple[int, int] | None = None,
     ) -> None:
         shape = (num_slots, max_context)
         self.max_context = max_context
@@ -29,6 +37,10 @@ class SlotTable:
         self.routes: NDArray | None = None  # [S, T, moe_layers, top_k]
         if route_shape is not None:
             self.routes = np.zeros((*shape, *route_shape), np.uint8 if num_experts <= 256 else np.uint16)
+        self.selections: NDArray | None = None  # [S, T - index_topk, layers, index_topk], from position index_topk on
+        if selection_shape is not None:
+            dtype = np.uint16 if max_context <= 1 << 16 else np.uint32
+            self.selections = np.zeros((num_slots, max_context - selection_shape[1], *selection_shape), dtype)
         self._logprobs = np.zeros(shape, np.float32)
         self._versions = np.zeros(shape, np.int32)
         self._limits = np.zeros(num_slots, np.int64)
@@ -76,6 +88,7 @@ class SlotTable:
             kept=Kept.from_rows(self._kept[slot]) if truncates(request.sampling) else None,
             routes=None if self.routes is None else self.routes[slot, :end].copy(),
             routed=None if self.routes is None else np.arange(end) < end - 1,
+            selections=self._selections(slot, end),
             finish=finish,
         )
         if completion.routes is not None:
@@ -97,8 +110,18 @@ class SlotTable:
             kept=Kept.from_rows([]) if truncates(request.sampling) else None,
             routes=routes,
             routed=None if routes is None else np.zeros(num_prompt, bool),
+            selections=self._selections(0, num_prompt, num_fed=0),
             finish=Finish.ABORT,
         )
+
+    def _selections(self, slot: int, num_tokens: int, num_fed: int | None = None) -> Selections | None:
+        """Of the first `num_tokens` tokens in a slot, of which all but the last were fed unless `num_fed` says else."""
+        if self.selections is None:
+            return None
+        top_k, num_fed = self.selections.shape[-1], num_tokens - 1 if num_fed is None else num_fed
+        order = np.arange(num_tokens)
+        recorded = (order >= top_k) & (order < num_fed)
+        return Selections.of(self.selections[slot, : np.count_nonzero(recorded)], recorded)
 
     def _keep(self, slots: NDArray, draws: Draws) -> None:
         if len(draws.kept_ids) == 0:

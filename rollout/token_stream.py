@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rl.sample import Kept, NDArray, Prompt, Sample
+from rl.selections import Selections
 from rollout.engine import Completion
 
 
@@ -24,7 +25,7 @@ class TokenStream:
 
     A reply is generated from all the tokens before it, so its completion also says how those were routed. A position
     keeps the route with which it was first fed: its own log-probabilities were computed with that one. The last token
-    of a reply is fed only when the next reply is generated, and gets its route then.
+    of a reply is fed only when the next reply is generated, and gets its route then. So it is with selections.
     """
 
     def __init__(self, token_ids: NDArray) -> None:
@@ -37,6 +38,7 @@ class TokenStream:
         self._truncated = False  # whether any reply has kept sets
         self._routes: NDArray | None = None  # [T, moe_layers, top_k] of as many tokens as were ever routed
         self._routed = np.zeros(0, bool)
+        self._selections: Selections | None = None  # of as many tokens as were ever fed
         self._length = len(token_ids)
         self.num_prompt = len(token_ids)
         self.replies: list[Span] = []
@@ -79,6 +81,7 @@ class TokenStream:
         self._length += count
         self.replies.append(Span(begin, begin + count))
         self._take_routes(completion)
+        self._take_selections(completion)
 
     def sample(self, prompt: Prompt, **fields: Any) -> Sample:
         """The stream as a sample; `fields` are the sample's own, such as ``index`` and ``status``."""
@@ -103,6 +106,7 @@ class TokenStream:
             kept=kept,
             routes=routes,
             routed=routed,
+            selections=None if self._selections is None else self._selections.extended(self._length),
             **fields,
         )
 
@@ -117,3 +121,11 @@ class TokenStream:
         routes = completion.routes.copy()
         routes[: len(self._routes)][self._routed] = self._routes[self._routed]
         self._routes, self._routed = routes, known | completion.routed
+
+    def _take_selections(self, completion: Completion) -> None:
+        found = completion.selections
+        if found is None:
+            return
+        if len(found) != self._length:
+            raise ValueError(f"a reply's selections are of {len(found)} tokens, but there are {self._length}")
+        self._selections = found if self._selections is None else self._selections.extended(len(found)).filled(found)

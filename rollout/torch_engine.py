@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from model import CacheView, LanguageModel
+from model import CacheView, KeySelection, LanguageModel
 from model.checksum import checksums
 from rl.errors import DataError
 from rl.sample import NDArray
@@ -50,7 +50,9 @@ class TorchEngine:
         max_context: int,
         version: int = 0,
         prefill_tokens: int = PREFILL_TOKENS,
+        record_selections: bool = False,
     ) -> None:
+        """`record_selections`: whether completions tell what sparse attention kept (Keep Selection)."""
         outline = module.outline
         self.module = module.eval().requires_grad_(False)
         self.max_num_seqs = max_num_seqs
@@ -64,6 +66,7 @@ class TorchEngine:
             max_context,
             route_shape=(len(outline.moe_layers), outline.experts_per_token) if outline.moe_layers else None,
             num_experts=outline.num_experts,
+            selection_shape=_selection_shape(module, max_context) if record_selections else None,
         )
         self._prefill_tokens = prefill_tokens
         self._free = deque(range(max_num_seqs))  # the slot idle for longest comes first
@@ -237,18 +240,31 @@ class TorchEngine:
         lengths = -(-np.maximum(positions.max(axis=1) + 1, 2 * ROW_MULTIPLE) // ROW_MULTIPLE) * ROW_MULTIPLE
         lengths = np.minimum(lengths, self.max_context)
         view = CacheView(cache=self._cache, slots=self._tensor(slots), lengths=self._tensor(lengths))
+        selection = None if self._table.selections is None else KeySelection(own={})
         output = self.module.backbone(
             self._tensor(self._table.tokens[slots[:, None], positions]),
             positions=self._tensor(positions),
             cache=view,
             record_routes=self._table.routes is not None,
+            selection=selection,
         )
+        if selection is not None and selection.own:
+            self._keep_selections(slots, positions, selection.own)
         if self._table.routes is not None:
             assert output.routes is not None
             routes = output.routes.to(torch.int16).cpu().numpy().astype(self._table.routes.dtype)
             row, column = np.nonzero(positions >= 0)
             self._table.routes[slots[row], positions[row, column]] = routes[row, column]
         return output.hidden
+
+    def _keep_selections(self, slots: NDArray, positions: NDArray, own: Mapping[int, torch.Tensor]) -> None:
+        """Notes what every layer chose, int64 [B, Q, index_topk] each, for positions that left something out."""
+        kept = self._table.selections
+        assert kept is not None
+        row, column = np.nonzero(positions >= kept.shape[-1])
+        at = self._tensor(row), self._tensor(column)
+        chosen = torch.stack([own[layer][at] for layer in range(kept.shape[-2])], dim=1)
+        kept[slots[row], positions[row, column] - kept.shape[-1]] = chosen.to(torch.int32).cpu().numpy()
 
     def _logits(self, hidden: torch.Tensor) -> NDArray:
         """float32 [B, V] on the host, of hidden [B, D]."""
@@ -279,6 +295,15 @@ class TorchEngine:
         self._cache.copy(source, slots, num_tokens)
         if self._table.routes is not None:
             self._table.routes[slots, :num_tokens] = self._table.routes[source, :num_tokens]
+        if (kept := self._table.selections) is not None:
+            num_rows = max(0, num_tokens - kept.shape[-1])
+            kept[slots, :num_rows] = kept[source, :num_rows]
 
     def _tensor(self, array: NDArray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, torch.long)
+
+
+def _selection_shape(module: LanguageModel, max_context: int) -> tuple[int, int] | None:
+    """Layers and keys of a selection; None in a model that never leaves a key out."""
+    top_k = module.index_topk
+    return None if top_k is None or top_k >= max_context else (module.outline.num_layers, top_k)

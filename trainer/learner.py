@@ -130,7 +130,7 @@ class Learner:
         return self._result(minibatches, await self._each("step", shares))
 
     async def logprobs(self, minibatch: Minibatch) -> dict[str, NDArray]:
-        """By sample: float32 [T] with the current weights, routes and kept sets replayed as in training."""
+        """By sample: float32 [T] with the current weights, with what was recorded replayed as in training."""
         ranks = await self._each("logprobs", [(minibatch.share(rank),) for rank in range(len(self._actors))])
         return {name: stream for rank in ranks for name, stream in rank.items()}
 

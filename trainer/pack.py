@@ -18,6 +18,7 @@ import numpy as np
 
 from rl.config import Aggregation
 from rl.sample import Group, Kept, NDArray, Sample
+from rl.selections import Selections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +26,9 @@ class Microbatch:
     """Samples laid end to end: N tokens of S sequences, every stream aligned with ``token_ids``.
 
     Sequence s is ``[cu_seqlens[s], cu_seqlens[s + 1])``. A sampled token whose kept set is empty, or any token when
-    ``kept`` is None, could have been every token of the vocabulary; a token that is not ``routed`` routes live. So
-    samples with and without recordings share a micro-batch, and the step counts the fallbacks token by token.
+    ``kept`` is None, could have been every token of the vocabulary; a token that is not ``routed`` routes live, and one
+    without a row in its sequence's ``selections`` attends to what the indexer says now. So samples with and without
+    recordings share a micro-batch, and the step counts the fallbacks token by token.
     """
 
     sample_ids: tuple[str, ...]  # [S]
@@ -40,6 +42,7 @@ class Microbatch:
     kl_beta: NDArray  # float32 [N], constant within a sequence
     routes: NDArray | None = None  # uint8 (uint16 above 256 experts) [N, moe_layers, top_k]
     routed: NDArray | None = None  # bool [N]; given exactly when routes is
+    selections: tuple[Selections | None, ...] = ()  # [S], of each sequence; empty where none has any
     kept: Kept | None = None  # N rows
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class Microbatch:
             raise ValueError(f"micro-batch of {self.sample_ids[0]}: domains and sample_ids are not equally many")
         if (self.routes is None) != (self.routed is None):
             raise ValueError(f"micro-batch of {self.sample_ids[0]}: routes and routed must be given together")
+        if self.selections and len(self.selections) != len(self.sample_ids):
+            raise ValueError(f"micro-batch of {self.sample_ids[0]}: selections and sample_ids are not equally many")
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -283,6 +288,7 @@ def _concatenate(row: list[WeightedSample]) -> Microbatch:
         kl_beta=np.repeat(np.array([weighted.kl_beta for weighted in row], np.float32), lengths),
         routes=routes,
         routed=routed,
+        selections=() if all(s.selections is None for s in samples) else tuple(s.selections for s in samples),
         kept=_join_kept(samples),
     )
 

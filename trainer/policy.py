@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from model import LanguageModel, Routing
+from model import KeySelection, LanguageModel, Routing
 from trainer.domain_gradients import DomainGradients
 from trainer.pack import Microbatch
+from trainer.selections import key_selection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class PackedTokens:
     cu_seqlens: Tensor  # int64 [S + 1]
     sampled: Tensor  # bool [N]
     routes: Routing | None  # of [1, N] tokens
+    selection: KeySelection | None  # None where it is not kept; notes what the latest forward would have selected
     kept_ids: Tensor | None  # int32 [M]
     kept_offsets: Tensor | None  # int64 [R + 1], rows of the sampled tokens only
 
@@ -35,8 +37,12 @@ class PackedTokens:
         *,
         keep_routing: bool = True,
         keep_sampling_mask: bool = True,
+        index_topk: int | None = None,
     ) -> PackedTokens:
-        """Moves a micro-batch; recordings that the objective does not replay stay behind."""
+        """Moves a micro-batch; recordings that the objective does not replay stay behind.
+
+        ``index_topk`` is the model's where it replays selections, and None where it does not.
+        """
 
         def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             # Arrays that Ray delivered are read-only views of its object store; torch asks for its own.
@@ -56,6 +62,7 @@ class PackedTokens:
             cu_seqlens=tensor(micro.cu_seqlens, torch.long),
             sampled=tensor(micro.sampled, torch.bool),
             routes=routes,
+            selection=None if index_topk is None else key_selection(micro, index_topk, device),
             kept_ids=kept_ids,
             kept_offsets=kept_offsets,
         )
@@ -82,13 +89,13 @@ class Policy(nn.Module):
         self,
         tokens: PackedTokens,
         *,
-        replay: bool = True,
+        replay_routes: bool = True,
         indexer_loss: Literal["dense", "sparse"] | None = None,
     ) -> PolicyOutput:
         """Entry t of the output is about choosing token t, which the hidden state of token t - 1 decides.
 
-        Log-probabilities are those of softmax(logits / temperature) over the token's kept set. Routes are replayed
-        where they were recorded, unless ``replay`` is False.
+        Log-probabilities are those of softmax(logits / temperature) over the token's kept set. Selections are replayed
+        where they were recorded, and so are routes, unless ``replay_routes`` is False.
 
         Raises:
             ValueError: a sampled token lies outside its own kept set.
@@ -97,8 +104,9 @@ class Policy(nn.Module):
             tokens.token_ids.unsqueeze(0),
             positions=tokens.positions.unsqueeze(0),
             cu_seqlens=tokens.cu_seqlens,
-            routes=tokens.routes if replay else None,
+            routes=tokens.routes if replay_routes else None,
             indexer_loss=indexer_loss,
+            selection=tokens.selection,
         )
         rows = tokens.sampled.nonzero().squeeze(1)
         # A sequence's first token is never sampled, so t - 1 lies in the same sequence. With no sampled token at all

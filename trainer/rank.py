@@ -140,13 +140,15 @@ class LearnerRank:
                 reference=self.reference,
                 indexer_weight=indexer_weight,
                 domain_gradients=self.policy.domain_gradients,
+                index_topk=self.policy.model.index_topk,
             )
             for minibatch in minibatches
         ]
 
     def logprobs(self, minibatch: Minibatch) -> dict[str, NDArray]:
         """float32 [T] of every sample in this rank's share, with the current weights."""
-        return score(self.engine, minibatch, self.recipe.objective, device=self.device)
+        index_topk = self.policy.model.index_topk
+        return score(self.engine, minibatch, self.recipe.objective, device=self.device, index_topk=index_topk)
 
     def supervised_step(self, minibatch: Minibatch) -> RankStep:
         """One step of the cold start."""

@@ -17,6 +17,7 @@ from trainer.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from trainer.domain_gradients import DomainGradients
 from trainer.pack import Microbatch, Minibatch
 from trainer.policy import PackedTokens, PolicyOutput
+from trainer.selections import measure_selections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,8 @@ class Reference:
     """Log-probabilities of the frozen initial policy, over the same kept sets.
 
     It routes live. Replaying is for the policy that is trained, whose experts must be those that sampled the token;
-    the reference is another distribution, the one that its own router defines.
+    the reference is another distribution, the one that its own router defines. Selections it replays: they stand for
+    all keys, which either policy would attend to, and a KL of near ties among keys would say nothing of the policies.
     """
 
     def __init__(self, policy: Callable[..., PolicyOutput], *, partitioned: bool = False) -> None:
@@ -48,7 +50,7 @@ class Reference:
         """fp32 [N], 0 where not sampled; None where no token has a KL (``kl_beta`` [N] is 0 everywhere)."""
         if not (self.partitioned or kl_beta.any()):
             return None
-        return self.policy(tokens, replay=False).logprobs
+        return self.policy(tokens, replay_routes=False).logprobs
 
 
 def grpo_step(
@@ -60,18 +62,18 @@ def grpo_step(
     reference: Reference | None = None,
     indexer_weight: float | None = None,
     domain_gradients: DomainGradients | None = None,
+    index_topk: int | None = None,
 ) -> RankStep:
     """Runs this rank's micro-batches (``minibatch.share(rank)``), then the optimizer step of all ranks.
 
     ``indexer_weight`` adds the indexer's KL (paper Eq. 4), averaged over tokens and summed over layers. It moves no
     other parameter, but it counts in the norm that ``grad_clip`` bounds: a small weight keeps the policy's share.
+    ``index_topk`` is that of a model with an indexer, whose selections ``objective.keep_selection`` replays.
     """
     (microbatches,) = minibatch.ranks
     tallies, suspects, logprobs, total = [], [], {}, 0.0
     for micro in microbatches:
-        tokens = PackedTokens.of(
-            micro, device, keep_routing=objective.keep_routing, keep_sampling_mask=objective.keep_sampling_mask
-        )
+        tokens = _replaying(micro, objective, device, index_topk)
         if domain_gradients is not None:
             domain_gradients.expect(micro)
         ref_logprobs = reference.logprobs(tokens, micro.kl_beta) if reference else None
@@ -98,6 +100,8 @@ def grpo_step(
             suspects += micro.sample_ids
         total += float(loss.detach())
         tallies += [tally, measure(micro, tokens, output)]
+        if tokens.selection is not None and index_topk is not None:
+            tallies.append(measure_selections(micro, tokens.selection, index_topk))
         logprobs |= by_sample(micro, output.logprobs)
     if domain_gradients is not None:
         tallies.append(domain_gradients.shares())
@@ -112,17 +116,31 @@ def grpo_step(
 
 
 def score(
-    engine: DeepSpeedEngine, minibatch: Minibatch, objective: Objective, *, device: torch.device
+    engine: DeepSpeedEngine,
+    minibatch: Minibatch,
+    objective: Objective,
+    *,
+    device: torch.device,
+    index_topk: int | None = None,
 ) -> dict[str, NDArray]:
     """Log-probabilities of this rank's samples, fp32 [T] each, as a step would find them; trains nothing."""
     (microbatches,) = minibatch.ranks
     logprobs: dict[str, NDArray] = {}
     for micro in microbatches:
-        tokens = PackedTokens.of(
-            micro, device, keep_routing=objective.keep_routing, keep_sampling_mask=objective.keep_sampling_mask
-        )
+        tokens = _replaying(micro, objective, device, index_topk)
         logprobs |= by_sample(micro, engine.run(tokens).logprobs)
     return logprobs
+
+
+def _replaying(micro: Microbatch, objective: Objective, device: torch.device, index_topk: int | None) -> PackedTokens:
+    """A micro-batch with those of its recordings that the objective replays."""
+    return PackedTokens.of(
+        micro,
+        device,
+        keep_routing=objective.keep_routing,
+        keep_sampling_mask=objective.keep_sampling_mask,
+        index_topk=index_topk if objective.keep_selection else None,
+    )
 
 
 def indexer_term(output: PolicyOutput, micro: Microbatch, minibatch: Minibatch) -> tuple[Tensor, dict[str, Mean]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from model import LanguageModel
+from model import KeySelection, LanguageModel
 from rl.sample import NDArray, Prompt
 from rollout.engine import Completion, Request
 from rollout.samples import to_sample
@@ -24,9 +25,13 @@ def log_ratios(
     *,
     routes: bool = True,
     kept: bool = True,
+    selection: KeySelection | None = None,
     device: str = "cuda",
 ) -> NDArray:
-    """float32 [sampled tokens]: learner minus engine, with what the engine recorded replayed or not."""
+    """float32 [sampled tokens]: learner minus engine, with what the engine recorded replayed or not.
+
+    `selection` is replayed in every micro-batch, so that it belongs to a single completion.
+    """
     samples = [
         to_sample(Prompt(id=request.id, domain="gpu", token_ids=request.token_ids), 0, request, completion, "")
         for request, completion in zip(requests, completions, strict=True)
@@ -36,6 +41,7 @@ def log_ratios(
     ratios = []
     for micro in minibatch.ranks[0]:
         tokens = PackedTokens.of(micro, device, keep_routing=routes, keep_sampling_mask=kept)
+        tokens = replace(tokens, selection=selection)
         with torch.no_grad():
             learned = policy(tokens).logprobs.float().cpu().numpy()
         ratios.append((learned - micro.rollout_logprobs)[micro.sampled])

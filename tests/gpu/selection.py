@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import DeepseekV32, load_deepseek_v32, save_model
-from model.indexer import IndexArithmetic, Selections
+from model import DeepseekV32, GivenKeys, KeySelection, load_deepseek_v32, save_model
+from model.indexer import IndexArithmetic
 from rl.config import Sampling
 from rollout import vllm_engine
 from rollout.engine import Completion, Request
@@ -111,11 +111,16 @@ async def engine_selections(actor: VllmEngineActor, ours: bool, sequences: Seque
 
 
 def learner_selections(module: DeepseekV32, ids: np.ndarray) -> Selected:
-    module.selections = Selections()
+    own: Selected = {}
     with torch.no_grad():
-        module.backbone(torch.tensor(ids, device="cuda").long()[None])
-    own, module.selections = module.selections.own, None
+        module.backbone(torch.tensor(ids, device="cuda").long()[None], selection=KeySelection(own=own))
     return {layer: rows.cpu() for layer, rows in own.items()}
+
+
+def given_keys(selected: Selected) -> KeySelection:
+    """Replays what was selected for every position of one sequence, below index_topk too."""
+    keys = torch.stack([selected[layer] for layer in sorted(selected)], dim=1).int().cuda()
+    return KeySelection(given=GivenKeys(queries=torch.arange(len(keys)).cuda(), keys=keys, complete=True))
 
 
 def bits(places: torch.Tensor) -> torch.Tensor:
@@ -179,9 +184,7 @@ def mismatches(
         return figures(log_ratios(module, requests, completions))
     ratios = []
     for request, completion, places in zip(requests, completions, selected, strict=True):
-        module.selections = Selections(replayed={layer: rows.cuda() for layer, rows in places.items()})
-        ratios.append(log_ratios(module, [request], [completion]))
-        module.selections = None
+        ratios.append(log_ratios(module, [request], [completion], selection=given_keys(places)))
     return figures(np.concatenate(ratios))
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model import DeepseekV32, packing
+from model import DeepseekV32, GivenKeys, KeySelection, packing
 from model.deepseek_v32 import Layer
-from model.indexer import Selections
 from tests.model.shapes import SHAPES, make_config, make_model, tokens
 
 LENGTHS = [23, 5, 17]
+Own = dict[int, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -19,26 +19,28 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_MAX_GROUPED", 0)
 
 
-def forward(module: DeepseekV32, selections: Selections | None = None) -> torch.Tensor:
-    module.selections = selections
+def forward(module: DeepseekV32, given: GivenKeys | None = None, own: Own | None = None) -> torch.Tensor:
     cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()])
     with torch.no_grad():
-        logits = module(tokens(1, sum(LENGTHS)), cu_seqlens=cu_seqlens)
-    module.selections = None
-    return logits
+        selection = KeySelection(given=given, own=own)
+        return module.backbone(tokens(1, sum(LENGTHS)), cu_seqlens=cu_seqlens, selection=selection).hidden
+
+
+def all_of(own: Own) -> GivenKeys:
+    keys = torch.stack([own[layer] for layer in sorted(own)], dim=1)
+    return GivenKeys(queries=torch.arange(len(keys)), keys=keys, complete=True)
 
 
 def test_what_was_kept_can_be_replayed() -> None:
     module, other = make_model(make_config(), seed=0), make_model(make_config(), seed=1)
-    kept, others = Selections(), Selections()
-    wanted = forward(module, kept)
-    forward(other, others)
-    assert torch.equal(forward(module, Selections(replayed=kept.own)), wanted)
-    again = Selections(replayed=others.own)
-    assert not torch.allclose(forward(module, again), wanted, atol=1e-3)
-    assert set(again.own) == set(kept.own) == set(range(module.config.num_hidden_layers))
+    kept, others, again = Own(), Own(), Own()
+    wanted = forward(module, own=kept)
+    forward(other, own=others)
+    assert torch.equal(forward(module, all_of(kept)), wanted)
+    assert not torch.allclose(forward(module, all_of(others), again), wanted, atol=1e-3)
+    assert set(again) == set(kept) == set(range(module.config.num_hidden_layers))
     # The first layer's input does not depend on what is attended to.
-    assert torch.equal(again.own[0], kept.own[0]) and not torch.equal(again.own[0], others.own[0])
+    assert torch.equal(again[0], kept[0]) and not torch.equal(again[0], others[0])
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,10 +62,10 @@ def test_the_imitated_arithmetic_by_hand() -> None:
     """One layer, one sequence, in bfloat16: fp8 without a rotation, head weights rounded to bfloat16."""
     config = make_config(num_hidden_layers=1, mlp_layer_types=None, first_k_dense_replace=1)
     module = make_model(config).to(torch.bfloat16)
-    ids, selections = tokens(1, 40), Selections()
-    module.index_arithmetic, module.selections = "vllm", selections
+    ids, own = tokens(1, 40), Own()
+    module.index_arithmetic = "vllm"
     with torch.no_grad():
-        module(ids)
+        module.backbone(ids, selection=KeySelection(own=own))
         layer = module.model.layers[0]
         assert isinstance(layer, Layer)
         attention, index = layer.self_attn, layer.self_attn.indexer
@@ -80,14 +82,14 @@ def test_the_imitated_arithmetic_by_hand() -> None:
         scores = (torch.einsum("tjd,sd->tjs", q, k).relu() * weights[..., None]).sum(1) * k_scale[:, 0]
     scores.masked_fill_(torch.ones(40, 40).triu(1).bool(), float("-inf"))
     same = 0
-    for row, places in enumerate(selections.own[0]):
+    for row, places in enumerate(own[0]):
         wanted = set(scores[row].topk(min(config.index_topk, row + 1)).indices.tolist())
         same += wanted == {int(place) for place in places if place >= 0}
     assert same >= 39  # scores here and there round differently
-    module.index_arithmetic, module.selections = "plain", Selections()
+    module.index_arithmetic, plain = "plain", Own()
     with torch.no_grad():
-        module(ids)
-    assert not torch.equal(module.selections.own[0], selections.own[0])
+        module.backbone(ids, selection=KeySelection(own=plain))
+    assert not torch.equal(plain[0], own[0])
 
 
 @pytest.mark.parametrize("shape", ["base", "yarn and groups", "odd sizes"])

@@ -16,6 +16,7 @@ from rewards.pool import Failure, RewardPool
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError
 from rl.sample import Kept, Sample, Scored, Status
+from rl.selections import Selections
 from tests.rewards.conftest import USER_REWARDS
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -223,7 +224,8 @@ def test_samples_that_did_not_end_properly_are_failures(make_sample):
 def test_routes_and_kept_sets_come_back_though_they_do_not_travel(make_sample):
     sample = make_sample()
     kept = Kept.from_rows([np.array([], np.int32)] * 2 + [np.array([token]) for token in (2, 3, 4)])
-    sample = replace(sample, routes=np.zeros((5, 2, 2), np.uint8), kept=kept)
+    selections = Selections.of(np.array([[[0, 1]], [[1, 2]]]), np.array([0, 0, 1, 1, 0], bool))
+    sample = replace(sample, routes=np.zeros((5, 2, 2), np.uint8), kept=kept, selections=selections)
 
     async def body(pool: RewardPool) -> tuple[Scored | Failure, list[Scored | Failure]]:
         return await pool.score(sample), await pool.score_group([])

@@ -27,6 +27,7 @@ def test_episodes_with_a_user_are_trained_and_evaluated(tmp_path: Path, capsys: 
         tmp_path,
         *ENVIRONMENT,
         "steps=1",
+        "objective.keep_selection=true",
         "supervised={steps: 40, batch_size: 16, lr: 1.0e-2, warmup_steps: 0}",
         "supervised.demonstrations.function=tests.rl.tiny_rewards:says_k",
         "evaluation={num_prompts: 2, samples_per_prompt: 2}",
@@ -36,7 +37,7 @@ def test_episodes_with_a_user_are_trained_and_evaluated(tmp_path: Path, capsys: 
     (step,) = run.steps
     # Every token of every sequence was trained, with its route, and the learner agrees with the engine about it.
     assert step["tokens/trained"] == step["tokens/generated"] > 16 * 2
-    assert step["routes/replayed"] == step["kept/share"] == step["sync/verified"] == 1.0
+    assert step["routes/replayed"] == step["selections/replayed"] == step["kept/share"] == step["sync/verified"] == 1.0
     assert step["mismatch/logprob_abs"] < 1e-4
     turns = [trajectory["turns"] for trajectory in run.trajectories(1)]
     assert max(map(len, turns)) == 3

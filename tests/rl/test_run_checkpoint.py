@@ -30,6 +30,7 @@ from rl.resume import open_run
 from rl.run_directory import RunDirectory
 from rl.sample import Group, Prompt, Sample, Scored, Status, ToolCall, ToolResult, Turn
 from rl.saved_groups import group_of, group_record
+from rl.selections import Selections
 from tests.rl.test_rollouts import PROMPTS, Rig
 from tests.rl.tiny_runs import REWARDS, make_prompt, make_sample, tiny_recipe
 
@@ -181,12 +182,24 @@ def episode(prompt: Prompt) -> Sample:
     )
 
 
+def selecting(prompt: Prompt, num_sampled: int) -> Sample:
+    """With selections of 3 tokens: as bits where it is short, as positions where it is long."""
+    sample = make_sample(prompt, num_sampled=num_sampled)
+    recorded = np.arange(len(sample)) % 3 == 2
+    recorded[:3] = False
+    keys = np.array([[t - 3, t - 1, t] for t in np.flatnonzero(recorded)])[:, None].repeat(2, axis=1)
+    selections = Selections.of(keys, recorded)
+    assert (selections.rows.dtype == np.uint8) == (num_sampled < 40)
+    return replace(sample, selections=selections)
+
+
 def test_groups_survive_json_and_arrays(tmp_path: Path):
     prompt = make_prompt("7")
     group = Group(
         prompt=prompt,
         scored=(
-            Scored(sample=make_sample(prompt), reward=1 / 3, parts={"a": 0.1}, comments={"a": "why"}),
+            Scored(sample=selecting(prompt, 4), reward=1 / 3, parts={"a": 0.1}, comments={"a": "why"}),
+            Scored(sample=selecting(prompt, 400), reward=0.5),
             Scored(sample=episode(prompt), reward=-0.0),
         ),
         failed=2,

@@ -4,10 +4,11 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.sample import Group, Kept, Prompt, Sample, Scored
+from rl.selections import Selections, bytes_per_token
 
 PROMPT = Prompt(id="math/17", domain="math", messages=({"role": "user", "content": "2+2?"},))
 
@@ -26,6 +27,41 @@ def make(**changes):
 
 
 ROWS = [[], [], [1, 7], [8], [], [2, 7, 9]]
+
+
+def selections(keys=((0, 1), (1, 2), (0, 4)), *, length=6, first=2):
+    """Of two layers that keep 2 tokens; the last position is never fed."""
+    recorded = (np.arange(length) >= first) & (np.arange(length) < first + len(keys))
+    return Selections.of(np.repeat(np.array(keys)[: recorded.sum(), None], 2, axis=1), recorded)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 400), top_k=st.integers(1, 30), seed=st.integers(0, 99), share=st.floats(0, 1))
+def test_selections_come_back_from_bits_and_from_positions(length, top_k, seed, share):
+    rng = np.random.default_rng(seed)
+    recorded = (np.arange(length) >= top_k) & (rng.random(length) < share)
+    rows = [[np.sort(rng.choice(t + 1, top_k, replace=False)) for _ in range(3)] for t in np.flatnonzero(recorded)]
+    keys = np.array(rows, np.int64).reshape(-1, 3, top_k)
+    made = Selections.of(keys, recorded)
+    np.testing.assert_array_equal(made.keys, keys)
+    assert made.fault() is None and len(made) == length
+    assert made.rows.nbytes == len(keys) * 3 * min(-(-length // 8), 2 * top_k)
+    assert made.rows.nbytes <= len(keys) * bytes_per_token(3, top_k, length)
+    half = recorded & (np.arange(length) % 2 == 0)
+    part = Selections.of(keys[half[recorded]], half)
+    whole = part.filled(made)
+    np.testing.assert_array_equal(whole.keys, keys)
+    np.testing.assert_array_equal(whole.recorded, recorded)
+    longer = made.extended(length + 500)
+    np.testing.assert_array_equal(longer.keys, keys)
+    assert len(longer) == length + 500 and longer.fault() is None
+
+
+def test_at_the_size_of_v32_a_token_takes_a_quarter_of_a_megabyte():
+    assert bytes_per_token(61, 2048, 1 << 16) == 61 * 2048 * 2
+    assert bytes_per_token(61, 2048, 1 << 17) == 61 * 2048 * 4
+    assert bytes_per_token(61, 2048, 1 << 14) == 61 * 2048
+    assert bytes_per_token(61, 2048, 2048) == 0
 
 
 def kept(rows=ROWS):
@@ -59,6 +95,18 @@ def test_an_episode_counts_over_all_of_its_sequences():
         ({"routes": np.zeros((5, 2, 2), np.uint8)}, "routes has 5 entries for 6 tokens"),
         ({"kept": kept(ROWS[:5])}, "kept has 5 entries for 6 tokens"),
         ({"routed": np.ones(6, bool)}, "routed is given without routes"),
+        ({"selections": selections(length=5)}, "math/17#3: selections has 5 entries for 6 tokens"),
+        (
+            {"selections": replace(selections(), rows=selections().rows[1:])},
+            r"math/17#3: selections has rows of shape \(2, 2, 1\) for 3 recorded positions, each 1 wide",
+        ),
+        ({"selections": selections([[0, 1], [1, 2], [0, 3]], first=1)}, "row for position 1, which sees 2 tokens"),
+        ({"selections": selections([[0, 1], [0, 0], [0, 3]])}, "keeps 1 tokens for position 3 in layer 0, not 2"),
+        ({"selections": selections([[0, 3], [0, 1], [0, 4]])}, "keeps a later token for position 2"),
+        (
+            {"selections": replace(selections(), rows=selections().keys[:, :, ::-1])},
+            "math/17#3: selections does not ascend for position 2",
+        ),
         ({"sampled": np.ones(6, bool)}, "the first token has no context"),
         ({"rollout_logprobs": np.full(6, -1, np.float32)}, "must be 0 where nothing was sampled"),
         ({"rollout_logprobs": np.array([0, 0, -0.5, -np.inf, 0, 0], np.float32)}, "not finite"),

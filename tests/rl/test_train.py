@@ -43,6 +43,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
         "rollout.max_staleness=2",
         "learner.minibatches=2",
         "learner.indexer=kl",
+        "objective.keep_selection=true",
         "objective.off_policy_delta=0.0",
         "supervised={steps: 20, batch_size: 8, lr: 1.0e-2}",
         f"supervised.demonstrations.function={REWARDS}:says_the_prompt",
@@ -108,6 +109,7 @@ def test_all_four_stabilisers_are_active(full: tuple[Run, str]):
     assert all(row["kept/share"] == 1.0 for row in run.steps)
     assert all(1 < row["kept/mean_size"] < 260 for row in run.steps)
     assert all(row["routes/replayed"] > 0.99 for row in run.steps)
+    assert all(row["selections/replayed"] == 1.0 and 0.5 < row["selections/identical"] <= 1.0 for row in run.steps)
     # Which domain a step's groups come from depends on which were ready first, and at first policy and reference agree.
     assert any(row["loss/kl"] > 0 for row in run.steps) and all(row["loss/kl"] > -1e-9 for row in run.steps)
     # Only one of the two domains has a KL: its mean is over that domain's tokens, the loss over all samples.
@@ -249,8 +251,11 @@ def test_ranks_under_zero_3_feed_two_engines(cluster: None, tmp_path: Path):
         "rollout={engines: 2, max_staleness: 1}",
         "model.init.n_group=2",
         "model.init.topk_group=1",
+        "objective.keep_selection=true",
     )
     assert code == 0
+    assert all(row["selections/replayed"] == 1.0 and "selections/identical" not in row for row in run.steps)
+    assert run.steps[0]["canary/max"] < 1e-4
     assert all(row["sync/verified"] == 1.0 and row["routes/replayed"] > 0.99 for row in run.steps)
     assert run.steps[0]["staleness/max"] == 0
     assert run.steps[-1]["staleness/max"] <= 1

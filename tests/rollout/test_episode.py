@@ -21,6 +21,7 @@ from rollout.engine import Completion, Finish, Request
 from rollout.environments.protocol import Environment, EnvironmentFailed
 from rollout.episode import Attempt, Episode
 from rollout.torch_engine import TorchEngine
+from tests.trainer.samples import with_another_indexer
 from trainer.pack import WeightedSample, pack_step
 from trainer.policy import PackedTokens, Policy
 
@@ -126,7 +127,7 @@ STRATEGIES = [ContextStrategy.none, ContextStrategy.discard_75, ContextStrategy.
 def test_every_array_of_a_random_episode_is_the_learners(make_model, seed):
     rng = np.random.default_rng(seed)
     model = make_model(seed % 3)
-    engine = TorchEngine(make_model(seed % 3), max_num_seqs=4, max_context=700)
+    engine = TorchEngine(make_model(seed % 3), max_num_seqs=4, max_context=700, record_selections=True)
     recorder = Recorder(engine)
     conversation = Eager(stops=int(rng.integers(30, 120)))
     world = World(
@@ -175,12 +176,16 @@ def check_against_trace(sequence: Sample, trace: list[tuple[Request, Completion]
 
 
 def check_against_learner(sequence: Sample, model, temperature: float) -> None:
+    """Whose indexer has other weights: what the engine selected takes its place."""
     (micro,) = pack_step([WeightedSample(sample=sequence)], ranks=1, micro_tokens=1000).ranks[0]
     assert sequence.routed is not None and (sequence.kept is None or sequence.kept.sizes[sequence.sampled].all())
     assert not (micro.context & ~sequence.routed).any()
+    top_k = model.config.index_topk
+    assert sequence.selections is not None
+    assert not (micro.context & (micro.positions >= top_k) & ~sequence.selections.recorded).any()
     with torch.no_grad():
-        tokens = PackedTokens.of(micro, "cpu")
-        learned = Policy(model, temperature=temperature)(tokens).logprobs.numpy()
+        tokens = PackedTokens.of(micro, "cpu", index_topk=top_k)
+        learned = Policy(with_another_indexer(model), temperature=temperature)(tokens).logprobs.numpy()
         live = model.backbone(tokens.token_ids.unsqueeze(0), record_routes=True).routes
     assert live is not None and sequence.routes is not None
     np.testing.assert_allclose(learned, sequence.rollout_logprobs, atol=2e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from model import LanguageModel, ModelConfig, Routing
+from model import CacheView, KeySelection, LanguageModel, ModelConfig, Routing
 from rl.config import Domain, Learner, Model, Objective, Recipe, Sampling, Supervised
 from rl.sample import Group, Kept, NDArray, Prompt, Sample, Scored
+from rl.selections import Selections
 from trainer.deepspeed_engine import Sharding
 from trainer.rank import LearnerRank, sharding_of
 from trainer.weights import whole_weights
@@ -132,6 +134,32 @@ def roll_out(
     )
     with torch.no_grad():
         return with_logprobs(blank, brute_logprobs(model, blank).numpy())
+
+
+def with_another_indexer(model: LanguageModel) -> LanguageModel:
+    """A copy that attends to other keys, and is otherwise the same."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if ".indexer." in name:
+                parameter += torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+def with_selections(sample: Sample, model: LanguageModel) -> Sample:
+    """With what an engine running ``model`` would have selected."""
+    top_k, length = model.index_topk, len(sample)
+    assert top_k is not None
+    own: dict[int, torch.Tensor] = {}
+    view = CacheView(cache=model.new_cache(1, length), slots=torch.zeros(1).long(), lengths=torch.tensor([length]))
+    ids, positions = torch.tensor(sample.token_ids).long()[None], torch.arange(length)[None]
+    model.backbone(ids, positions=positions, cache=view, selection=KeySelection(own=own))
+    order = np.arange(length)
+    recorded = (order >= top_k) & (order < length - 1)
+    if not recorded.any():
+        return sample
+    keys = torch.stack([own[layer][0] for layer in range(model.outline.num_layers)], dim=1).numpy()
+    return dataclasses.replace(sample, selections=Selections.of(keys[recorded], recorded))
 
 
 def with_logprobs(sample: Sample, logprobs: NDArray) -> Sample:

@@ -198,7 +198,7 @@ def test_replayed_routes_are_the_experts_used_and_live_ones_differ_after_the_wei
     policy = Policy(model)
     with torch.no_grad():
         policy(tokens)
-        policy(tokens, replay=False)
+        policy(tokens, replay_routes=False)
     replayed, live = torch.stack(used[:2], dim=1).numpy(), torch.stack(used[2:], dim=1).numpy()
     recorded = np.sort(micro.routes[micro.routed], axis=-1)
     np.testing.assert_array_equal(np.sort(replayed[micro.routed], axis=-1), recorded)

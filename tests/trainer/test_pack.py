@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rl.config import Aggregation
 from rl.loss import grpo_loss
 from rl.sample import Group, Kept, Prompt, Sample, Scored
+from rl.selections import Selections
 from trainer.pack import Microbatch, Minibatch, WeightedSample, pack, pack_step
 
 MOE_LAYERS, TOP_K = 2, 3
@@ -36,8 +37,15 @@ def random_sample(rng: np.random.Generator, prompt: Prompt, index: int, length: 
         if recorded
         else None,
         routed=np.arange(length) < length - 1 if recorded and rng.random() < 0.5 else None,
+        selections=random_selections(rng, length) if rng.random() < 0.5 else None,
         kept=kept if rng.random() < 0.5 else None,
     )
+
+
+def random_selections(rng: np.random.Generator, length: int, top_k: int = 2) -> Selections:
+    recorded = (np.arange(length) >= top_k) & (rng.random(length) < 0.7)
+    keys = [np.sort(rng.choice(t + 1, top_k, replace=False)) for t in np.flatnonzero(recorded)]
+    return Selections.of(np.array(keys, np.int64).reshape(-1, 1, top_k), recorded)
 
 
 def random_groups(rng: np.random.Generator, sizes: list[list[int]]) -> list[Group]:
@@ -102,6 +110,8 @@ def test_every_sample_is_packed_once_and_stays_aligned(sizes, ranks, minibatches
 
 
 def check_recordings(micro: Microbatch, row: slice, sample: Sample) -> None:
+    selections = dict(zip(micro.sample_ids, micro.selections, strict=True)) if micro.selections else {}
+    assert selections.get(sample.id) is sample.selections
     if sample.routes is None:
         assert micro.routed is None or not micro.routed[row].any()
     else:

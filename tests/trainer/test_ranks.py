@@ -16,14 +16,21 @@ import torch.distributed as dist
 from safetensors.numpy import load_file
 
 from model import LanguageModel, checksums, load_model
-from rl.config import IndexerTraining, Model, Recipe
+from rl.config import IndexerTraining, Model, Objective, Recipe
 from rl.durable import FileRecord
 from rl.errors import DataError, RecipeError
 from rl.metrics import merge
 from tests.small_disk import full_disk
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks
-from tests.trainer.samples import advantages_of, groups_of, live_weights, tiny_recipe
+from tests.trainer.samples import (
+    advantages_of,
+    groups_of,
+    live_weights,
+    tiny_recipe,
+    with_another_indexer,
+    with_selections,
+)
 from tests.trainer.test_domain_gradients import DOMAINS, minibatch_of, mixed_groups, recipe_of, shares_of
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
@@ -43,9 +50,18 @@ def pair() -> Iterator[Ranks]:
     ranks.close()
 
 
-def steps_of(model_dir: Path, *, ranks: int, kl_beta: float = 0.0, num_steps: int = 2) -> list[Minibatch]:
-    """Lengths on both sides of index_topk, and an odd number of micro-batches, so that one rank idles once a step."""
+def steps_of(
+    model_dir: Path, *, ranks: int, kl_beta: float = 0.0, num_steps: int = 2, selections: bool = False
+) -> list[Minibatch]:
+    """Lengths on both sides of index_topk, and an odd number of micro-batches, so that one rank idles once a step.
+
+    With `selections` one sample brings those of another indexer, and the other long one has none.
+    """
     groups = groups_of(load_model(model_dir), lengths=((40, 29, 5),))
+    if selections:
+        first, *others = groups[0].scored
+        selected = with_selections(first.sample, with_another_indexer(load_model(model_dir)))
+        groups = [dataclasses.replace(groups[0], scored=(dataclasses.replace(first, sample=selected), *others))]
     betas, rng = {"math": kl_beta}, np.random.default_rng(0)
     advantages = advantages_of(groups)
     return [
@@ -78,12 +94,16 @@ def assert_same(first: Weights, second: Weights) -> None:
 def test_two_ranks_give_the_loss_and_the_weights_of_one(
     pair: Ranks, sole_rank: MakeRank, model_dir: Path, stage: int, indexer: IndexerTraining
 ):
-    recipe = tiny_recipe(zero_stage=stage, kl_beta=0.2, indexer=indexer)
-    steps = steps_of(model_dir, ranks=2, kl_beta=0.2)
+    objective = Objective(off_policy_delta=None, keep_selection=True)
+    recipe = tiny_recipe(zero_stage=stage, kl_beta=0.2, indexer=indexer, objective=objective)
+    steps = steps_of(model_dir, ranks=2, kl_beta=0.2, selections=True)
     assert any(micro.sample_ids == ("idle",) for step in steps for rank in step.ranks for micro in rank)
     results = pair(train, recipe, model_dir, steps)
     expected, weights = train(
-        sole_rank, tiny_recipe(kl_beta=0.2, indexer=indexer), model_dir, steps_of(model_dir, ranks=1, kl_beta=0.2)
+        sole_rank,
+        tiny_recipe(kl_beta=0.2, indexer=indexer, objective=objective),
+        model_dir,
+        steps_of(model_dir, ranks=1, kl_beta=0.2, selections=True),
     )
     for number, one in enumerate(expected):
         shares = [ran[number] for ran, _ in results]
@@ -94,6 +114,11 @@ def test_two_ranks_give_the_loss_and_the_weights_of_one(
         assert logprobs.keys() == one.learner_logprobs.keys()
         for name, stream in one.learner_logprobs.items():
             np.testing.assert_allclose(logprobs[name], stream, atol=1e-4)
+        tally = merge(share.metrics for share in shares)
+        for name in ("selections/replayed", "selections/identical"):
+            if name in one.metrics:
+                assert tally[name] == one.metrics[name] and 0 < tally[name].total < tally[name].count
+        assert ("selections/identical" in tally) == (indexer == IndexerTraining.kl)
     assert_same(results[0][1], results[1][1])
     start = load_model(model_dir).state_dict()
     for name, tensor in weights.items():
