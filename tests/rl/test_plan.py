@@ -261,6 +261,18 @@ def test_the_copy_that_a_checkpoint_takes_counts_on_every_node(costs: Write):
         check_plan(recipe, model, node(96, 268, num_nodes=12, host_bytes=900 * GIB))
 
 
+def test_recorded_selections_are_counted(tmp_path: Path):
+    recipe = tiny_recipe(tmp_path)
+    sizes = {}
+    for keep in (False, True):
+        kept = replace(recipe, objective=replace(recipe.objective, keep_selection=keep))
+        (item,) = (item for item in make_plan(kept, recipe_costs(kept), node(0)).host if item.name == "samples")
+        sizes[keep] = item.num_bytes
+        assert ("4 B of routes and 15 B of selections a token" in item.how) == keep
+    # 3 layers of 40 bits; 4 prompts of 4 siblings, of one step, which fill 40 tokens each.
+    assert sizes[True] - sizes[False] == 16 * 40 * 3 * 40 / 8
+
+
 def test_more_ranks_never_need_more_of_each(costs: Write):
     model = costs(QWEN3_8B)
     recipe = with_keys(Recipe(name="r"), {"model.dtype": "bfloat16", "learner.zero_stage": 3})

@@ -225,6 +225,10 @@ def test_mistakes_inside_domains_and_models(write, change, sentence):
         (["sampling.max_tokens=4096"], "leaves no room for a prompt in model.max_context 4096"),
         (["rollout.tensor_parallel=2"], "the torch engine runs in one process"),
         (["rollout.dsa=keel"], "rollout.dsa keel is a choice within vLLM, but rollout.engine is torch"),
+        (
+            ["objective.keep_selection=true", "rollout.engine=vllm", "model.dtype=bfloat16"],
+            "objective.keep_selection needs rollout.engine torch: vLLM does not return which keys it selected",
+        ),
         (["rollout.batch_invariant=true"], "rollout.batch_invariant true is a choice within vLLM, but rollout.engine"),
         (["supervised.steps=5"], "supervised.demonstrations names nothing to learn from"),
         (["checkpoint.best=eval/maths", "evaluation.num_prompts=4"], "checkpoint.best is eval/maths, which nothing"),

@@ -115,9 +115,9 @@ def test_two_ranks_give_the_loss_and_the_weights_of_one(
         for name, stream in one.learner_logprobs.items():
             np.testing.assert_allclose(logprobs[name], stream, atol=1e-4)
         tally = merge(share.metrics for share in shares)
-        for name in ("selections/replayed", "selections/identical"):
-            if name in one.metrics:
-                assert tally[name] == one.metrics[name] and 0 < tally[name].total < tally[name].count
+        assert tally["selections/replayed"] == one.metrics["selections/replayed"]
+        assert 0.3 < float(tally["selections/replayed"]) < 0.9  # one of two long samples
+        assert tally.get("selections/identical") == one.metrics.get("selections/identical")
         assert ("selections/identical" in tally) == (indexer == IndexerTraining.kl)
     assert_same(results[0][1], results[1][1])
     start = load_model(model_dir).state_dict()
