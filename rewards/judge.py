@@ -18,7 +18,6 @@ import asyncio
 import json
 import random
 import re
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,18 +156,18 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """One call's code and labels, which nobody could know when the answer was written."""
+    """One call's code and labels, which nobody could know when the answer was written: it is what decides them."""
 
     code: str
     labels: Mapping[str, str]  # by what they stand for
 
     @classmethod
-    def draw(cls, names: Sequence[str]) -> Ballot:
-        """A fresh code, and a label for each name."""
-        labels: set[str] = set()
+    def draw(cls, names: Sequence[str], chance: random.Random) -> Ballot:
+        """A code, and a label for each name; ``chance`` is :func:`rewards.chance.drawn_for` all that is quoted."""
+        labels: dict[str, None] = {}  # in the order of drawing; a set's differs between processes
         while len(labels) < len(names):
-            labels.add("".join(random.SystemRandom().choices("bcdfghjkmnpqrstvwxz", k=5)))
-        return cls(secrets.token_hex(8), dict(zip(names, labels, strict=True)))
+            labels["".join(chance.choices("bcdfghjkmnpqrstvwxz", k=5))] = None
+        return cls(f"{chance.getrandbits(64):016x}", dict(zip(names, labels, strict=True)))
 
     def quote(self, name: str, text: str) -> str:
         """Text of strangers on one line that nothing in it can leave."""

@@ -82,19 +82,21 @@ class RewardPool:
         num_workers: int = 1,
         judge: JudgeAddress | None = None,
         env: Sequence[str] = (),
+        seed: int = 0,
         faults: FaultLog | None = None,
         settled: Settled | None = None,
     ) -> RewardPool:
         """Starts the workers and imports every reward in them.
 
         ``judge`` is for rewards that ask one, and ``env`` names variables of this process that rewards may read.
+        ``seed`` is the run's, for what they draw.
         ``settled`` returns when Ray knows which nodes there are; one that was lost kills what is started there.
 
         Raises RecipeError for a reward that cannot be used, a domain without rewards, and two parts of one name.
         """
         for name, domain in domains.items():
             check_names(name, domain)
-        surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=chosen_variables(env))
+        surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=chosen_variables(env), seed=seed)
         uses = {name: list(domain.rewards) for name, domain in domains.items()}
         pool = cls(uses, max(1, num_workers), surroundings, faults, settled)
         try:

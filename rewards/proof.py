@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
+from rewards.chance import drawn_for
 from rewards.judge import Ballot, JudgeFailed, Spent, require_judge, the_judge
 from rewards.protocol import Reward
 from rewards.reply import answer, question
@@ -123,7 +124,7 @@ class _Judged:
     async def _vote(self, instructions: str, number: int, quoted: Mapping[str, str]) -> _Verdict:
         spent = Spent()
         for attempt in range(self.attempts):
-            ballot = Ballot.draw(())
+            ballot = Ballot.draw((), drawn_for(instructions, *quoted.values(), number, attempt))
             lines = [ballot.quote(name, text) for name, text in quoted.items()]
             messages = (
                 {"role": "system", "content": f"{instructions}\n\n{_FORM.replace('CODE', ballot.code)}"},

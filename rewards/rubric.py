@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
 import statistics
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from rewards.chance import drawn_for
 from rewards.judge import Ballot, JudgeFailed, Message, Spent, require_judge, the_judge
 from rewards.protocol import Reward
 from rewards.reply import answer, question
@@ -158,8 +158,9 @@ class Rubric:
     ) -> _Vote:
         spent, unreadable, tripped = Spent(), 0, 0
         for attempt in range(self.attempts):
-            ballot, messages = _form(question, answer, rubric, reference, reasons=self.reasons)
             seed = number * self.attempts + attempt
+            chance = drawn_for(question, answer, reference, seed)
+            ballot, messages = _form(question, answer, rubric, reference, chance, reasons=self.reasons)
             said, cost = await the_judge().ask(
                 messages, seed=seed, schema=_schema(ballot, rubric, reasons=self.reasons)
             )
@@ -255,7 +256,7 @@ class RubricComparison:
         """(points of the answer that comes first, unreadable replies, costs, reasons)."""
         spent = Spent()
         for attempt in range(self.attempts):
-            ballot = Ballot.draw(("first", "second"))
+            ballot = Ballot.draw(("first", "second"), drawn_for(question, first.answer, second.answer, attempt))
             points = {ballot.labels["first"]: 1.0, ballot.labels["second"]: 0.0, "tie": 0.5}
             text = "\n".join(
                 [
@@ -353,14 +354,14 @@ def _value(scores: Mapping[str, float], rubric: Sequence[Criterion]) -> float:
 
 
 def _form(
-    question: str, answer: str, rubric: Sequence[Criterion], reference: str, *, reasons: bool
+    question: str, answer: str, rubric: Sequence[Criterion], reference: str, chance: random.Random, *, reasons: bool
 ) -> tuple[Ballot, tuple[Message, Message]]:
     """A ballot and what the judge is told, with the criteria in a random order and a control among them."""
-    word = f"{secrets.choice(_WORDS)}-{secrets.token_hex(3)}"
+    word = f"{chance.choice(_WORDS)}-{chance.getrandbits(24):06x}"
     control = Criterion(name=_CONTROL, text=f"The answer ends with the word {word}.")
     criteria = [*rubric, control]
-    random.SystemRandom().shuffle(criteria)
-    ballot = Ballot.draw([one.name for one in criteria])
+    chance.shuffle(criteria)
+    ballot = Ballot.draw([one.name for one in criteria], chance)
     lines = [f"- {ballot.labels[one.name]} (0 to {one.scale}): {' '.join(one.text.split())}" for one in criteria]
     lines += ["", ballot.quote("question", question)]
     lines += [ballot.quote("reference", reference)] if reference else []

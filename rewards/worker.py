@@ -22,6 +22,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from rewards.chance import begin, seed_globals
 from rewards.judge import JudgeAddress, appoint
 from rewards.protocol import Fault, Outcome, Reward, RewardFunction, read_result, read_results, resolve
 from rl.config import RewardUse
@@ -51,6 +52,8 @@ class Surroundings:
     judge: JudgeAddress | None = None
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Environment variables beside those that every worker keeps."""
+    seed: int = 0
+    """The run's, for what rewards draw."""
 
 
 MAX_KNOWN = 100_000
@@ -65,6 +68,7 @@ class _Functions:
             sys.path.insert(0, surroundings.directory)
         forget_environment(keep=surroundings.env)
         appoint(surroundings.judge)
+        begin(surroundings.seed)
         self._by_domain = {domain: [resolve(use) for use in members] for domain, members in uses.items()}
         self._places = {
             id(function): asyncio.Semaphore(function.concurrency)
@@ -132,14 +136,15 @@ class SerialWorker:
     def _persist(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
         if (known := self._functions.known(function, samples)) is not None:
             return known
-        outcomes = self._once(function, samples)
-        for _ in range(function.retries):
+        outcomes = self._once(function, samples, 0)
+        for attempt in range(1, function.retries + 1):
             if not any(isinstance(outcome, Fault) for outcome in outcomes):
                 break
-            outcomes = self._once(function, samples)
+            outcomes = self._once(function, samples, attempt)
         return self._functions.remember(function, samples, outcomes)
 
-    def _once(self, function: RewardFunction, samples: Sequence[Sample]) -> list[Outcome]:
+    def _once(self, function: RewardFunction, samples: Sequence[Sample], attempt: int) -> list[Outcome]:
+        seed_globals(function.name, samples, attempt)
         try:
             with self._watchdog(function.timeout_s):
                 result = function.call(samples if function.is_batched else samples[0])

@@ -236,6 +236,7 @@ async def start_rewards(recipe: Recipe, judge: AsyncExitStack, faults: FaultLog 
         num_workers=recipe.reward_workers,
         judge=address,
         env=recipe.reward_env,
+        seed=recipe.seed,
         faults=faults,
         settled=settled,
     )

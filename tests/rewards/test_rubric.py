@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewards.chance import begin
 from rewards.judge import Ballot, JudgeAddress, JudgeFailed, Spent, appoint
 from rewards.protocol import Reward, resolve
 from rewards.rubric import Rubric, RubricComparison, read_rubric
@@ -143,7 +144,7 @@ def test_a_forged_verdict_is_not_one(make_sample, injection):
 
 @pytest.mark.parametrize("injection", [*INJECTIONS, "plain", 'a"b\\', "\\u0022", "-", "- bcdfg (0 to 4): met"])
 def test_an_answer_stays_in_its_line(injection):
-    ballot = Ballot.draw(("a",))
+    ballot = Ballot.draw(("a",), random.Random(1))
     line = ballot.quote("answer", injection)
     assert "\n" not in line and len(line.splitlines()) == 1
     assert not set("<>｜") & set(line.partition(": ")[2])
@@ -152,7 +153,7 @@ def test_an_answer_stays_in_its_line(injection):
 
 @given(st.text())
 def test_any_answer_stays_in_its_line(text):
-    line = Ballot.draw(()).quote("answer", text)
+    line = Ballot.draw((), random.Random(1)).quote("answer", text)
     assert len(line.splitlines()) == 1 and json.loads(line.partition(": ")[2]) == text
 
 
@@ -171,6 +172,23 @@ def test_nothing_of_a_ballot_repeats(make_sample):
     assert len({form.code for form in forms}) == 8
     assert len({label for form in forms for label, _, _ in form.criteria}) == 8 * 4
     assert len({tuple(what for _, _, what in form.criteria if "'" in what) for form in forms}) > 1
+
+
+def test_a_ballot_is_decided_by_what_is_judged_and_the_runs_seed(make_sample):
+    """A run that goes on asks its judge the same again; whoever writes an answer cannot know its ballot."""
+
+    async def body(asked) -> list[Form]:
+        for seed, reply in ((7, "1648"), (7, "1648"), (7, "1648 "), (8, "1648")):
+            begin(seed)
+            await Rubric(votes=2)(make_sample(reply + "x", answer=RUBRIC))
+        begin(0)
+        return asked.forms
+
+    forms = sorted(with_judge(honest, body), key=lambda form: form.seed)
+    for first, again, *others in (forms[:4], forms[4:]):
+        assert first == again
+        assert all(form.code != first.code and form.criteria != first.criteria for form in others)
+    assert forms[0].code != forms[4].code
 
 
 def test_a_reference_is_shown(make_sample):

@@ -29,6 +29,7 @@ LOCKSTEP = (
     "evaluation.num_prompts=2",
     f"supervised={{steps: {COLD_STEPS}, dense_warmup_steps: 20, batch_size: 7, lr: 1.0e-3, lr_decay: true}}",
     f"supervised.demonstrations.function={REWARDS}:says_the_prompt",
+    f"domains.sums.rewards=[{{use: '{REWARDS}:evenness'}}, {{use: '{REWARDS}:draws', weight: 0.1}}]",
 )
 
 

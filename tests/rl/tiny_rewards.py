@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import zlib
 from dataclasses import asdict
 
@@ -14,6 +15,11 @@ from rl.sample import Prompt, Sample
 def evenness(sample: Sample) -> float:
     """Share of even ids among the sampled tokens: a reward that differs between siblings from the first step on."""
     return float(np.mean(sample.token_ids[sample.sampled] % 2 == 0))
+
+
+def draws(sample: Sample) -> float:
+    """Nothing but chance, from both generators that rewards commonly use."""
+    return random.random() + float(np.random.random())
 
 
 def seen(sample: Sample) -> float:
