@@ -14,6 +14,7 @@ refused, and nothing that is read can hold code.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -138,8 +139,14 @@ def partial_path(checkpoints: Path, step: int) -> Path:
 def commit(
     checkpoints: Path, step: int, files: Mapping[str, FileRecord], metrics: Mapping[str, Any]
 ) -> tuple[Path, int]:
-    """Makes what was written at :func:`partial_path` the checkpoint of ``step``; returns its path and its bytes."""
+    """Makes what was written at :func:`partial_path` the checkpoint of ``step``; returns its path and its bytes.
+
+    Raises OSError when the disk does not take it, or lacks a file that another node says it has written.
+    """
     partial, path = partial_path(checkpoints, step), checkpoints / f"step_{step}"
+    for name, record in files.items():
+        if not (partial / name).exists() or (partial / name).stat().st_size != record.bytes:
+            raise OSError(errno.ENOENT, f"{name} was written elsewhere; put runs on a disk that all nodes see")
     values = {name: float(value) for name, value in metrics.items()}  # numpy's too
     records = {name: asdict(record) for name, record in files.items()}
     manifest = {"format": FORMAT, "step": step, "metrics": values, "files": records}

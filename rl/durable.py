@@ -111,6 +111,16 @@ def damage(path: Path, record: FileRecord) -> str:
     return "" if digest.hexdigest() == record.sha256 else f"{path.name} has another checksum than when it was written"
 
 
+def sync_tree(path: Path) -> None:
+    """Waits until every file below a folder is on the disk, by whichever process it was written."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(folder))
+    sync_folder(path.parent)
+
+
 def sync_folder(path: Path) -> None:
     """Waits until the names of a folder's files are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -61,6 +61,13 @@ def cut_events(folder: Path, step: int, *, cold_step: int | None = None) -> None
         os.replace(partial, path)
 
 
+def sweep(folder: Path) -> None:
+    """Removes models that an earlier process was writing when it ended, from beside the place they were meant for."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def clear(folder: Path) -> None:
     """Removes everything that a run has left in its directory, but for hidden files."""
     for path in folder.iterdir():

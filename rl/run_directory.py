@@ -107,6 +107,7 @@ class RunDirectory:
         """Takes over a run that an earlier process left after ``step``, as :meth:`cut` does; None leaves nothing."""
         before = read_status(path)
         status = RunStatus(status=RUNNING, started=before.started if before else _now())
+        history.sweep(path)
         if step is None:
             history.clear(path)
         write_whole(path / "status.json", json.dumps(asdict(status), indent=2))

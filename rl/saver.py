@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rl import checkpoint
+from rl import checkpoint, history
 from rl.checkpoint import Draft, Saved
 from rl.config import Recipe
-from rl.durable import sync_folder
+from rl.durable import sync_folder, sync_tree
 from rl.errors import LearnerFailed, did_you_mean
 from rl.loop_state import Loop, LoopState
 from rl.progress import Progress
@@ -72,7 +72,12 @@ class Saver:
             self.num_restores = max(self.num_restores, saved.faults["learner_restores"])
 
     async def start(self, sums: Mapping[str, int], *, step: int = 0, loop: LoopState | None = None) -> None:
-        """The checkpoint before a phase's first step, the one after ``step``: which model it starts from."""
+        """The checkpoint before a phase's first step, the one after ``step``: which model it starts from.
+
+        A model that the run itself wrote is on the disk before the checkpoint that needs it.
+        """
+        if self._model_dir.absolute().is_relative_to(self.run.path.absolute()):
+            await asyncio.to_thread(sync_tree, self._model_dir)
         self._copied = _Copied(draft=replace(self._draft(step, sums), loop=loop), began=time.perf_counter())
         self.write(step, {}, sums)
         await self.settle()
@@ -165,6 +170,7 @@ class Saver:
             self._writing.cancel()
         self._writing = self._copied = None
         checkpoint.sweep(self.run.checkpoints)
+        history.sweep(self.run.path)
 
     def metrics(self) -> dict[str, float]:
         """Faults so far, and what the latest checkpoint cost, in the row after it."""

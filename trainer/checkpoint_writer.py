@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -76,6 +77,9 @@ class CheckpointWriter:
             hidden.write_text(json.dumps(asdict(record)))
             os.replace(hidden, folder / _announcement(rank))
             self._outcome = record
+        except FileNotFoundError:  # the driver has made the folder
+            where = f"{folder} is not there on {socket.gethostname()}"
+            self._outcome = OSError(errno.ENOENT, f"{where}; put runs on a disk that all nodes see")
         except OSError as error:
             self._outcome = error
         except Exception as error:  # the thread ends here, and the driver must not wait for ever

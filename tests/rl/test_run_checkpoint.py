@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -33,6 +36,7 @@ from rl.saved_groups import group_of, group_record
 from rl.selections import Selections
 from tests.rl.test_rollouts import PROMPTS, Rig
 from tests.rl.tiny_runs import REWARDS, make_prompt, make_sample, tiny_recipe
+from trainer.checkpoint_writer import CheckpointWriter
 
 
 def write(folder: Path, step: int, metrics: dict[str, float] | None = None) -> Path:
@@ -138,6 +142,23 @@ def test_what_a_killed_process_left_half_written_is_no_checkpoint(tmp_path: Path
     assert checkpoint.steps_saved(tmp_path / "checkpoints") == [3]
     checkpoint.sweep(tmp_path / "checkpoints")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_3"]
+
+
+def test_a_file_that_is_on_another_nodes_disk_makes_no_checkpoint(tmp_path: Path):
+    write(tmp_path, 3)
+    partial = checkpoint.partial_path(tmp_path / "checkpoints", 4)
+    partial.mkdir()
+    elsewhere = write_tensors(tmp_path / "rank_00001.safetensors", {"w": np.arange(9)})
+    with pytest.raises(OSError, match=r"rank_00001\.safetensors was written elsewhere; put runs on a disk that all"):
+        checkpoint.commit(tmp_path / "checkpoints", 4, {"rank_00001.safetensors": elsewhere}, {})
+    assert checkpoint.steps_saved(tmp_path / "checkpoints") == [3]
+
+    writer = CheckpointWriter()
+    writer.hold({"w": torch.zeros(3)}, {})
+    writer.begin(tmp_path / "not here", 1)
+    while (outcome := writer.outcome()) is None:
+        time.sleep(0.01)
+    assert isinstance(outcome, OSError) and f"not here is not there on {socket.gethostname()};" in str(outcome)
 
 
 def test_the_last_ones_and_the_best_one_stay(tmp_path: Path):
@@ -370,12 +391,15 @@ def test_a_cold_start_goes_on_from_where_it_was_saved_until_more_is_saved(tmp_pa
         save_cold_start(run, recipe, data, step)
     run.log_supervised({"step": 7, "loss/supervised": 0.1})
     run.stop("interrupted")
+    half_a_model = run.path / ".cold_start.x1y2"
+    half_a_model.mkdir()
 
     going_on = open_run(recipe, data)
     saved = going_on.saved
     assert saved is not None and saved.cold_start and saved.has_learner
     path = run.checkpoints / "cold_start" / "step_6"
     assert going_on.sentences == (f"goes on after cold start step 6 of 9, from {path}",)
+    assert not half_a_model.exists()
     assert saved.model_dir == run.path.absolute() / "initial_model" and saved.run_path == run.path
     assert [row["step"] for row in read_rows(run.supervised)] == [3, 4, 6]
     going_on.run.stop("interrupted")

@@ -148,6 +148,7 @@ def test_trajectories_keep_every_tokens_numbers(tmp_path):
     run.log_samples(12, [Trajectory(scored=scored, sequences=views, advantage=-0.25)])
     (record,) = lines(run.samples / "step_12.jsonl")
     streams = {
+        "reply": "four",
         "masked": True,
         "token_ids": [1, 2, 5, 7],
         "tokens": ["a", "b", "c", "ü"],
@@ -163,13 +164,13 @@ def test_trajectories_keep_every_tokens_numbers(tmp_path):
         "id": "math/17#3",
         "prompt": "math/17",
         "domain": "math",
+        "tools": [],
         "index": 3,
         "thinking": True,
         "turns": [],
         "final_state": None,
         "messages": [{"role": "user", "content": "2+2?"}],
         "answer": "{1, 2}",
-        "reply": "four",
         "status": "truncated",
         "reward": 0.5,
         "parts": {"answer": 1.0, "length": -0.5},
