@@ -9,6 +9,7 @@
     alarms.jsonl           one object when an alarm starts and one when it clears (`rl/alarms.py`)
     samples/step_N.jsonl   trajectories, one ``Trajectory.record()`` a line
     report.html, checkpoints/step_N/, model/   written by others at the paths given here
+    initial_model/, indexer_warmup/, cold_start/   models on the way to the first step, where there are such stages
 
 JSON has no NaN: a number that is not finite is written as null.
 """
