@@ -141,12 +141,12 @@ class Saver:
             writing, self._writing = self._writing, None
             await writing
 
-    def restore(self, failure: LearnerFailed) -> Saved | None:
+    async def restore(self, failure: LearnerFailed) -> Saved | None:
         """The checkpoint to go on from after a failure of the learner, with the run cut back to it; None starts again.
 
         Raises the failure when it is one too many.
         """
-        self._drop()
+        await self._drop()
         now, settings = time.monotonic(), self.recipe.faults
         self._restores = [at for at in self._restores if now - at < settings.window_s]
         if len(self._restores) >= settings.learner_restores:
@@ -164,11 +164,11 @@ class Saver:
         self.progress.resume(max(0, step), self.run.rows(), cold_step=cold_step)
         return saved
 
-    def _drop(self) -> None:
-        """Gives up what is being written: its learner is gone."""
-        if self._writing is not None:
-            self._writing.cancel()
-        self._writing = self._copied = None
+    async def _drop(self) -> None:
+        """Ends what is being written, whose learner is gone: all of it may be on the disk already."""
+        with suppress(RuntimeError):  # the failure that is known, once more
+            await self.settle()
+        self._copied = None
         checkpoint.sweep(self.run.checkpoints)
         history.sweep(self.run.path)
 

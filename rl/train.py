@@ -140,7 +140,7 @@ async def run_recipe(
             await run_once(recipe, data, run, progress, stop, saver, saved)
             return
         except LearnerFailed as failure:
-            saved = saver.restore(failure)
+            saved = await saver.restore(failure)
             await settled()
 
 

@@ -54,7 +54,7 @@ class CheckpointWriter:
         """Takes the copies over; what was being written until now is written to its end first."""
         if self._thread is not None:
             self._thread.join()
-        self._tensors, self._header = tensors, header
+        self._tensors, self._header, self._outcome = tensors, header, None
 
     def begin(self, folder: Path, rank: int) -> None:
         """Starts to write what is held, and lets go of it when it is written."""

@@ -219,12 +219,14 @@ class Learner:
         """Waits until what :meth:`write_checkpoint` began is on the disk; by the files' names. Other calls may be under
         way.
 
-        Raises OSError when a rank could not write, for a full disk for example.
+        Raises OSError when a rank could not write, for a full disk for example, and LearnerFailed when the learner is
+        closed before that.
         """
         folder, asking = Path(directory), asyncio.create_task(self._ask_for_writing())
+        ranks = range(len(self._actors))
         try:
             while not asking.done():
-                announced = {rank_file(rank): read_announcement(folder, rank) for rank in range(len(self._actors))}
+                announced = {rank_file(rank): read_announcement(folder, rank) for rank in ranks}
                 written = {name: record for name, record in announced.items() if record is not None}
                 if len(written) == len(announced):
                     break
@@ -238,7 +240,7 @@ class Learner:
 
     async def _ask_for_writing(self) -> dict[str, FileRecord]:
         """The same from the ranks themselves, who answer between two steps; they know why a file was not written."""
-        while True:
+        while self._actors:
             outcomes = await self._all("checkpoint_written")
             for outcome in outcomes:
                 if isinstance(outcome, OSError):
@@ -246,6 +248,7 @@ class Learner:
             if all(outcomes):
                 return {rank_file(rank): outcome for rank, outcome in enumerate(outcomes)}
             await asyncio.sleep(WRITE_POLL_S)
+        raise LearnerFailed("the learner was closed while it wrote a checkpoint")
 
     async def load_checkpoint(self, directory: str | Path) -> None:
         """Goes on from what any number of ranks wrote; comes right after :meth:`start` or :meth:`begin`."""

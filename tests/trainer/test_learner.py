@@ -136,6 +136,14 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
             await learner.save_model(tmp_path / "model")
             assert await learner.checksums() == checksums(load_model(tmp_path / "model").state_dict().items())
 
+            # A learner that ends while it writes has not written a checkpoint without ranks.
+            await learner.copy_checkpoint()
+            waiting = asyncio.create_task(learner.checkpoint_written(tmp_path / "never"))
+            await asyncio.sleep(0.2)
+            learner.close()
+            with pytest.raises(LearnerFailed):
+                await waiting
+
     run(test)
 
 
