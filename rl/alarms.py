@@ -15,7 +15,6 @@ import numpy as np
 
 from rewards.protocol import part_name
 from rl.config import Alarm, Recipe
-from rl.errors import RunStopped
 from rl.progress import Progress
 from rl.run_directory import RunDirectory
 
@@ -219,7 +218,7 @@ class Alarms:
     def __init__(self, recipe: Recipe, run: RunDirectory, progress: Progress) -> None:
         self.run = run
         self.progress = progress
-        self.stopping = frozenset(recipe.alarms.stop)
+        self._stopping = frozenset(recipe.alarms.stop)
         self.watches = [
             Watch(rule=rule, metric=metric, limit=limit, window=recipe.alarms.window)
             for rule, metric in rules(recipe)
@@ -248,11 +247,13 @@ class Alarms:
             )
         return {"alarms/active": float(sum(watch.active for watch in self.watches))}
 
-    def stop_run(self) -> None:
-        """Raises RunStopped while an alarm of ``alarms.stop`` is active."""
+    @property
+    def stopping(self) -> str | None:
+        """Why the run must not go on: the sentence of an alarm of ``alarms.stop`` that is active."""
         for watch in self.watches:
-            if watch.active and watch.rule.alarm in self.stopping:
-                raise RunStopped(watch.sentence)
+            if watch.active and watch.rule.alarm in self._stopping:
+                return f"{watch.sentence}; it is one of alarms.stop"
+        return None
 
     def _changes(self, metrics: Mapping[str, float | None]) -> list[Watch]:
         """Those that start or clear. What a step did not measure is passed over; null stands for not finite."""

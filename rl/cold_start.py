@@ -108,7 +108,7 @@ class ColdStart:
                 await self.saver.copy_cold_start(step, self._state(), learner)
             self.saver.write(step, row, {})
             if stopping:
-                await self.saver.settle_and_say()
+                self.progress.say(f"interrupted; {await self.saver.way_on()}")
                 raise Interrupted
 
     async def _end(self, stretch: Stretch) -> Path:

@@ -210,7 +210,7 @@ class Rollout:
     gpu_memory: float = 0.85
     """Share of each of its GPUs that a vLLM engine takes, weights and cache together; less where the learner is too."""
     sleep: bool = True
-    """Whether vLLM gives its memory to the learner while that steps, where ``placement`` is ``shared``."""
+    """Whether engines give their memory to the learner while that steps, where ``placement`` is ``shared``."""
     cuda_graphs: bool = True
     """Whether vLLM captures CUDA graphs: it starts slower and decodes faster."""
     dsa: Dsa = Dsa.vllm

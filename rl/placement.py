@@ -72,9 +72,8 @@ def gpu_shares(recipe: Recipe, num_gpus: float) -> GpuShares:
 
 
 def engines_sleep(recipe: Recipe) -> bool:
-    """Whether engines give their GPUs to the learner while it steps."""
-    rollout = recipe.rollout
-    return rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared and rollout.sleep
+    """Whether engines give their memory, of GPUs or of the host, to the learner while it steps."""
+    return recipe.placement == Placement.shared and recipe.rollout.sleep
 
 
 def seats(recipe: Recipe, node_gpus: Sequence[float]) -> Seats | None:

@@ -182,6 +182,23 @@ def _seats(recipe: Recipe, hardware: Hardware) -> Iterator[Seat]:
         yield Seat(node=place // per_node, gpu=place % per_node, roles=roles)
 
 
+def _on_cpus(recipe: Recipe, costs: ModelCosts, rank: RankMemory) -> Iterator[Item]:
+    """The learner's and the engines' memory where it is all of one host."""
+    rollout, ranks = recipe.rollout, recipe.learner.ranks
+    cache = costs.cache_bytes_per_token(1, element_bytes(recipe.model.dtype)) * recipe.model.max_context
+    weights = costs.outline.num_parameters * element_bytes(recipe.model.dtype)
+    engines = rollout.engines * (2 * weights + rollout.max_num_seqs * cache)
+    how = f"{rollout.engines} x weights, staged weights and cache"
+    if not engines_sleep(recipe):
+        yield Item(name="learner", num_bytes=ranks * rank.peak_bytes, how=f"{ranks} ranks at the peak of a step")
+        yield Item(name="engines", num_bytes=engines, how=how)
+        return
+    yield Item(name="learner", num_bytes=ranks * rank.resident_bytes, how=f"{ranks} ranks between steps")
+    stepping = ranks * (rank.peak_bytes - rank.resident_bytes)
+    how = f"the larger of a step ({stepping / GIB:.2g}) and {how}"
+    yield Item(name="step or engines", num_bytes=max(stepping, engines), how=how)
+
+
 def _zip_longest(left: list[str], right: list[str | None]) -> Iterator[tuple[str | None, str | None]]:
     for place in range(max(len(left), len(right))):
         yield (left[place] if place < len(left) else None, right[place] if place < len(right) else None)
@@ -213,11 +230,7 @@ def _host(
     ranks = max((sum(role.startswith("rank") for role in roles) for roles in by_node.values()), default=0)
     if not by_node:
         ranks = recipe.learner.ranks
-        yield Item(name="learner", num_bytes=ranks * rank.peak_bytes, how=f"{ranks} ranks at the peak of a step")
-        cache = costs.cache_bytes_per_token(1, element_bytes(recipe.model.dtype)) * recipe.model.max_context
-        weights = spec.num_parameters * element_bytes(recipe.model.dtype)
-        size = rollout.engines * (2 * weights + rollout.max_num_seqs * cache)
-        yield Item(name="engines", num_bytes=size, how=f"{rollout.engines} x weights, staged weights and cache")
+        yield from _on_cpus(recipe, costs, rank)
     elif rank.host_bytes:
         names = " and ".join(item.name for item in rank.host)
         yield Item(name="learner", num_bytes=ranks * rank.host_bytes, how=f"{ranks} ranks' {names}")

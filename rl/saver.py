@@ -119,21 +119,22 @@ class Saver:
             self._writing = asyncio.create_task(self._write(copied, row))
             self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())  # settle raises it
 
-    async def stop(self, loop: Loop, system: System) -> None:
-        """Saves the step before an interruption, unless it is saved already."""
+    async def stop(self, loop: Loop, system: System) -> str:
+        """Saves the last step, unless it is saved already; returns where the run goes on when it is started again."""
         await self.settle()
         if self._trained is not None and self._trained[0] != self.last:
             step, row, sums = self._trained
             await self.copy(step, loop, system, sums)
             self.write(step, row, sums)
-        await self.settle_and_say()
+        return await self.way_on()
 
-    async def settle_and_say(self) -> None:
-        """The end of a run that is interrupted: what is saved of it."""
+    async def way_on(self) -> str:
+        """Where the run goes on when it is started again, as soon as that is on the disk."""
         await self.settle()
-        if self.last is not None:
-            moment = checkpoint.moment(self.last, cold_start=self._cold_start)
-            self.progress.say(f"interrupted; {moment} is saved, and the same command goes on from there")
+        if self.last is None:
+            return "nothing is saved"
+        moment = checkpoint.moment(self.last, cold_start=self._cold_start)
+        return f"{moment} is saved, and the same command goes on from there"
 
     async def settle(self) -> None:
         """Waits until what is being written is on the disk. Raises LearnerFailed when the learner could not write."""

@@ -91,7 +91,6 @@ class StepLog:
         self.run.log_samples(
             step, (self._trajectory(one, advantage, result.learner_logprobs) for one, advantage in logged)
         )
-        self.alarms.stop_run()
         return metrics
 
     def _write(self, metrics: dict[str, float]) -> None:

@@ -59,7 +59,8 @@ async def train(
 ) -> None:
     """GRPO: ``recipe.steps`` rollout batches, each trained on and published before the next one is taken.
 
-    Goes on after the step that was ``saved``. Raises Interrupted between two steps when it is asked to stop.
+    Goes on after the step that was ``saved``. Raises Interrupted between two steps when it is asked to stop, and
+    RunStopped for an alarm that stops the run; both are saved first.
     """
     buffer = GroupBuffer(
         prompts_per_step=recipe.prompts_per_step, max_staleness=recipe.rollout.max_staleness, steps=recipe.steps
@@ -80,7 +81,7 @@ async def train(
             with timeline.span("driver", "rollout", step=step):
                 groups = await stop.unless(buffer.take(recipe.prompts_per_step))
             if groups is None:
-                await saver.stop(loop, system)
+                log.progress.say(f"interrupted; {await saver.stop(loop, system)}")
                 raise Interrupted
             clock.lap("rollout")
 
@@ -127,6 +128,8 @@ async def train(
             checks |= saver.metrics()
             row = log.step(step, groups, advantages, tally, result, sync, clock, checks, evaluation)
             saver.write(step, row, sync.checksums)
+            if (alarm := log.alarms.stopping) is not None:
+                raise RunStopped(f"{alarm}; {await saver.stop(loop, system)}")
     await saver.settle()
 
 

@@ -1,7 +1,8 @@
 """The embedded engine as an async actor: implements `rollout.engine.Engine` around a TorchEngine.
 
 Everything runs on the actor's one event loop: a step blocks it for milliseconds, and between two steps waiting calls
-have their turn. So weights can only change between steps, and nothing needs a lock.
+have their turn. So weights can only change between steps, and nothing needs a lock. While the engine sleeps it does not
+step: calls that generate wait.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ class EngineActor:
         self._live.submit(*requests)
         loop = asyncio.get_running_loop()
         futures = [self._futures.setdefault(request.id, loop.create_future()) for request in requests]
-        if self._stepping is None:
-            self._stepping = loop.create_task(self._step_until_idle())
+        self._go_on()
         return list(await asyncio.gather(*futures))
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> int:
@@ -75,13 +75,16 @@ class EngineActor:
         self._live.stage(bucket)
 
     async def commit(self, version: int) -> dict[str, int]:
-        return self._live.commit(version)
+        sums = self._live.commit(version)
+        self._go_on()
+        return sums
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
-        """Nothing to give up: beside the weights it holds the cache of its sequences only."""
+        self._live.sleep(keep_weights=keep_weights)
 
     async def wake(self) -> None:
-        pass
+        self._live.wake()
+        self._go_on()
 
     async def stats(self) -> EngineStats:
         return self._live.stats()
@@ -99,10 +102,16 @@ class EngineActor:
             raise RuntimeError("the engine has no model yet; call load first")
         return self._engine
 
+    def _go_on(self) -> None:
+        """Steps, unless there is nothing to do or it does so already."""
+        if self._stepping is None and self._live.has_work and not self._live.is_asleep:
+            self._stepping = asyncio.get_running_loop().create_task(self._step_until_idle())
+
     async def _step_until_idle(self) -> None:
+        """Returns when nothing is left to do, or when the engine sleeps."""
         engine = self._live
         try:
-            while engine.has_work:
+            while engine.has_work and not engine.is_asleep:
                 self._deliver(engine.step())
                 await asyncio.sleep(0)
         except Exception as error:

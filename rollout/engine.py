@@ -120,7 +120,7 @@ class Engine(Protocol):
         ...
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
-        """Gives up what device memory it can; sequences in flight wait, and go on when the engine is awake again.
+        """Gives up what memory it can; sequences in flight and new ones wait, and go on when the engine is awake again.
 
         It wakes with the next update, or with :meth:`wake` if weights were kept.
         """

@@ -11,7 +11,7 @@ _PHASES = {"load": "load", "stage": "sync", "begin_update": "sync", "receive": "
 """Calls that are spans of their own."""
 REQUEST = "request"
 """The phase of each call that generates, which is not written."""
-_WAKING = ("begin_update", "wake")
+_WAKING = ("stage", "begin_update", "wake")
 
 
 class EngineLane:

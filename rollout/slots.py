@@ -29,6 +29,7 @@ class SlotTable:
         selection_shape: tuple[int, int] | None = None,
     ) -> None:
         shape = (num_slots, max_context)
+        self.num_slots = num_slots
         self.max_context = max_context
         self.active = np.zeros(num_slots, bool)
         self.lengths = np.zeros(num_slots, np.int64)  # tokens held, prompt and generated; 0 for an idle slot

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from model import CacheView, KeySelection, LanguageModel
+from model import CacheView, KeySelection, LanguageModel, SlotCache
 from model.checksum import checksums
 from rl.errors import DataError
 from rl.sample import NDArray
 from rollout.engine import Completion, EngineStats, Finish, Request, check_window
+from rollout.freed_memory import release_freed_memory
 from rollout.prefix import PrefixIndex
 from rollout.sampler import sample
 from rollout.slots import SlotTable
@@ -40,6 +41,9 @@ class TorchEngine:
     in each expert (`model.moe`), from which on the libraries we measured (CPU, fp32) give each row the same bits
     whatever is beside it. Where a library does not, logits in different company agree to rounding, and tokens are the
     same unless a draw or a top-k choice falls into that gap.
+
+    Sleep. Between :meth:`sleep` and the wake that follows there is no cache, and perhaps no weights: nothing steps, and
+    requests wait. What was being generated has its cache computed again when it goes on, by the weights of then.
     """
 
     def __init__(
@@ -60,7 +64,8 @@ class TorchEngine:
         self.version = version
         num_slots = -(-max_num_seqs // ROW_MULTIPLE) * ROW_MULTIPLE
         self._device = module.lm_head.weight.device
-        self._cache = module.new_cache(num_slots, max_context)
+        self._cache: SlotCache | None = module.new_cache(num_slots, max_context)  # None while it sleeps
+        self._given_up: list[tuple[torch.UntypedStorage, int]] = []  # storages of weights, and the bytes they had
         self._table = SlotTable(
             num_slots,
             max_context,
@@ -81,6 +86,17 @@ class TorchEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._ids)
+
+    @property
+    def is_asleep(self) -> bool:
+        return self._cache is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights and the cache that it holds now."""
+        stores = () if self._cache is None else self._cache.stores
+        storages = {tensor.untyped_storage()._cdata: tensor for tensor in (*self._tensors.values(), *stores)}
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
     def submit(self, *requests: Request) -> None:
         """Queues requests, all of them or none.
@@ -108,7 +124,12 @@ class TorchEngine:
 
     @torch.inference_mode()
     def step(self) -> Finished:
-        """Advances every active sequence by a token and returns the requests that are complete."""
+        """Advances every active sequence by a token and returns the requests that are complete.
+
+        Raises RuntimeError while the engine sleeps.
+        """
+        if self._cache is None:
+            raise RuntimeError("the engine sleeps; it generates again after the next update, or after wake()")
         began = time.perf_counter()
         finished = self._admit()
         if self._table.active.any():
@@ -144,14 +165,45 @@ class TorchEngine:
     def commit(self, version: int) -> dict[str, int]:
         """Copies what was staged into the live tensors, as `version`; returns the checksums of all live tensors.
 
-        Active sequences keep the cache that earlier weights wrote. Prompts in the cache are not shared any more.
+        Active sequences keep the cache that earlier weights wrote. Prompts in the cache are not shared any more. An
+        engine that sleeps wakes, and raises ValueError, naming the tensor, when it gave up one that was not staged.
         """
+        if self._given_up:
+            self._take_back_weights()
         for name, tensor in self._staged.items():
             self._tensors[name].copy_(tensor)
         self._staged = {}
         self._prefixes.clear()
         self.version = version
+        self.wake()
         return checksums(self._tensors.items())
+
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        """Gives up the cache and, unless they are kept, the memory of the weights, which only an update brings back.
+
+        Sequences stay where they are. An engine that sleeps already goes on sleeping as it does.
+        """
+        if self._cache is None:
+            return
+        self._cache = None
+        self._prefixes.clear()
+        if not keep_weights:
+            storages = [tensor.untyped_storage() for tensor in self._tensors.values()]
+            self._given_up = [(storage, storage.nbytes()) for storage in storages]
+            for storage in storages:
+                storage.resize_(0)
+        release_freed_memory(self._device)
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Undoes a sleep that kept the weights; raises RuntimeError after one that did not."""
+        if self._given_up:
+            raise RuntimeError("the engine gave its weights up when it went to sleep; it wakes with the next update")
+        if self._cache is None:
+            self._cache = self.module.new_cache(self._table.num_slots, self.max_context)
+            slots = np.flatnonzero(self._table.active)
+            for _ in self._feed(slots, self._table.lengths[slots] - 1, record=False):  # the last one is not fed yet
+                pass
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -198,17 +250,11 @@ class TorchEngine:
         return self._draw(slots, np.stack([self._prefixes.logits(key) for _, key in newcomers]))
 
     def _prefill(self, prompts: Mapping[bytes, list[int]]) -> None:
-        """Writes the prompts' cache rows, chunk by chunk for all of them together, and indexes their last logits."""
+        """Writes the prompts' cache rows, all of them together, and indexes their last logits."""
         keys, slots = list(prompts), np.array([slots[0] for slots in prompts.values()], np.int64)
         lengths = self._table.lengths[slots]
-        begin = 0
-        while len(rows := np.flatnonzero(lengths > begin)):
-            width = max(ROW_MULTIPLE, self._prefill_tokens // len(rows) // ROW_MULTIPLE * ROW_MULTIPLE)
-            width = min(width, -(-(int(lengths.max()) - begin) // ROW_MULTIPLE) * ROW_MULTIPLE)
-            positions = np.arange(begin, begin + width) + np.zeros((len(rows), 1), np.int64)
-            positions[positions >= lengths[rows, None]] = -1
-            hidden = self._forward(slots[rows], positions)
-            ending = np.flatnonzero(lengths[rows] <= begin + width)
+        for begin, rows, hidden in self._feed(slots, lengths):
+            ending = np.flatnonzero(lengths[rows] <= begin + hidden.shape[1])
             last = torch.from_numpy(lengths[rows[ending]] - 1 - begin).to(self._device)
             logits = self._logits(hidden[torch.from_numpy(ending).to(self._device), last])
             for row, row_logits in zip(rows[ending].tolist(), logits, strict=True):
@@ -216,6 +262,21 @@ class TorchEngine:
                 self._copy_prompt(first, others, int(lengths[row]))
                 for slot in (first, *others):
                     self._prefixes.hold(keys[row], slot, row_logits)
+
+    def _feed(
+        self, slots: NDArray, lengths: NDArray, *, record: bool = True
+    ) -> Iterator[tuple[int, NDArray, torch.Tensor]]:
+        """Writes the cache rows of the first `lengths` tokens of `slots`, chunk by chunk for all of them together.
+
+        Yields for each chunk the position it begins at, which of `slots` take part, and their hidden states [B, Q, D].
+        """
+        begin = 0
+        while len(rows := np.flatnonzero(lengths > begin)):
+            width = max(ROW_MULTIPLE, self._prefill_tokens // len(rows) // ROW_MULTIPLE * ROW_MULTIPLE)
+            width = min(width, -(-(int(lengths.max()) - begin) // ROW_MULTIPLE) * ROW_MULTIPLE)
+            positions = np.arange(begin, begin + width) + np.zeros((len(rows), 1), np.int64)
+            positions[positions >= lengths[rows, None]] = -1
+            yield begin, rows, self._forward(slots[rows], positions, record=record)
             self._num_prefilled += int((positions >= 0).sum())
             begin += width
 
@@ -233,24 +294,28 @@ class TorchEngine:
         logits = self._logits(hidden[:, 0])
         return self._draw(rows[busy], logits if len(busy) == len(rows) else logits[busy])
 
-    def _forward(self, slots: NDArray, positions: NDArray) -> torch.Tensor:
-        """Feeds the tokens at `positions` (int64 [B, Q], -1 for padding) of `slots`; hidden states [B, Q, D]."""
+    def _forward(self, slots: NDArray, positions: NDArray, *, record: bool = True) -> torch.Tensor:
+        """Feeds the tokens at `positions` (int64 [B, Q], -1 for padding) of `slots`; hidden states [B, Q, D].
+
+        Without `record` their routes and selections stay those that they were sampled with.
+        """
+        assert self._cache is not None
         # Reading past a sequence's end is harmless (masked), and sums over few keys, or over a number of them that is
         # not a multiple of 16, round in another order.
         lengths = -(-np.maximum(positions.max(axis=1) + 1, 2 * ROW_MULTIPLE) // ROW_MULTIPLE) * ROW_MULTIPLE
         lengths = np.minimum(lengths, self.max_context)
         view = CacheView(cache=self._cache, slots=self._tensor(slots), lengths=self._tensor(lengths))
-        selection = None if self._table.selections is None else KeySelection(own={})
+        selection = KeySelection(own={}) if record and self._table.selections is not None else None
         output = self.module.backbone(
             self._tensor(self._table.tokens[slots[:, None], positions]),
             positions=self._tensor(positions),
             cache=view,
-            record_routes=self._table.routes is not None,
+            record_routes=record and self._table.routes is not None,
             selection=selection,
         )
         if selection is not None and selection.own:
             self._keep_selections(slots, positions, selection.own)
-        if self._table.routes is not None:
+        if record and self._table.routes is not None:
             assert output.routes is not None
             routes = output.routes.to(torch.int16).cpu().numpy().astype(self._table.routes.dtype)
             row, column = np.nonzero(positions >= 0)
@@ -292,12 +357,21 @@ class TorchEngine:
         if not targets:
             return
         slots = list(targets)
+        assert self._cache is not None
         self._cache.copy(source, slots, num_tokens)
         if self._table.routes is not None:
             self._table.routes[slots, :num_tokens] = self._table.routes[source, :num_tokens]
         if (kept := self._table.selections) is not None:
             num_rows = max(0, num_tokens - kept.shape[-1])
             kept[slots, :num_rows] = kept[source, :num_rows]
+
+    def _take_back_weights(self) -> None:
+        missing = next((name for name in self._tensors if name not in self._staged), None)
+        if missing is not None:
+            raise ValueError(f"weight update: {missing} did not come, and the engine gave it up when it went to sleep")
+        for storage, num_bytes in self._given_up:
+            storage.resize_(num_bytes)
+        self._given_up = []
 
     def _tensor(self, array: NDArray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, torch.long)

@@ -78,13 +78,25 @@ class Saboteur:
 
     async def stop_engine_while(self, index: int, phase: str) -> None:
         """Stops an engine, as SIGSTOP does, in the middle of something that it has not ended then."""
+        await self._stop_while(lambda: self.engine(index).pid, f"engine {index}", phase)
+
+    async def stop_learner_while(self, phase: str) -> int:
+        """The same of the learner's first rank; its process, which only SIGCONT lets go on."""
+        return await self._stop_while(lambda: self.system.learner.processes[0].pid, "learner", phase)
+
+    async def _stop_while(self, pid: Callable[[], int], actor: str, phase: str) -> int:
         while True:
-            await self.busy(f"engine {index}", phase)
-            os.kill(self.engine(index).pid, signal.SIGSTOP)
+            await self.busy(actor, phase)
+            stopped = pid()
+            os.kill(stopped, signal.SIGSTOP)
             await asyncio.sleep(0.3)
-            if self.is_busy(f"engine {index}", phase):
-                return
-            os.kill(self.engine(index).pid, signal.SIGCONT)
+            if self.is_busy(actor, phase):
+                return stopped
+            os.kill(stopped, signal.SIGCONT)
+
+    async def held_bytes(self, index: int) -> int:
+        """Of the weights and the cache that a torch engine holds now."""
+        return await self.system.pool._engines[index].actor.__ray_call__.remote(_held_bytes)
 
     async def lose_engine(self, index: int, what: str) -> None:
         """Kills an engine and waits until another one is up in its place."""
@@ -115,6 +127,10 @@ class Saboteur:
 
 def _node_id(_: Any) -> str:
     return ray.get_runtime_context().get_node_id()
+
+
+def _held_bytes(actor: Any) -> int:
+    return actor._engine.num_bytes
 
 
 def kill(where: Whereabouts) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,23 +94,32 @@ def test_a_run_survives_its_processes(cluster: None, tmp_path: Path, monkeypatch
 def test_equal_seeds_and_weights_give_equal_tokens_whoever_dies(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Lock-step, with one engine that shares its place with the learner, against the same run left alone."""
+    """Lock-step, with one engine that sleeps while the learner steps, against a run left alone that never sleeps."""
     overrides = ("steps=3", "placement=shared", "evaluation.num_prompts=3", "log_samples=100")
-    code, alone = run_here(tmp_path, *overrides, name="alone")
+    code, alone = run_here(tmp_path, *overrides, "rollout.sleep=false", name="alone")
     assert code == 0
+    held: list[int] = []
 
     async def plan(saboteur: Saboteur) -> None:
-        saboteur.system.pool._sleeps = True  # as engines on a GPU do
+        held.append(await saboteur.held_bytes(0))
         await saboteur.stop_engine_while(0, "generate")
         await saboteur.lose_engine(0, "generating")
-        await saboteur.busy("engine 0", "sleep")
+        learner = await saboteur.stop_learner_while("step")
+        held.append(await saboteur.held_bytes(0))
+        assert saboteur.is_busy("engine 0", "sleep")
         kill(saboteur.engine(0))  # found out when it is to wake
+        began = time.monotonic()
+        os.kill(learner, signal.SIGCONT)
         await saboteur.step_over()
         await saboteur.until_up(0)
+        held.append(await saboteur.held_bytes(0))
+        print(f"seconds until an engine killed in its sleep was replaced: {time.monotonic() - began:.1f}")
 
     arm(monkeypatch, plan)
     code, harmed = run_here(tmp_path, *overrides, name="harmed")
     assert code == 0
+    awake, asleep, replaced = held
+    assert awake == replaced > 0 and asleep == 0
     promises(harmed, steps=3, staleness=0)
     for one, other in zip(alone.rows, harmed.rows, strict=True):
         for name, value in one.items():

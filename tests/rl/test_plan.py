@@ -273,6 +273,19 @@ def test_recorded_selections_are_counted(tmp_path: Path):
     assert sizes[True] - sizes[False] == 16 * 40 * 3 * 40 / 8
 
 
+def test_on_cpus_engines_that_sleep_have_the_memory_of_a_step_in_turn(tmp_path: Path):
+    def held(*overrides: str) -> dict[str, float]:
+        recipe = tiny_recipe(tmp_path, *overrides)
+        plan = make_plan(recipe, recipe_costs(recipe), Hardware(num_gpus=0))
+        stepping = plan.rank.peak_bytes - plan.rank.resident_bytes
+        return {item.name: item.num_bytes for item in plan.host} | {"resident": plan.rank.resident_bytes, "a": stepping}
+
+    awake, asleep = held("placement=shared", "rollout.sleep=false"), held("placement=shared")
+    assert awake == held()
+    assert asleep["learner"] == asleep["resident"] and awake["learner"] == awake["resident"] + awake["a"]
+    assert asleep["step or engines"] == max(awake["a"], awake["engines"])
+
+
 def test_more_ranks_never_need_more_of_each(costs: Write):
     model = costs(QWEN3_8B)
     recipe = with_keys(Recipe(name="r"), {"model.dtype": "bfloat16", "learner.zero_stage": 3})

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from model import load_model
 from rl.checkpoint import newest
 from tests.rl.killed_runs import assert_same_run, learned, logged, run_until, saving, some_seconds
-from tests.rl.tiny_runs import REWARDS, Run, read_lines, run_here
+from tests.rl.tiny_runs import REWARDS, Run, assert_one_sentence, read_lines, run_here
 from tests.small_disk import full_disk
 
 STEPS, COLD_STEPS = 9, 60
@@ -105,15 +105,26 @@ def test_with_generation_ahead_every_prompt_is_trained_once(cluster: None, tmp_p
 def test_a_finished_run_goes_on_with_more_steps_on_other_ranks(
     straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    """And after a step, when an alarm has stopped it, once more."""
     shutil.copytree(straight.path, tmp_path / "runs" / "tiny")
     assert run_here(tmp_path, *LOCKSTEP)[0] == 1
     assert (
         f"already holds a finished run; choose another name=..., raise steps above {STEPS}" in capsys.readouterr().err
     )
-    code, run = run_here(tmp_path, *LOCKSTEP, f"steps={STEPS + 2}", "learner.ranks=2", "learner.zero_stage=3")
+    more = (*LOCKSTEP, f"steps={STEPS + 2}", "checkpoint.every=9", "learner.ranks=2", "learner.zero_stage=3")
+    code, run = run_here(tmp_path, *more, "alarms={window: 1, truncated: -1, stop: [truncated]}")
+    said = capsys.readouterr()
+    assert code == 1
+    assert "tiny: from here on with " in said.out and "learner.ranks 1 -> 2, learner.zero_stage 2 -> 3" in said.out
+    assert_one_sentence(said.err, "alarm truncated: ", f"; step {STEPS + 1} is saved, and the same command goes on")
+    assert run.status["reason"] in said.err
+    assert newest(run.path / "checkpoints").found.step == STEPS + 1  # pyright: ignore[reportOptionalMemberAccess]
+    assert run.trajectories(STEPS + 1) and (run.path / "report.html").exists()
+
+    code, run = run_here(tmp_path, *more, "alarms={window: 1, truncated: -1}")
     assert code == 0
     said = capsys.readouterr().out
-    assert "tiny: from here on with " in said and "learner.ranks 1 -> 2, learner.zero_stage 2 -> 3" in said
+    assert f"tiny: goes on after step {STEPS + 1} of {STEPS + 2}" in said and "alarms.stop ['truncated'] -> []" in said
     assert [row["step"] for row in run.rows] == list(range(STEPS + 3))
     assert run.rows[: STEPS + 1] == straight.rows
     assert all(row["sync/verified"] == 1 and row["ratio/clipped"] < 0.5 for row in run.steps)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import save_model
+from model import checksums, save_model
 from rl.errors import DataError
 from rollout.actor import EngineActor
 from rollout.engine import Finish
@@ -71,6 +71,49 @@ def test_weights_and_aborts_take_their_turn_between_steps(load_actor, make_model
     assert kept.finish == Finish.LENGTH and ended.finish == Finish.ABORT
     assert sorted(set(kept.versions.tolist())) == [0, 7] and np.all(np.diff(kept.versions) >= 0)
     assert sums.keys() == make_model(1).state_dict().keys()
+
+
+def test_tokens_after_a_sleep_are_those_without_one(load_actor, make_model, make_request):
+    """Asleep twice amid replies, with its weights and without them; whoever asks meanwhile waits."""
+    requests = [make_request(name, max_tokens=50) for name in "abcde"]  # the last one waits for a place
+    weights = make_model(0).state_dict()
+
+    async def tokens_so_far(actor: EngineActor) -> int:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return (await actor.stats()).num_generated_tokens
+
+    async def run():
+        actor = await load_actor()
+        calls = [asyncio.ensure_future(actor.generate(requests))]
+        while await tokens_so_far(actor) < 40:
+            pass
+        await actor.sleep(keep_weights=True)
+        before = await tokens_so_far(actor)
+        calls.append(asyncio.ensure_future(actor.generate([make_request("late")])))
+        assert await tokens_so_far(actor) == before and not any(call.done() for call in calls)
+        await actor.wake()
+        while (now := await tokens_so_far(actor)) < before + 40:
+            pass
+        await actor.sleep()
+        with pytest.raises(RuntimeError, match="gave its weights up .* wakes with the next update"):
+            await actor.wake()
+        await actor.stage({name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
+        with pytest.raises(ValueError, match=r"model\.norm\.weight did not come, and the engine gave it up"):
+            await actor.commit(1)
+        assert await tokens_so_far(actor) < now + 5 * 20 and not any(call.done() for call in calls)
+        await actor.stage({"model.norm.weight": weights["model.norm.weight"]})
+        sums = await actor.commit(1)
+        return [completion for call in calls for completion in await call], sums
+
+    completions, sums = asyncio.run(run())
+    assert sums == checksums(weights.items())
+    assert set(completions[0].versions.tolist()) == {0, 1}
+    alone = TorchEngine(make_model(0), max_num_seqs=16, max_context=96).generate([*requests, make_request("late")])
+    for slept, other in zip(completions, alone, strict=True):
+        np.testing.assert_array_equal(slept.token_ids, other.token_ids)
+        np.testing.assert_array_equal(slept.logprobs, other.logprobs)
+        np.testing.assert_array_equal(slept.routes, other.routes)
 
 
 def test_a_refused_request_and_a_failing_step_leave_the_engine_usable(load_actor, make_model, make_request):

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from model import CacheView, LatentCache
+from model import CacheView, DeepseekV32, LatentCache
 from model.checksum import checksums
 from rl.config import Sampling
 from rl.errors import DataError
@@ -314,3 +316,39 @@ def test_samples_align_every_stream_with_the_tokens(make_engine, make_request):
     assert sample.kept is not None and sample.routed is not None
     assert not sample.kept.sizes[:11].any() and sample.kept.sizes[11:].all()
     assert sample.routed.tolist() == [True] * 30 + [False]
+
+
+def resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def test_an_engine_that_sleeps_gives_its_memory_back(tiny_config, make_request):
+    """To the operating system, that is, from a model of 80 MB and of many small tensors beside two large ones."""
+    torch.manual_seed(0)
+    model = DeepseekV32(dataclasses.replace(tiny_config, vocab_size=20_000, hidden_size=512))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine = TorchEngine(model, max_num_seqs=16, max_context=96)
+    requests = [make_request(name, length=60) for name in "ab"]
+    awake = engine.generate(requests)
+    num_bytes, of_weights = engine.num_bytes, sum(tensor.nbytes for tensor in weights.values())
+    assert num_bytes > of_weights > 80e6
+    before = resident_mb()
+
+    engine.sleep(keep_weights=True)
+    assert engine.num_bytes == of_weights
+    engine.wake()
+    assert engine.num_bytes == num_bytes
+
+    engine.sleep()
+    assert engine.num_bytes == 0
+    assert before - resident_mb() > 0.95 * of_weights / 1e6
+    engine.submit(make_request("c"))
+    with pytest.raises(RuntimeError, match="the engine sleeps"):
+        engine.step()
+    engine.abort()
+
+    engine.stage(weights)
+    assert engine.commit(1) == checksums(weights.items())
+    assert engine.num_bytes == num_bytes
+    for one, other in zip(engine.generate(requests), awake, strict=True):
+        assert_same(one, other)
