@@ -11,8 +11,11 @@ import contextlib
 import json
 import math
 import socket
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,7 +26,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 _ALIGNMENT = 256  # bytes; what device allocators align to, and enough for any dtype
 _POLL_S = 0.0005
 _LOOK_S = 0.5
-"""How often a waiting sender looks whether its group was abandoned."""
+"""How often a process that waits looks whether its group was abandoned, and while the group meets, who is there."""
 _ABANDONED = "abandoned"
 
 
@@ -118,7 +121,7 @@ def open_store(host: str, size: int | None = None) -> TCPStore:
 
 
 def abandon(host: str, port: int) -> None:
-    """Lets the sender of a group know, from any process, that a partner is gone, so that it stops waiting."""
+    """Lets a group know, from any process, that a partner is gone: whoever joins, and the sender, stop waiting."""
     with contextlib.suppress(RuntimeError):  # the group itself may be gone
         store = TCPStore(host, port, None, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
         PrefixStore("weights", store).set(_ABANDONED, "1")
@@ -140,7 +143,10 @@ class BroadcastGroup:
         self._timeout_s = timeout_s
         store.set_timeout(timedelta(seconds=timeout_s))
         self._store = PrefixStore("weights", store)
-        self._backend = _backend(host, PrefixStore("group", store), rank, size, device, timeout_s)
+        # Whoever waits in a store holds its connection, and this one is looked at meanwhile.
+        own = PrefixStore("group", store.clone())
+        self._meet(size)
+        self._backend = self._watched(lambda: _backend(host, own, rank, size, device, timeout_s))
         self._staging = StagingBuffers(2, device) if rank == 0 else None
         self._num_rounds = 0
         self._keys: list[str] = []  # in the store since the last round
@@ -189,6 +195,41 @@ class BroadcastGroup:
         if abort is not None:
             abort()
 
+    def _meet(self, size: int) -> None:
+        """Returns when all processes are there. NCCL would wait for those that died before without looking up."""
+        self._store.set(f"here/{self.rank}", "1")
+        everybody = [f"here/{rank}" for rank in range(size)]
+        deadline = time.monotonic() + self._timeout_s
+        while not self._store.check(everybody):
+            self._look(deadline)
+            time.sleep(min(_LOOK_S, 0.05))
+
+    def _watched(self, connect: Callable[[], Any]) -> Any:
+        """What ``connect`` returns. Where the group is abandoned first, its thread is left to its own time-out."""
+        outcome: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # each thread has its own
+                outcome.set_result(connect())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=work, name="weight group", daemon=True).start()
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            with contextlib.suppress(FutureTimeout):
+                return outcome.result(_LOOK_S)
+            self._look(deadline)
+
+    def _look(self, deadline: float) -> None:
+        """Raises TimeoutError when there is no use in waiting any longer."""
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"a weight transfer stood still for {self._timeout_s:.0f} s")
+        if self._store.check([_ABANDONED]):
+            raise TimeoutError("a weight transfer was given up: a partner is gone")
+
     def _publish(self, number: int, description: str) -> None:
         self._store.set(self._key(number), description)
         self._keys.append(self._key(number))
@@ -212,12 +253,9 @@ class BroadcastGroup:
         deadline, look = now + self._timeout_s, now + _LOOK_S
         while not work.is_completed():
             now = time.monotonic()
-            if now > deadline:
-                raise TimeoutError(f"a weight transfer stood still for {self._timeout_s:.0f} s")
-            if self.rank == 0 and now > look:
+            if now > look:
                 look = now + _LOOK_S
-                if self._store.check([_ABANDONED]):
-                    raise TimeoutError("a weight transfer was given up: a partner is gone")
+                self._look(deadline)
             time.sleep(_POLL_S)
         work.wait()
 

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rl.config import Recipe
 from rl.environ import needed_environment
-from rl.errors import RecipeError
+from rl.errors import RecipeError, RunStopped
 from rl.hardware import Hardware, parse_nvidia_smi
 from rl.placement import threads_needed
 
@@ -140,7 +140,8 @@ async def on_host(host: str, function: Callable[..., T], *arguments: Any, timeou
 async def settled(*, timeout_s: float = SETTLE_S) -> None:
     """Returns when every node answers that Ray takes to be alive, or after ``timeout_s``.
 
-    Ray notices only after seconds that a node was lost, and until then lets new actors die of it.
+    Ray notices only after seconds that a node was lost, and until then lets new actors die of it. Raises RunStopped
+    when no node is left.
     """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
@@ -150,6 +151,8 @@ async def settled(*, timeout_s: float = SETTLE_S) -> None:
 
 async def _all_nodes_answer() -> bool:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if not nodes:
+        raise RunStopped("no node of the Ray cluster is alive any more; its logs, in session_latest/logs, say why")
     if len(nodes) == 1:
         return True  # this one
     ask = ray.remote(num_cpus=0, max_retries=0)(lambda: None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -90,6 +90,7 @@ class ObjectStore:
 class Broadcast:
     """From learner rank 0 to all workers of engines at once, GPU to GPU, in a group made anew for other engines.
 
+    Of engines that are to join a group one may die: the others, who have not been written yet, make one without it.
     A broadcast that an engine does not live through leaves the others half written, and vLLM cannot begin again there:
     they are all started again, and get the weights when they are back.
     """
@@ -101,35 +102,32 @@ class Broadcast:
         self._address: tuple[str, int] = "", 0
 
     async def send(self, engines: Sequence[int]) -> Sent:
+        engines = await self._connected(engines)
         if not engines:
             return Sent(num_bytes=0, checksums=await self.learner.checksums())
         try:
-            await self._connect(engines)
             await self.pool.begin_update(engines)
-            return await self._exchange(engines)
+            self._check_members(engines)
+            sent, *_ = await self._together(
+                self.learner.send_weights(), *(self.pool.receive(None, [engine]) for engine in engines)
+            )
+            return sent
         except EngineDied as death:
-            self._members = ()
-            self.pool.restart(engines, f"its update broke off when {death}")
+            members, self._members = set(self._members), ()
+            left = [engine for engine in engines if members.issuperset(self.pool.membership([engine]))]
+            self.pool.restart(left, f"its update broke off when {death}")
             return Sent(num_bytes=0, checksums=await self.learner.checksums())
 
-    async def _exchange(self, engines: Sequence[int]) -> Sent:
-        """One broadcast. Of all that goes wrong then, an engine's death is the cause: it is raised before the rest."""
-        sending = asyncio.ensure_future(self.learner.send_weights())
-        receiving = [asyncio.ensure_future(self.pool.receive(None, [engine])) for engine in engines]
-        parts: list[asyncio.Future[Any]] = [sending, *receiving]
-        try:
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
-            if any(part.exception() for part in done):
-                await asyncio.to_thread(abandon, *self._address)
-                await asyncio.wait(parts, timeout=SETTLE_S)
-            errors = [error for part in parts if part.done() and (error := part.exception())]
-            for error in sorted(errors, key=lambda error: not isinstance(error, EngineDied)):
-                raise error
-            return sending.result()
-        finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+    async def _connected(self, engines: Sequence[int]) -> Sequence[int]:
+        """Those of ``engines`` that are in a group with the learner now; others died meanwhile."""
+        while engines:
+            try:
+                await self._connect(engines)
+                return engines
+            except EngineDied:  # nothing is half written yet: the others meet again
+                self._members = ()
+                engines = [engine for engine in engines if engine in self.pool.present]
+        return engines
 
     async def _connect(self, engines: Sequence[int]) -> None:
         """Makes the group of the learner and the processes that ``engines`` have now, if it is not there."""
@@ -138,12 +136,47 @@ class Broadcast:
             return
         self._address = await self.learner.open_transfer()
         host, port = self._address
-        size = 1 + self.pool.num_workers(engines)
-        await together(
-            self.learner.join_transfer(host, size=size, timeout_s=STANDSTILL_S),
-            self.pool.join_transfer(host, port, size=size, timeout_s=STANDSTILL_S, engines=engines),
+        size, timeout_s = 1 + self.pool.num_workers(engines), STANDSTILL_S
+        joining = (
+            self.pool.join_transfer(
+                engine,
+                host=host,
+                port=port,
+                first_rank=1 + self.pool.num_workers(engines[:place]),
+                size=size,
+                timeout_s=timeout_s,
+            )
+            for place, engine in enumerate(engines)
         )
+        await self._together(self.learner.join_transfer(host, size=size, timeout_s=timeout_s), *joining)
         self._members = members
+        self._check_members(engines)
+
+    def _check_members(self, engines: Sequence[int]) -> None:
+        """Raises EngineDied when a process of the group is not there any more: the others would wait for it."""
+        if self.pool.membership(engines) != self._members:
+            raise EngineDied("an engine of the group died")
+
+    async def _together(self, *parts: Coroutine[Any, Any, Any]) -> list[Any]:
+        """What the parties of the group return. When one fails, the others are told to wait no longer.
+
+        Raises what failed first, or the death of an engine, which is the cause of what else fails then.
+        """
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            errors = _errors(done)
+            if errors:
+                await asyncio.to_thread(abandon, *self._address)
+                done, _ = await asyncio.wait(tasks, timeout=SETTLE_S)
+                errors += _errors(done)
+            for error in sorted(errors, key=lambda error: not isinstance(error, EngineDied)):
+                raise error
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def memory_gb(self) -> dict[str, float]:
         return await memory_of(self.learner, self.pool)
@@ -249,17 +282,19 @@ async def publish(transport: Transport, version: int) -> Sync:
         RunStopped: an engine's live tensor differs from the learner's, which it names with the engine; or the weights
             did not come through at all.
     """
-    began = time.perf_counter()
+    began, limit = time.perf_counter(), asyncio.timeout(UPDATE_S)
     try:
-        async with asyncio.timeout(UPDATE_S):
+        async with limit:
             engines = transport.pool.present
             sent = await transport.send(engines)
             engine_sums = await transport.pool.commit(version, engines)
     except UserError:
         raise
-    except TimeoutError as error:
-        raise RunStopped(f"weights of version {version} did not reach the engines within {UPDATE_S:.0f} s") from error
     except Exception as error:
+        if limit.expired():
+            raise RunStopped(
+                f"weights of version {version} did not reach the engines within {UPDATE_S:.0f} s"
+            ) from None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunStopped(f"weights of version {version} did not reach the engines: {reason}") from error
     for engine, sums in engine_sums.items():
@@ -279,6 +314,10 @@ def verify(expected: Mapping[str, int], actual: Mapping[str, int], *, place: str
         if expected.get(name) != actual.get(name):
             what = "differs" if name in expected and name in actual else "is on one side only"
             raise RunStopped(f"weights of version {version} did not arrive intact: {name} {what} in {place}")
+
+
+def _errors(tasks: Iterable[asyncio.Future[Any]]) -> list[BaseException]:
+    return [error for task in tasks if (error := task.exception()) is not None]
 
 
 async def memory_of(learner: Learner, pool: EnginePool) -> dict[str, float]:

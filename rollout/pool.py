@@ -231,22 +231,11 @@ class EnginePool:
         return tuple((index, self._engines[index].actor) for index in engines)
 
     async def join_transfer(
-        self, host: str, port: int, *, size: int, timeout_s: float, engines: Sequence[int] | None = None
+        self, engine: int, *, host: str, port: int, first_rank: int, size: int, timeout_s: float
     ) -> None:
-        """Brings all workers into the learner's group, whose rank 0 is the sender. Raises EngineDied."""
-        joining = (
-            self._call(
-                engine,
-                "join_transfer",
-                host=host,
-                port=port,
-                first_rank=1 + place * self._workers_per_engine,
-                size=size,
-                timeout_s=timeout_s,
-            )
-            for place, engine in enumerate(self._among(engines))
-        )
-        await asyncio.gather(*joining)
+        """Brings an engine's workers into the learner's group, whose rank 0 is the sender. Raises EngineDied."""
+        where = {"host": host, "port": port, "first_rank": first_rank, "size": size, "timeout_s": timeout_s}
+        await self._call(self._engines[engine], "join_transfer", **where)
 
     async def begin_update(self, engines: Sequence[int] | None = None) -> None:
         """Makes engines ready for :meth:`receive`; generation stands still until the commit."""
@@ -258,7 +247,8 @@ class EnginePool:
         Of a broadcast that an engine does not live through it raises EngineDied: others are waiting for it.
         """
         if offer is None:
-            await asyncio.gather(*(self._call(engine, "receive", None) for engine in self._among(engines)))
+            indices = self.present if engines is None else engines
+            await asyncio.gather(*(self._call(self._engines[index], "receive", None) for index in indices))
         else:
             await self._call_all("receive", offer, engines=engines)
 
@@ -340,6 +330,7 @@ class EnginePool:
             assert seat.engine is not None
             with self._burying(seat.engine, tolerant=True):
                 return await seat.engine.generate(requests)
+            await asyncio.sleep(0)  # its end is told first
             self.faults.record("reissued", f"issued again: {names(requests)}", count=len(requests))
 
     async def _available(self) -> EngineHandle:

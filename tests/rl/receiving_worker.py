@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import model.transport
 from model import join_experts
 from rollout.vllm_layout import held_sums
 from rollout.weight_receiver import WeightReceiver
@@ -24,7 +25,12 @@ class Worker:
         self.receiver = WeightReceiver(torch.device("cpu"))
         self.named: dict[str, torch.Tensor] = {}
 
-    def join(self, **group: Any) -> None:
+    def join(self, trouble: str = "", **group: Any) -> None:
+        """``trouble``: dies ``before`` it is there, or ``amid`` its connecting to others who are there too."""
+        if trouble == "before":
+            os._exit(1)
+        if trouble == "amid":
+            model.transport._backend = lambda *_: os._exit(1)
         self.receiver.join(**group)
 
     def receive(self, trouble: str = "") -> int:

@@ -112,7 +112,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_other_ranks(
         f"already holds a finished run; choose another name=..., raise steps above {STEPS}" in capsys.readouterr().err
     )
     more = (*LOCKSTEP, f"steps={STEPS + 2}", "checkpoint.every=9", "learner.ranks=2", "learner.zero_stage=3")
-    code, run = run_here(tmp_path, *more, "alarms={window: 1, truncated: -1, stop: [truncated]}")
+    code, run = run_here(tmp_path, *more, "alarms={window: 1, truncated: 0, stop: [truncated]}")
     said = capsys.readouterr()
     assert code == 1
     assert "tiny: from here on with " in said.out and "learner.ranks 1 -> 2, learner.zero_stage 2 -> 3" in said.out
@@ -121,7 +121,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_other_ranks(
     assert newest(run.path / "checkpoints").found.step == STEPS + 1  # pyright: ignore[reportOptionalMemberAccess]
     assert run.trajectories(STEPS + 1) and (run.path / "report.html").exists()
 
-    code, run = run_here(tmp_path, *more, "alarms={window: 1, truncated: -1}")
+    code, run = run_here(tmp_path, *more, "alarms={window: 1, truncated: 0}")
     assert code == 0
     said = capsys.readouterr().out
     assert f"tiny: goes on after step {STEPS + 1} of {STEPS + 2}" in said and "alarms.stop ['truncated'] -> []" in said

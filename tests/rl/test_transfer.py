@@ -38,7 +38,7 @@ class WorkersOnly:
     def __init__(self, num_engines: int) -> None:
         self.engines = [self._new() for _ in range(num_engines)]
         self.down: set[int] = set()
-        self.trouble = self.flip = ""
+        self.trouble = self.join_trouble = self.flip = ""
         self.largest = 0
 
     @staticmethod
@@ -63,10 +63,19 @@ class WorkersOnly:
     def num_workers(self, engines: Sequence[int]) -> int:
         return 2 * len(engines)
 
-    async def join_transfer(self, host: str, port: int, *, size: int, timeout_s: float, engines: Sequence[int]) -> None:
-        group = {"host": host, "port": port, "size": size, "timeout_s": timeout_s}
-        workers = self.membership(engines)
-        await asyncio.gather(*(worker.join.remote(rank=1 + i, **group) for i, worker in enumerate(workers)))
+    async def join_transfer(self, engine: int, *, first_rank: int, **group: Any) -> None:
+        troubles = [self.join_trouble if engine == 0 else "", ""]
+        joining = [
+            asyncio.wrap_future(worker.join.remote(trouble, rank=first_rank + place, **group).future())
+            for place, (worker, trouble) in enumerate(zip(self.engines[engine], troubles, strict=True))
+        ]
+        try:
+            await asyncio.gather(*joining)
+        except RayActorError as error:
+            self.down.add(engine)
+            raise EngineDied(f"engine {engine} died during join_transfer") from error
+        except RayTaskError as error:
+            raise error.cause from error
 
     async def begin_update(self, engines: Sequence[int]) -> None:
         pass
@@ -202,6 +211,25 @@ def test_an_engine_that_dies_amid_a_broadcast_holds_nobody_up(
             sent = await transport.send([1])
             assert (await pool.commit(2, [0, 1]))[1] == sent.checksums
             await publish(transport, 3)
+
+    run(test)
+
+
+def test_an_engine_that_dies_while_it_joins_holds_nobody_up(cluster: None, tmp_path: Path):
+    """Before it is there, or when all are and connect; the other engine is as it was, and gets the weights."""
+
+    async def test() -> None:
+        async with connected(tmp_path, 2) as (transport, learner, pool):
+            for version, moment in enumerate(("before", "amid")):
+                pool.join_trouble = moment
+                began = time.monotonic()
+                sync = await publish(transport, version)
+                print(f"seconds until the weights were there ({moment}): {time.monotonic() - began:.1f}")
+                assert time.monotonic() - began < 60
+                assert pool.present == [1] and sync.checksums == await learner.checksums()
+                assert (await pool.commit(version, [1]))[1] == sync.checksums
+                pool.restart([0], "it died")
+                pool.down = set()
 
     run(test)
 

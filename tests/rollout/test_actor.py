@@ -96,7 +96,7 @@ def test_tokens_after_a_sleep_are_those_without_one(load_actor, make_model, make
         while (now := await tokens_so_far(actor)) < before + 40:
             pass
         await actor.sleep()
-        with pytest.raises(RuntimeError, match="gave its weights up .* wakes with the next update"):
+        with pytest.raises(RuntimeError, match=r"gave its weights up .* wakes with the next update"):
             await actor.wake()
         await actor.stage({name: tensor for name, tensor in weights.items() if name != "model.norm.weight"})
         with pytest.raises(ValueError, match=r"model\.norm\.weight did not come, and the engine gave it up"):
