@@ -135,7 +135,7 @@ class BroadcastGroup:
     """
 
     def __init__(
-        self, host: str, store: Store, *, rank: int, size: int, device: torch.device, timeout_s: float
+        self, host: str, store: TCPStore, *, rank: int, size: int, device: torch.device, timeout_s: float
     ) -> None:
         """Joins; returns when all ``size`` processes have. ``host`` is this process's own address, for gloo."""
         self.rank = rank

@@ -7,12 +7,14 @@ could be at fault are looked at from outside (`rl.whereabouts`), as one that han
     late                         what ``recover`` does
     engine: request, sync, wake  the engine is killed, and started again like any that died
     learner: step, sync, ...     the rank that does not run is killed, or all; the learner's failure follows
-    anything else                nothing: what it waits for has limits of its own, which end it
+    rewards: score               a worker that is stopped is killed; one that runs has limits of its own, which end it
+    anything else                nothing: what it waits for has limits of its own, too
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,7 +45,7 @@ class Doctor:
         self._system = system
         self._notes = notes
         self._said: dict[int, float] = {}  # seconds that a late span had taken when it was last told, by its number
-        self._generated: dict[int, int] = {}  # tokens of an engine at the last look, by its index
+        self._stalls: list[tuple[float, float]] = []  # until when the driver stood still, and for how many seconds
 
     @property
     def _timeline(self) -> Timeline:
@@ -51,9 +53,20 @@ class Doctor:
 
     async def watch(self) -> None:
         """Until it is cancelled. Raises RunStopped, with what was found, where the recipe says ``stop``."""
+        pause = min(5.0, self._settings.floor_s / 4)
         while self._settings.act != DoctorAct.none:
-            await asyncio.sleep(min(5.0, self._settings.floor_s / 4))
+            began = self._timeline.now
+            await asyncio.sleep(pause)
+            self._excuse(self._timeline.now - began - pause)
             await self.look()
+
+    def _excuse(self, stalled_s: float) -> None:
+        """While the driver stood still, it could not hear from anybody: for so long nobody else was late."""
+        if stalled_s > self._settings.floor_s / 4:
+            self._stalls.append((self._timeline.now, stalled_s))
+        if stalled_s > self._settings.floor_s:
+            sentence = f"the driver (process {os.getpid()}) stood still for {stalled_s:.1f} s"
+            self._system.faults.record("late", f"{sentence}: it was stopped, or its machine was too busy", each=True)
 
     async def look(self) -> None:
         """One round: tells what is late and acts on it."""
@@ -100,6 +113,10 @@ class Doctor:
             still = [where for (_, where), stack in zip(suspects, stacks, strict=True) if not _runs(stack)]
             await self._end(still or [where for _, where in suspects])
             return "; it is killed"
+        if actor == "rewards":
+            still = [where for (_, where), stack in zip(suspects, stacks, strict=True) if not _runs(stack)]
+            await self._end(still)
+            return f"; {'it is' if len(still) == 1 else 'they are'} killed" if still else ""
         return ""
 
     async def _end(self, processes: Iterable[Whereabouts]) -> None:
@@ -129,7 +146,8 @@ class Doctor:
         return max(allowed, self._settings.floor_s * (2 if span.actor == "driver" else 1))
 
     def _age(self, span: Span) -> float:
-        return self._timeline.now - span.begin
+        stalled_s = sum(seconds for until, seconds in self._stalls if until > span.begin)
+        return self._timeline.now - span.begin - stalled_s
 
     def _complaint(self, span: Span) -> str:
         """Who waits for whom, for how long, and how long it took before."""

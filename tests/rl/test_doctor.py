@@ -112,6 +112,28 @@ def test_deadlines_come_from_what_phases_took_before():
     assert looked(doctor(DoctorAct.warn), 9) == []  # however short it was before
 
 
+def test_a_driver_that_stood_still_blames_nobody_else():
+    timeline, said = Timeline(), list[str]()
+    system = SimpleNamespace(timeline=timeline, faults=FaultLog(said.append))
+    doctor = Doctor(Settings(act=DoctorAct.warn, floor_s=0.8, first_s=0.8), cast(System, system))
+
+    async def run() -> None:
+        watching = asyncio.create_task(doctor.watch())
+        with timeline.span("learner", "sync"):
+            await asyncio.sleep(0.1)
+            time.sleep(2)
+            while len(said) < 2:
+                await asyncio.sleep(0.05)
+            assert not watching.done()
+        watching.cancel()
+
+    system.learner = SimpleNamespace(processes=[])
+    asyncio.run(asyncio.wait_for(run(), 30))
+    stalled, late = said
+    assert stalled.startswith(f"the driver (process {os.getpid()}) stood still for ")
+    assert 0.8 <= float(late.split(" has taken ")[1].split()[0]) < 2, late
+
+
 def test_what_hangs_is_named_and_ended(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -121,6 +143,9 @@ def test_what_hangs_is_named_and_ended(
         faults = saboteur.system.faults
         await saboteur.published(1)
         with closed(gate):
+            while len(working := saboteur.system.rewards.working(2)) < 2:
+                await asyncio.sleep(0.01)
+            os.kill(working[1][1].pid, signal.SIGSTOP)  # beside another one, which goes round and round
             while faults.totals["late"] < 1:
                 await asyncio.sleep(0.1)
         await saboteur.stop_engine_while(0, "request")
@@ -136,6 +161,7 @@ def test_what_hangs_is_named_and_ended(
         tmp_path,
         "steps=20",
         "learner.ranks=2",
+        "reward_workers=2",
         "faults.learner_restores=0",
         "doctor={floor_s: 6, factor: 3, first_s: 120}",
         f"domains.sums.rewards=[{{use: 'tests.rl.saboteur:gated', args: {{gate: '{gate}'}}, timeout_s: 300}}]",
@@ -155,6 +181,8 @@ def test_what_hangs_is_named_and_ended(
         and "s at most before" in scoring
     )
     assert "(and 3 others): the reward worker at gated of sums/" in scoring and "in gated (saboteur.py:" in scoring
+    assert "is stopped by a signal; it is killed" in scoring
+    assert sum(row["faults/reward_workers"] for row in run.steps) == 1
     assert "engine 0 is late: request of sums/" in generating and "is stopped by a signal" in generating
     assert "learner is late: step in step" in learning
     assert "learner rank 1 (process" in learning and "is stopped by a signal; it is killed" in learning
