@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from model.transport import abandon
 from rl.config import EngineKind, Placement, Recipe
 from rl.errors import RunStopped, UserError
+from rl.timeline import Timeline
 from rollout.engine import EngineDied
 from rollout.pool import EnginePool, Start
 from trainer.learner import Learner
@@ -223,10 +224,11 @@ class Publisher:
     of its own. Where it shares the learner's GPUs it is also started only then, while the learner sleeps.
     """
 
-    def __init__(self, transport: Transport, *, shared: bool = False) -> None:
+    def __init__(self, transport: Transport, *, shared: bool = False, timeline: Timeline | None = None) -> None:
         self.transport = transport
         self.version: int | None = None  # of the learner's weights, unless they are held; None before the first
         self._shared = shared
+        self._timeline = timeline or Timeline()
         self._turn = asyncio.Lock()
         self._held = False
         transport.pool.welcome = self.welcome
@@ -266,7 +268,8 @@ class Publisher:
     async def _catch_up(self, engine: int, version: int) -> None:
         pool = self.transport.pool
         try:
-            sent = await self.transport.send([engine])
+            with self._timeline.span("learner", "sync", detail=f"engine {engine}", written=False):
+                sent = await self.transport.send([engine])
         except EngineDied:
             raise
         except Exception:

@@ -75,7 +75,7 @@ class System(Generation):
         """Before the learner steps: a GPU that it shares with an engine is all its own until weights are published."""
         await self.publisher.hold()
         await self.pool.sleep()
-        await self.learner.wake()
+        await self._wake_learner()
 
     async def publish(self, version: int) -> Sync:
         """The learner's weights into the engines; see :func:`rl.sync.publish`. Ends the learner's turn."""
@@ -89,11 +89,17 @@ class System(Generation):
         """The learner's turn amid generation, for what it writes of itself."""
         await self.publisher.hold()
         await self.pool.sleep(keep_weights=True)
-        await self.learner.wake()
+        await self._wake_learner()
         yield
-        await self.learner.sleep()
+        with self.timeline.span("learner", "sleep", written=False):
+            await self.learner.sleep()
         await self.pool.wake()
         self.publisher.release()
+
+    async def _wake_learner(self) -> None:
+        # Not written, but the first call after a rest is where a rank that hangs is waited for.
+        with self.timeline.span("learner", "wake", written=False):
+            await self.learner.wake()
 
 
 def encode(conversation: Conversation, prompt: Prompt) -> NDArray:
@@ -193,7 +199,9 @@ async def start(
                 learner=learner,
                 pool=pool,
                 rewards=rewards,
-                publisher=Publisher(transport_for(recipe, learner, pool), shared=recipe.placement == Placement.shared),
+                publisher=Publisher(
+                    transport_for(recipe, learner, pool), shared=recipe.placement == Placement.shared, timeline=timeline
+                ),
                 conversation=conversation,
                 sampling=recipe.sampling,
                 episodes=episodes,

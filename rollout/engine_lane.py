@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from rl.timeline import Timeline
 
 _PHASES = {"load": "load", "stage": "sync", "begin_update": "sync", "receive": "sync", "commit": "sync", "wake": "wake"}
-"""Calls that are spans of their own."""
+"""Calls that are spans of the file."""
+_NO_SPANS = ("generate", "__ray_call__")
+"""The first has :meth:`EngineLane.generating`; the other waits for a process to come up, as long as there is no room."""
 REQUEST = "request"
 """The phase of each call that generates, which is not written."""
 _WAKING = ("stage", "begin_update", "wake")
@@ -46,10 +48,14 @@ class EngineLane:
             self._sleeping = self._ended(self._sleeping)
         if method == "sleep" and self._sleeping is None:
             self._sleeping = self._timeline.begin(self.actor, "sleep")
-        if method not in _PHASES:
+        if method in _NO_SPANS:
             yield
             return
-        with self._timeline.span(self.actor, _PHASES[method], detail=method):
+        phase = _PHASES.get(method)
+        # Not written, but an engine that hangs may be waited for in any call.
+        with self._timeline.span(
+            self.actor, phase or f"{method}()", detail=method if phase else "", written=bool(phase)
+        ):
             yield
 
     def serves(self, version: int) -> None:

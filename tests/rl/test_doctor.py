@@ -148,6 +148,9 @@ def test_what_hangs_is_named_and_ended(
             os.kill(working[1][1].pid, signal.SIGSTOP)  # beside another one, which goes round and round
             while faults.totals["late"] < 1:
                 await asyncio.sleep(0.1)
+            os.kill(saboteur.engine(0).pid, signal.SIGSTOP)  # it has nothing to do, and is next told to sleep
+        await saboteur.gone(0)
+        await saboteur.until_up(0)
         await saboteur.stop_engine_while(0, "request")
         await saboteur.gone(0)
         await saboteur.until_up(0)
@@ -162,6 +165,7 @@ def test_what_hangs_is_named_and_ended(
         "steps=20",
         "learner.ranks=2",
         "reward_workers=2",
+        "placement=shared",
         "faults.learner_restores=0",
         "doctor={floor_s: 6, factor: 3, first_s: 120}",
         f"domains.sums.rewards=[{{use: 'tests.rl.saboteur:gated', args: {{gate: '{gate}'}}, timeout_s: 300}}]",
@@ -173,8 +177,14 @@ def test_what_hangs_is_named_and_ended(
     assert run.status["status"] == "stopped"
     late = [line for line in output.out.splitlines() if line.startswith("warning: ") and " is late: " in line]
     # On a slow machine the driver, or a start that takes long, may be told as well.
-    scoring, generating, learning = (
-        next(line for line in late if f"{actor} is late: " in line) for actor in ("rewards", "engine 0", "learner")
+    scoring, falling_asleep, generating, learning = (
+        next(line for line in late if what in line)
+        for what in (
+            "rewards is late: ",
+            "engine 0 is late: sleep()",
+            "engine 0 is late: request",
+            "learner is late: step",
+        )
     )
     assert (
         "the driver waits (rollout of step 2); rewards is late: score of sums/" in scoring
@@ -183,6 +193,7 @@ def test_what_hangs_is_named_and_ended(
     assert "(and 3 others): the reward worker at gated of sums/" in scoring and "in gated (saboteur.py:" in scoring
     assert "is stopped by a signal; it is killed" in scoring
     assert sum(row["faults/reward_workers"] for row in run.steps) == 1
+    assert "is stopped by a signal" in falling_asleep
     assert "engine 0 is late: request of sums/" in generating and "is stopped by a signal" in generating
     assert "learner is late: step in step" in learning
     assert "learner rank 1 (process" in learning and "is stopped by a signal; it is killed" in learning

@@ -18,7 +18,7 @@ from rollout.torch_engine import TorchEngine
 def load_actor(make_model, tmp_path):
     save_model(make_model(0), tmp_path / "model")
 
-    async def load() -> EngineActor:
+    async def load(**options: bool) -> EngineActor:
         actor = EngineActor()
         await actor.load(
             str(tmp_path / "model"),
@@ -27,6 +27,7 @@ def load_actor(make_model, tmp_path):
             max_num_seqs=4,
             max_context=96,
             threads=torch.get_num_threads(),
+            **options,
         )
         return actor
 
@@ -84,7 +85,7 @@ def test_tokens_after_a_sleep_are_those_without_one(load_actor, make_model, make
         return (await actor.stats()).num_generated_tokens
 
     async def run():
-        actor = await load_actor()
+        actor = await load_actor(record_selections=True)
         calls = [asyncio.ensure_future(actor.generate(requests))]
         while await tokens_so_far(actor) < 40:
             pass
@@ -109,11 +110,13 @@ def test_tokens_after_a_sleep_are_those_without_one(load_actor, make_model, make
     completions, sums = asyncio.run(run())
     assert sums == checksums(weights.items())
     assert set(completions[0].versions.tolist()) == {0, 1}
-    alone = TorchEngine(make_model(0), max_num_seqs=16, max_context=96).generate([*requests, make_request("late")])
+    engine = TorchEngine(make_model(0), max_num_seqs=16, max_context=96, record_selections=True)
+    alone = engine.generate([*requests, make_request("late")])
     for slept, other in zip(completions, alone, strict=True):
         np.testing.assert_array_equal(slept.token_ids, other.token_ids)
         np.testing.assert_array_equal(slept.logprobs, other.logprobs)
         np.testing.assert_array_equal(slept.routes, other.routes)
+        np.testing.assert_array_equal(slept.selections.rows, other.selections.rows)
 
 
 def test_a_refused_request_and_a_failing_step_leave_the_engine_usable(load_actor, make_model, make_request):
