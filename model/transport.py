@@ -144,7 +144,7 @@ class BroadcastGroup:
         store.set_timeout(timedelta(seconds=timeout_s))
         self._store = PrefixStore("weights", store)
         # Whoever waits in a store holds its connection, and this one is looked at meanwhile.
-        own = PrefixStore("group", store.clone())
+        own = PrefixStore("group", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
         self._meet(size)
         self._backend = self._watched(lambda: _backend(host, own, rank, size, device, timeout_s))
         self._staging = StagingBuffers(2, device) if rank == 0 else None

@@ -5,7 +5,7 @@ taken so far, never before ``doctor.floor_s``, and ``doctor.first_s`` where it h
 could be at fault are looked at from outside (`rl.whereabouts`), as one that hangs does not answer.
 
     late                         what ``recover`` does
-    engine: any call but load    the engine is killed, and started again like any that died
+    engine: any call, once up    the engine is killed, and started again like any that died
     learner: step, sync, ...     the rank that does not run is killed, or all; the learner's failure follows
     rewards: score               a worker that is stopped is killed; one that runs has limits of its own, which end it
     anything else                nothing: what it waits for has limits of its own, too
@@ -30,8 +30,8 @@ from rollout.engine_lane import REQUEST
 
 ENDLESS = {("engine", "generate"), ("engine", "sleep"), ("learner", "cold start")}
 """Kinds that last as long as there is work, or as others take."""
-LIMITED = ("engine", "load")
-"""A kind that has a limit of its own, ``faults.restart_s``."""
+STARTING = ("start", "load")
+"""Phases of an engine that have a limit of their own, ``faults.restart_s``."""
 LEARNERS_OWN = ("step", "supervised step", "canary", "sync", "checkpoint", "save", "wake", "sleep")
 _ANSWER_S = 10.0
 """Seconds that a process, or its host, may take to say something about itself."""
@@ -99,7 +99,7 @@ class Doctor:
     async def _act(self, span: Span, suspects: Sequence[tuple[str, Whereabouts]], stacks: Sequence[str]) -> str:
         """Ends the process at fault; returns the rest of the sentence."""
         actor, phase = span.kind
-        if actor == "engine" and span.kind != LIMITED:
+        if actor == "engine" and phase not in STARTING:
             index = _number(span)
             if not suspects:
                 return "; it is being started"

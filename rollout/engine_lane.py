@@ -9,8 +9,8 @@ from rl.timeline import Timeline
 
 _PHASES = {"load": "load", "stage": "sync", "begin_update": "sync", "receive": "sync", "commit": "sync", "wake": "wake"}
 """Calls that are spans of the file."""
-_NO_SPANS = ("generate", "__ray_call__")
-"""The first has :meth:`EngineLane.generating`; the other waits for a process to come up, as long as there is no room."""
+_LAUNCH = "__ray_call__"
+"""Waits for a process to come up, and so for room."""
 REQUEST = "request"
 """The phase of each call that generates, which is not written."""
 _WAKING = ("stage", "begin_update", "wake")
@@ -48,14 +48,13 @@ class EngineLane:
             self._sleeping = self._ended(self._sleeping)
         if method == "sleep" and self._sleeping is None:
             self._sleeping = self._timeline.begin(self.actor, "sleep")
-        if method in _NO_SPANS:
+        if method == "generate":  # has generating()
             yield
             return
-        phase = _PHASES.get(method)
-        # Not written, but an engine that hangs may be waited for in any call.
-        with self._timeline.span(
-            self.actor, phase or f"{method}()", detail=method if phase else "", written=bool(phase)
-        ):
+        # Other calls are not written, but an engine that hangs may be waited for in any.
+        phase = "start" if method == _LAUNCH else _PHASES.get(method, f"{method}()")
+        detail = method if method in _PHASES else ""
+        with self._timeline.span(self.actor, phase, detail=detail, written=method in _PHASES):
             yield
 
     def serves(self, version: int) -> None:

@@ -116,6 +116,7 @@ def test_tokens_after_a_sleep_are_those_without_one(load_actor, make_model, make
         np.testing.assert_array_equal(slept.token_ids, other.token_ids)
         np.testing.assert_array_equal(slept.logprobs, other.logprobs)
         np.testing.assert_array_equal(slept.routes, other.routes)
+        assert slept.selections is not None and other.selections is not None
         np.testing.assert_array_equal(slept.selections.rows, other.selections.rows)
 
 
