@@ -1,8 +1,9 @@
 """How rewards read a sample: what was asked, the reasoning, the final answer, the tool calls, the code.
 
 A reply reads ``reasoning</think>answer`` for a prompt that thinks, only ``answer`` for another; it begins inside
-``<think>``, which is the prompt's last token. An episode with an environment has one reply a turn: the final answer is
-the last one's, reasoning and calls are those of all turns.
+``<think>``, which is the prompt's last token, or with it where the model's chat template leaves that to the model. An
+episode with an environment has one reply a turn: the final answer is the last one's, reasoning and calls are those of
+all turns.
 """
 
 from __future__ import annotations
@@ -68,4 +69,4 @@ def code_blocks(sample: Sample) -> list[CodeBlock]:
 
 def _thought(reply: str) -> str:
     before, closed, after = reply.removesuffix(END_OF_SENTENCE).rpartition(THINK_END)
-    return (before if closed else after).strip()
+    return (before if closed else after).removeprefix(THINK_START).strip()
