@@ -19,8 +19,10 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ COLD_START = "cold_start"
 """The folder beside the other checkpoints for those of the cold start, whose steps count on their own."""
 _OURS = re.compile(r"manifest\.json|run\.json|groups\.safetensors|rank_\d{5}\.safetensors")
 _READERS = 4
+SHARED_DISK_S = 30.0
+"""How long a network's file system may go on telling one node that a file of another one is not there."""
 
 
 class Damaged(DataError):
@@ -145,8 +149,7 @@ def commit(
     """
     partial, path = partial_path(checkpoints, step), checkpoints / f"step_{step}"
     for name, record in files.items():
-        if not (partial / name).exists() or (partial / name).stat().st_size != record.bytes:
-            raise OSError(errno.ENOENT, f"{name} was written elsewhere; put runs on a disk that all nodes see")
+        _await_file(partial / name, record)
     values = {name: float(value) for name, value in metrics.items()}  # numpy's too
     records = {name: asdict(record) for name, record in files.items()}
     manifest = {"format": FORMAT, "step": step, "metrics": values, "files": records}
@@ -157,6 +160,18 @@ def commit(
     for folder in (checkpoints, checkpoints.parent):  # which may be as new
         sync_folder(folder)
     return path, written.bytes + sum(record.bytes for record in files.values())
+
+
+def _await_file(path: Path, record: FileRecord) -> None:
+    """Returns when this node sees what another one has written; a disk of several nodes may show it a little later."""
+    ends = time.monotonic() + SHARED_DISK_S
+    while True:
+        with suppress(FileNotFoundError), open(path, "rb") as file:  # opening asks a disk that is far away anew
+            if os.fstat(file.fileno()).st_size == record.bytes:
+                return
+        if time.monotonic() > ends:
+            raise OSError(errno.ENOENT, f"{path.name} was written elsewhere; put runs on a disk that all nodes see")
+        time.sleep(0.2)
 
 
 def steps_saved(checkpoints: Path) -> list[int]:

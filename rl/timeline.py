@@ -9,7 +9,7 @@ What no span covers was idle.
 
     actor     phases
     driver    start, rollout (waiting for the groups of a step), evaluate, canary
-    learner   step, canary, sync, checkpoint, cold start, save
+    learner   step, canary, sync, checkpoint, cold start, save; its supervised steps, while they are under way
     engine N  load, generate (it held requests; one span for each weight version), sync, sleep, wake
     rewards   score (one span a group)
 """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,7 +146,8 @@ def test_what_a_killed_process_left_half_written_is_no_checkpoint(tmp_path: Path
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_3"]
 
 
-def test_a_file_that_is_on_another_nodes_disk_makes_no_checkpoint(tmp_path: Path):
+def test_a_file_that_is_on_another_nodes_disk_makes_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "SHARED_DISK_S", 0.3)
     write(tmp_path, 3)
     partial = checkpoint.partial_path(tmp_path / "checkpoints", 4)
     partial.mkdir()
@@ -152,6 +155,10 @@ def test_a_file_that_is_on_another_nodes_disk_makes_no_checkpoint(tmp_path: Path
     with pytest.raises(OSError, match=r"rank_00001\.safetensors was written elsewhere; put runs on a disk that all"):
         checkpoint.commit(tmp_path / "checkpoints", 4, {"rank_00001.safetensors": elsewhere}, {})
     assert checkpoint.steps_saved(tmp_path / "checkpoints") == [3]
+    arriving = threading.Timer(0.1, shutil.copy, (tmp_path / "rank_00001.safetensors", partial))
+    arriving.start()
+    checkpoint.commit(tmp_path / "checkpoints", 4, {"rank_00001.safetensors": elsewhere}, {})
+    assert checkpoint.steps_saved(tmp_path / "checkpoints") == [3, 4]
 
     writer = CheckpointWriter()
     writer.hold({"w": torch.zeros(3)}, {})
