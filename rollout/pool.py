@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +195,13 @@ class EnginePool:
         A bucket is put into the object store once, however many engines there are.
         """
         references = [bucket if isinstance(bucket, ray.ObjectRef) else ray.put(bucket) for bucket in buckets]
-        with ExitStack() as spans:
-            for engine in self._among(engines):
-                spans.enter_context(engine.lane.calling("stage"))
-            await asyncio.gather(*(self._call_all("stage", reference, engines=engines) for reference in references))
+
+        async def one(engine: EngineHandle) -> None:
+            with engine.lane.calling("stage"):  # one span for all buckets, which ends when this engine has them
+                calls = (self._call_all("stage", reference, engines=[engine.index]) for reference in references)
+                await asyncio.gather(*calls)
+
+        await asyncio.gather(*map(one, self._among(engines)))
 
     async def commit(self, version: int, engines: Sequence[int] | None = None) -> dict[int, dict[str, int]]:
         """Puts the staged weights into effect in ``engines``, or in all, which generate with them from then on.

@@ -34,17 +34,24 @@ def gated(sample: Sample, *, gate: str) -> float:
 
 
 class Fragile(Environment):
-    """Its process dies as the first one of a run starts; all others are fine."""
+    """Its process dies as the second one of a run starts; all others are fine. The first only tells its tools."""
 
     def __init__(self, prompt: Prompt, *, flag: str) -> None:
         self.flag = flag
 
     async def start(self) -> None:
-        try:
-            os.close(os.open(self.flag, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
+        if _is_first(f"{self.flag}-told") or not _is_first(self.flag):
             return
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_first(flag: str) -> bool:
+    """Whether nobody has asked for this ``flag`` before."""
+    try:
+        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 class Saboteur:
@@ -72,6 +79,11 @@ class Saboteur:
         """Returns in the middle of an actor's phase."""
         while not self.is_busy(actor, phase):
             await asyncio.sleep(0.001)
+
+    async def over(self, actor: str, phase: str) -> None:
+        """Returns when an actor is not in a phase, or no longer."""
+        while self.is_busy(actor, phase):
+            await asyncio.sleep(0.01)
 
     def is_busy(self, actor: str, phase: str) -> bool:
         return any((span.actor, span.phase) == (actor, phase) for span in self.system.timeline.open)

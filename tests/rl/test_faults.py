@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -45,6 +46,8 @@ def test_a_run_survives_its_processes(cluster: None, tmp_path: Path, monkeypatch
 
         await saboteur.busy("learner", "step")
         await saboteur.stop_engine_while(0, "sync")
+        async with asyncio.timeout(20):  # the other one has its weights, and is not late for the doctor
+            await saboteur.over("engine 1", "sync")
         with closed(gate):
             await saboteur.lose_engine(0, "engine killed while receiving weights")
 
