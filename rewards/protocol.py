@@ -107,11 +107,7 @@ def resolve(use: RewardUse) -> RewardFunction:
         raise RecipeError(f"{place} needs a timeout_s above 0 and retries from 0 on")
     if not math.isfinite(use.weight):
         raise RecipeError(f"{place} has the weight {use.weight}, which is not a finite number")
-    if ":" not in use.use and use.use not in BUILT_IN:
-        raise RecipeError(
-            f"{place} is neither built in ({did_you_mean(use.use, BUILT_IN)}) nor a dotted path "
-            "such as my_package.rewards:brevity"
-        )
+    check_use(use)
     function = import_callable(BUILT_IN.get(use.use, use.use), role="reward")
     args = use.args
     if inspect.isclass(function):
@@ -138,12 +134,23 @@ def resolve(use: RewardUse) -> RewardFunction:
     )
 
 
+def check_use(use: RewardUse) -> None:
+    """Raises RecipeError for what is neither the name of a reward that ships nor a dotted path; imports nothing."""
+    if ":" not in use.use and use.use not in BUILT_IN:
+        raise RecipeError(
+            f"reward '{use.use}' is neither built in ({did_you_mean(use.use, BUILT_IN)}) nor a dotted path "
+            "such as my_package.rewards:brevity"
+        )
+
+
 def check_names(name: str, domain: Domain) -> None:
-    """Raises RecipeError for a domain without rewards, or with two that would go by one name in metrics."""
+    """Raises RecipeError for a domain without rewards, with two that would go by one name in metrics, or with one that
+    :func:`check_use` refuses."""
     if not domain.rewards:
         raise RecipeError(f"domains.{name} has no rewards; add one, such as {{use: math_answer}}")
     taken: set[str] = set()
     for use in domain.rewards:
+        check_use(use)
         part = part_name(use)
         if part in taken:
             raise RecipeError(f"domains.{name} has two rewards called '{part}'; give one of them a name")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from rl.errors import RecipeError
 from rl.secrets import is_secret_name
 
 KEPT_VARIABLES = re.compile(
@@ -36,8 +37,13 @@ def outside_environment() -> dict[str, str]:
 
 
 def chosen_variables(names: Iterable[str]) -> dict[str, str]:
-    """Those of ``names`` that this process has, to be handed to code of others."""
-    return {name: os.environ[name] for name in names if name in os.environ}
+    """The variables of this process that are handed to code of others. Raises RecipeError for one that it lacks."""
+    chosen = {}
+    for name in names:
+        if name not in os.environ:
+            raise RecipeError(f"rewards and tools shall read {name}, but there is no such variable; export it")
+        chosen[name] = os.environ[name]
+    return chosen
 
 
 def conceal_environment() -> None:

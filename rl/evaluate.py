@@ -35,8 +35,8 @@ from rl.sample import Prompt, Sample, Scored, Status
 from rl.secrets import redact, redact_tracebacks
 from rl.system import (
     Generation,
-    check_environments,
     check_model,
+    check_plugins,
     closing_episodes,
     open_conversation,
     seeds_of,
@@ -236,7 +236,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise RecipeError(f"--out: there is no folder {arguments.out.parent}; make it, or name another file")
     check_model(recipe)
-    check_environments(recipe)
+    check_plugins(recipe)
     number = recipe.evaluation.num_prompts
     prompts = [
         prompt

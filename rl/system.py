@@ -20,9 +20,11 @@ from model import ModelConfig, empty_model, outline
 from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
+from rewards.protocol import check_names
 from rewards.sandbox import Sandbox
 from rl.cluster import address_for_workers, cluster_hardware, join_cluster, settled
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
+from rl.environ import chosen_variables
 from rl.errors import DataError, RecipeError
 from rl.fault_log import FaultLog
 from rl.fit import ESTIMATE_SLACK, check_plan
@@ -226,9 +228,14 @@ async def closing_episodes(recipe: Recipe, pool: EnginePool, conversation: Conve
         await episodes.close()
 
 
-def check_environments(recipe: Recipe) -> None:
-    """Raises RecipeError, naming the domain, for an environment that cannot be."""
+def check_plugins(recipe: Recipe) -> None:
+    """Raises RecipeError, naming the domain or the variable, for an environment or a reward that cannot be.
+
+    A user's rewards are imported by their workers alone.
+    """
+    chosen_variables(recipe.reward_env)
     for name, domain in recipe.domains.items():
+        check_names(name, domain)
         if domain.environment is not None:
             try:
                 resolve(domain.environment.use, domain.environment.args)

@@ -46,7 +46,7 @@ from rl.saver import Saver
 from rl.secrets import redact, redact_tracebacks
 from rl.step_log import StepClock, StepLog
 from rl.stop import Interrupted, Stop
-from rl.system import System, check_environments, check_model, join_cluster, open_conversation, prepare_model, start
+from rl.system import System, check_model, check_plugins, join_cluster, open_conversation, prepare_model, start
 from rl.utilization import Utilization
 from rl.wandb_mirror import check_wandb, mirrored
 from trainer.pack import pack
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             return show_plan(recipe, arguments)
         check_runs_last(recipe)
         check_model(recipe)
-        check_environments(recipe)
+        check_plugins(recipe)
         check_wandb(recipe)
         data = load_data(recipe)
         return launch(recipe, data)

@@ -49,6 +49,8 @@ def assert_nothing_left(folder: Path) -> None:
         (["model.init.num_experts_per_tok=9"], ["model.init", "num_experts_per_tok (9)"]),
         (["model.max_context=4", "sampling.max_tokens=2"], ["prompt sums/", "window holds 4 (model.max_context)"]),
         (["supervised.steps=3", "supervised.demonstrations=none.jsonl"], ["none.jsonl does not exist"]),
+        (["domains.sums.rewards.0.use=math_answr"], ["reward 'math_answr' is neither", "mean 'math_answer'?"]),
+        (["reward_env=[NO_SUCH_KEY]"], ["shall read NO_SUCH_KEY", "no such variable; export it"]),
         (
             ["supervised.steps=3", f"supervised.demonstrations.function={REWARDS}:say_the_prompt"],
             ["has no 'say_the_prompt'; did you mean 'says_the_prompt'?"],
