@@ -23,4 +23,4 @@ class LengthPenalty:
 
     def __call__(self, sample: Sample) -> float:
         excess = (sample.num_generated - self.target) / (self.limit - self.target)
-        return -min(max(excess, 0.0), 1.0)
+        return 0.0 - min(max(excess, 0.0), 1.0)  # not -0.0

@@ -24,7 +24,7 @@ def tool_protocol(sample: Sample) -> Reward:
     results = [result.failed for turn in sample.turns if not turn.malformed for result in turn.results]
     share = sum(malformed) / len(malformed)
     return Reward(
-        -share,
+        0.0 - share,  # not -0.0
         {
             "malformed": share,
             "failed": sum(results) / len(results) if results else 0.0,

@@ -68,7 +68,7 @@ def test_format(make_sample, thinking, reply, status, expected):
     ("length", "expected"), [(1, 0.0), (10, 0.0), (15, -0.125), (30, -0.5), (50, -1.0), (500, -1.0)]
 )
 def test_length_penalty(make_sample, length, expected):
-    assert LengthPenalty(target=10, limit=50)(make_sample(num_sampled=length)) == expected
+    assert str(LengthPenalty(target=10, limit=50)(make_sample(num_sampled=length))) == str(expected)
 
 
 @pytest.mark.parametrize(
