@@ -69,12 +69,9 @@ class Microbatch:
     @property
     def context(self) -> NDArray:
         """bool [N]: tokens that some sampled token of their sequence looks back on, whose routes therefore matter."""
-        return np.concatenate(
-            [
-                np.arange(end - start) < np.flatnonzero(self.sampled[start:end]).max(initial=0)
-                for start, end in zip(self.cu_seqlens[:-1], self.cu_seqlens[1:], strict=True)
-            ]
-        )
+        starts, lengths = self.cu_seqlens[:-1], np.diff(self.cu_seqlens)
+        last = np.maximum.reduceat(np.where(self.sampled, self.positions, 0), starts)
+        return self.positions < np.repeat(last, lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ const SECTIONS = [
       { title: "Kept-set size", about: "Mean tokens that truncated sampling left to choose from.", keys: ["kept/mean_size"], format: "number", zero: true },
       { title: "Kept-set share", about: "Share of sampled tokens with a recorded kept set.", keys: ["kept/share"], format: "share", zero: true },
       { title: "Routes replayed", about: "Share of tokens trained with the engine's expert choices.", keys: ["routes/replayed"], format: "share", zero: true },
+      { title: "Selections", about: "Attended keys replayed, and which the learner would have chosen too.", keys: ["selections/replayed", "selections/identical"], format: "share", zero: true },
       { title: "Staleness", about: "Weight versions between sampling and training.", keys: ["staleness/mean", "staleness/max"], format: "number", zero: true },
     ],
   },
