@@ -1,4 +1,4 @@
-"""A Model Context Protocol server with a few tools, run as a program by the tests."""
+"""A Model Context Protocol server with a few tools, run as a program by the tests: ``[PORT]`` to serve on loopback."""
 
 import asyncio
 import os
@@ -38,4 +38,7 @@ def die() -> str:
 
 if __name__ == "__main__":
     print("starting", file=sys.stderr)
-    server.run()
+    if sys.argv[1:]:
+        server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+    else:
+        server.run()

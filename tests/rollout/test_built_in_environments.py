@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bm25s
@@ -354,6 +356,30 @@ def test_the_tools_of_an_mcp_server():
     assert [one.failed for one in results] == [False, False, True, True, True, True]
     assert "Error executing tool fail" in results[3].text and "no answer within 2 s" in results[5].text
     assert state == {"calls": 5}
+
+
+def test_an_mcp_server_that_runs_already_is_shared_by_episodes():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "tests.rollout.mcp_server", str(port)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+        url = f"http://127.0.0.1:{port}/mcp"
+        (first,), _ = talk("mcp", call("put", title="Emma"), url=url, only=["put"])
+        results, state = talk("mcp", call("put", title="Dune"), call("fail"), call("die"), url=url, timeout_s=5.0)
+    finally:
+        server.kill()
+        server.wait()
+    assert [first.text, results[0].text] == ["1 books", "2 books"]
+    assert results[1].failed and "Error executing tool fail" in results[1].text
+    assert results[2].failed and state == {"calls": 3}
 
 
 def test_mcp_servers_that_cannot_be():

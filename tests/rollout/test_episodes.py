@@ -92,16 +92,16 @@ def generate(*names: str, group: int, seats: Seats | None = None, **use: Any) ->
     return done
 
 
-def test_hundreds_of_episodes_share_one_loop_and_bounded_places():
+def test_thousands_of_episodes_share_one_loop_and_bounded_places():
     threads = threading.active_count()
-    groups = generate(*[f"p{number}" for number in range(40)], group=10, concurrency=100)
+    groups = generate(*[f"p{number}" for number in range(200)], group=10, concurrency=500)
     samples = [sample for group in groups for sample in group]
-    assert len(samples) == 400
+    assert len(samples) == 2000
     assert {(sample.status, len(sample.turns), sample.reply) for sample in samples} == {
         (Status.FINISHED, 3, "R</think>42")
     }
-    assert [[sample.index for sample in group] for group in groups] == [list(range(10))] * 40
-    assert Light.most_open == 100
+    assert [[sample.index for sample in group] for group in groups] == [list(range(10))] * 200
+    assert Light.most_open == 500
     assert threading.active_count() <= threads + 2
 
 
