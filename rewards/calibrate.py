@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gold = read_gold(options.gold)
         assessed = asyncio.run(_assess(Rubric(votes=options.votes), gold, options.concurrency))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"keel: {error}", file=sys.stderr)
         return 1
     finally:
         appoint(None)

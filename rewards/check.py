@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes = list(_called(use, samples, surroundings))
         seconds = time.perf_counter() - began
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"keel: {error}", file=sys.stderr)
         return 1
     for sample, outcome in zip(samples, outcomes, strict=True):
         print(_line(sample, outcome))

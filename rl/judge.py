@@ -229,7 +229,7 @@ def main() -> int:
     except KeyboardInterrupt:
         pass
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"keel: {redact(str(error))}", file=sys.stderr)
         return 1
     return 0
 

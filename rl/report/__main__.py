@@ -21,13 +21,13 @@ def main() -> int:
             return 0
         page, notes = _written(options.runs, options.out)
     except UserError as error:
-        print(f"rl.report: {printable(str(error))}", file=sys.stderr)
+        print(f"keel: {printable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"rl.report: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"keel: {options.out or options.runs[0]} cannot be written: {error.strerror}", file=sys.stderr)
         return 1
     for note in notes:
-        print(f"rl.report: {printable(note)}", file=sys.stderr)
+        print(f"keel: {printable(note)}", file=sys.stderr)
     print(page)
     return 0
 

@@ -127,7 +127,7 @@ def serve(runs: Sequence[str], *, host: str, port: int) -> None:
     """Serves until interrupted."""
     with ReportServer(runs, host=host, port=port) as server:
         if not server.is_loopback:
-            print(f"rl.report: whoever reaches {host} can read these runs", file=sys.stderr)
+            print(f"keel: whoever reaches {host} can read these runs", file=sys.stderr)
         print(f"{server.url}  (Ctrl-C ends it)", flush=True)
         try:
             server.serve_forever()

@@ -340,8 +340,16 @@ def test_the_command_ends_bad_input_with_one_sentence(tmp_path):
         result = command(path)
         assert result.returncode == 1 and result.stdout == ""
         (line,) = result.stderr.splitlines()
-        assert line.startswith(f"rl.report: {path} ") and sentence in line
+        assert line.startswith(f"keel: {path} ") and sentence in line
         assert not (path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path):
+    run = RunDirectory.create(tmp_path / "demo", recipe="")
+    run.log_supervised({"step": 1, "loss/supervised": 3.0})
+    out = tmp_path / "nowhere" / "page.html"
+    result = command(run.path, "--out", out)
+    assert (result.returncode, result.stderr) == (1, f"keel: {out} cannot be written: No such file or directory\n")
 
 
 def test_a_run_that_ended_in_its_cold_start_still_has_a_report(tmp_path):
