@@ -47,6 +47,8 @@ BUILT_IN = {
     "tool_protocol": "rewards.tool_protocol:tool_protocol",
 }
 """The rewards that ship with Keel, by the name recipes use."""
+JUDGED = {"proof_generator", "proof_verifier", "rubric", "rubric_comparison"}
+"""Those of them that ask a judge."""
 
 
 MAX_COMMENT = 4000

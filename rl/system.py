@@ -20,7 +20,7 @@ from model import ModelConfig, empty_model, outline
 from model.costs import model_costs
 from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
-from rewards.protocol import check_names
+from rewards.protocol import JUDGED, check_names
 from rewards.sandbox import Sandbox
 from rl.cluster import address_for_workers, cluster_hardware, join_cluster, settled
 from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
@@ -236,6 +236,9 @@ def check_plugins(recipe: Recipe) -> None:
     chosen_variables(recipe.reward_env)
     for name, domain in recipe.domains.items():
         check_names(name, domain)
+        for use in domain.rewards:
+            if use.use in JUDGED and recipe.judge.url is None and recipe.judge.path is None:
+                raise RecipeError(f"domains.{name}: the reward {use.use} needs a judge; set judge.url or judge.path")
         if domain.environment is not None:
             try:
                 resolve(domain.environment.use, domain.environment.args)

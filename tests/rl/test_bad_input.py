@@ -50,6 +50,7 @@ def assert_nothing_left(folder: Path) -> None:
         (["model.max_context=4", "sampling.max_tokens=2"], ["prompt sums/", "window holds 4 (model.max_context)"]),
         (["supervised.steps=3", "supervised.demonstrations=none.jsonl"], ["none.jsonl does not exist"]),
         (["domains.sums.rewards.0.use=math_answr"], ["reward 'math_answr' is neither", "mean 'math_answer'?"]),
+        (["domains.sums.rewards.0.use=rubric"], ["domains.sums: the reward rubric needs a judge; set judge.url"]),
         (["reward_env=[NO_SUCH_KEY]"], ["shall read NO_SUCH_KEY", "no such variable; export it"]),
         (
             ["supervised.steps=3", f"supervised.demonstrations.function={REWARDS}:say_the_prompt"],
@@ -110,7 +111,7 @@ def test_a_name_that_is_taken(tmp_path: Path, capsys: Capture):
     [
         (["rollout.engine=vllm", "model.dtype=bfloat16"], ["rollout.engine: vllm needs a GPU", "rollout.engine=torch"]),
         (["domains.sums.rewards.0.use=my_rewards:f"], ["reward 'my_rewards:f' cannot be imported", "'my_rewards'"]),
-        ([f"domains.sums.rewards.0.use={REWARDS}:even"], ["has no 'even'; did you mean 'evenness'?"]),
+        ([f"domains.sums.rewards.0.use={REWARDS}:evennes"], ["has no 'evennes'; did you mean 'evenness'?"]),
         (["domains.sums.rewards.0.args={targt: 3}"], ["does not take the argument 'targt'"]),
         (["learner.ranks=64"], ["learner.ranks 64", "the Ray cluster has 4"]),
         (

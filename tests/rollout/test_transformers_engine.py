@@ -16,8 +16,9 @@ from tests.model import families
 FAMILIES = ["qwen3", "mistral", "qwen3_moe", "deepseek_v3"]
 
 
-def engine_of(family: str, **options: int) -> TorchEngine:
-    return TorchEngine(families.make(family), **{"max_num_seqs": 16, "max_context": 80, **options})
+def engine_of(family: str, *, max_num_seqs: int = 16, prefill_tokens: int = 512) -> TorchEngine:
+    module = families.make(family)
+    return TorchEngine(module, max_num_seqs=max_num_seqs, max_context=80, prefill_tokens=prefill_tokens)
 
 
 def assert_same(one: Completion, other: Completion) -> None:
