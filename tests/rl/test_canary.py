@@ -40,7 +40,8 @@ def test_a_mismatch_stops_the_run_before_it_has_trained_much(cluster: None, tmp_
     (alarm,) = read_lines(run.path / "alarms.jsonl")
     assert (alarm["step"], alarm["alarm"], alarm["value"]) == (1, "mismatch", row["canary/logprob_abs"])
     assert code == 1 and run.status["status"] == "stopped"
-    assert run.status["reason"] == alarm["sentence"]
+    saved = "it is one of alarms.stop; step 1 is saved, and the same command goes on from there"
+    assert run.status["reason"] == f"{alarm['sentence']}; {saved}"
 
 
 def test_a_reward_that_anything_pleases(cluster: None, tmp_path: Path):

@@ -56,6 +56,7 @@ def _run(cluster: TwoNodes, folder: Path, recipe: Path) -> Job:
     while not (run.path / "samples" / f"step_{STEPS}.jsonl").exists():
         assert following.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.2)
+    time.sleep(2.0)  # so that what these steps printed was printed more than a second before the end
     nodes = cluster.processes(0), cluster.processes(1)
     sent = {
         str(path.relative_to(package))
