@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m rl.train recipes/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
