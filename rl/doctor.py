@@ -23,6 +23,7 @@ from rl.cluster import on_host
 from rl.config import Doctor as Settings
 from rl.config import DoctorAct
 from rl.errors import RunStopped
+from rl.secrets import redact
 from rl.system import System
 from rl.timeline import Span, Timeline
 from rl.whereabouts import Whereabouts, end, innermost, stack_of
@@ -190,7 +191,7 @@ class Doctor:
             said = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}"]
             said += [f"--- {name}\n{stack}" for name, stack in zip(names, stacks, strict=True)]
             with open(self._notes, "a", encoding="utf-8") as file:
-                file.write("\n".join(said) + "\n\n")
+                file.write(redact("\n".join(said)) + "\n\n")
 
 
 _SHOWN = 4

@@ -279,7 +279,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{domain}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     if arguments.out is not None:
         try:
-            arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = redact(json.dumps(result, indent=1, ensure_ascii=False))
+            arguments.out.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             print(f"keel: --out: {arguments.out} cannot be written: {error.strerror}", file=sys.stderr)
             return 1

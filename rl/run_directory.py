@@ -168,7 +168,7 @@ class RunDirectory:
     def log_alarm(self, row: Mapping[str, Any]) -> None:
         """Appends one object to ``alarms.jsonl``, in one write."""
         with open(self.alarms, "ab", buffering=0) as file:
-            file.write(json.dumps(_jsonable(row), ensure_ascii=False).encode() + b"\n")
+            file.write(redact(json.dumps(_jsonable(row), ensure_ascii=False)).encode() + b"\n")
 
     def log_samples(self, step: int, trajectories: Iterable[Trajectory]) -> None:
         """Writes ``samples/step_N.jsonl``; values JSON does not know (in an answer) are written as their ``str``."""

@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rl.secrets import redact
+
 MAX_SPANS = 100_000
 """Lines of the file. When it has grown to them, the older half is dropped."""
 
@@ -119,7 +121,7 @@ class Timeline:
             "detail": span.detail,
         }
         with open(path, "ab", buffering=0) as file:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.write(redact(json.dumps(row, ensure_ascii=False)).encode() + b"\n")
         self._lines += 1
         if self._lines >= self._max_spans:
             self._forget(path)

@@ -16,9 +16,12 @@ import psutil
 import pytest
 import yaml
 
+from rl.checkpoint import Draft, commit, partial_path, read
+from rl.loop_state import LoopState
 from rl.recipe import load_recipe, to_yaml
-from rl.run_directory import write_whole
+from rl.run_directory import RunDirectory, write_whole
 from rl.secrets import is_secret_name, learn_secrets, redact
+from rl.timeline import Timeline
 from tests.rl.tiny_runs import REPOSITORY, Run, environment, read_lines, write_recipe
 
 IN_ENVIRONMENT = {
@@ -148,6 +151,29 @@ def test_what_a_tool_answered_is_written_without_the_secret(tmp_path: Path, monk
     learn_secrets({})
     write_whole(tmp_path / "step_1.jsonl", json.dumps({"text": f"token: {IN_ENVIRONMENT['SCORER_TOKEN']}"}))
     assert (tmp_path / "step_1.jsonl").read_text() == '{"text": "token: ${oc.env:SCORER_TOKEN}"}'
+
+
+def test_every_file_of_a_run_is_written_without_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a reward says when it fails reaches a checkpoint too, when the step of the failure is not over."""
+    monkeypatch.setenv("SCORER_TOKEN", IN_ENVIRONMENT["SCORER_TOKEN"])
+    learn_secrets({})
+    said = f"401 Unauthorized: {IN_ENVIRONMENT['SCORER_TOKEN']}"
+    run = RunDirectory.create(tmp_path / "tiny", recipe="name: tiny")
+    values = {"tally": {"failures": {said: 1}}, "turns": [said]}
+    draft = Draft(step=1, recipe={}, model_dir=run.model, sums={}, faults={}, loop=LoopState(values=values))
+    partial = partial_path(run.checkpoints, 1)
+    partial.mkdir(parents=True)
+    path, _ = commit(run.checkpoints, 1, draft.write(partial), {})
+    run.log_alarm({"sentence": said})
+    timeline = Timeline(run.path / "timeline.jsonl")
+    with timeline.span("rewards", "score", detail=said):
+        pass
+    run.stop(said)
+    texts = {name.name: name.read_text() for name in run.path.rglob("*.json*")}
+    told = [name for name, text in texts.items() if "401 Unauthorized: ${oc.env:SCORER_TOKEN}" in text]
+    assert sorted(told) == ["alarms.jsonl", "run.json", "status.json", "timeline.jsonl"]
+    assert not any("s3cret" in text for text in texts.values())
+    assert read(path).loop is not None  # still what its manifest says
 
 
 def test_the_clusters_token_is_the_users_own(watched: Watched):
