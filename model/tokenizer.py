@@ -5,11 +5,12 @@ Every UTF-8 text is its own bytes, so nothing is ever out of vocabulary and a vo
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BEGIN_OF_SENTENCE = "<｜begin▁of▁sentence｜>"
 END_OF_SENTENCE = "<｜end▁of▁sentence｜>"
@@ -50,8 +51,17 @@ def save_byte_tokenizer(path: str | os.PathLike[str]) -> None:
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory, without network or code of its own. Raises ValueError when there is none."""
-    if not (Path(path) / "tokenizer_config.json").is_file():
-        raise ValueError(f"{path} has no tokenizer_config.json; a model directory needs its tokenizer's files")
+    config = Path(path) / "tokenizer_config.json"
+    if not config.is_file():
+        raise ValueError(f"{path} has no {config.name}; a model directory needs its tokenizer's files")
+    try:
+        named = json.loads(config.read_bytes()).get("tokenizer_class")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} cannot be read as JSON: {error}") from error
+    if named == PreTrainedTokenizerFast.__name__:
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    from transformers import AutoTokenizer  # which imports every part of transformers that makes models: seconds
+
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
