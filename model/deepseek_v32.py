@@ -53,12 +53,20 @@ class Layer(nn.Module):
         return hidden + self.mlp(normed), None, loss
 
 
+class Embedding(nn.Embedding):
+    """One that draws nothing on the meta device, where torch would import its compiler for that: seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Backbone(nn.Module):
     """Embedding, layers and final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Layer(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute_layers = False
@@ -88,7 +96,7 @@ def _kept(layer: Layer, *args: Any) -> LayerOutput:
 
 
 class DeepseekV32(LanguageModel):
-    """Constructed with random weights of standard deviation `initializer_range`."""
+    """Constructed with random weights of standard deviation `initializer_range`; on the meta device without any."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -98,7 +106,8 @@ class DeepseekV32(LanguageModel):
         self.tie_weights()
         self._rope = Rope(config)
         self.outline = self._outline()
-        self.apply(self._initialise)
+        if not self.lm_head.weight.is_meta:
+            self.apply(self._initialise)
 
     def backbone(
         self,

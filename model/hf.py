@@ -101,7 +101,8 @@ def load_deepseek_v32(
     config = load_config(directory)
     with torch.device("meta"):
         module = DeepseekV32(config).to(dtype)
-    module.to_empty(device=device)
+    # As Module.to_empty, which for meta tensors imports torch's symbolic shapes: most of a second.
+    module._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     module.tie_weights()
     with CheckpointReader(directory) as checkpoint, torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():

@@ -138,7 +138,24 @@ def join_ranks(*, rank: int, world_size: int, store: Store, timeout: timedelta) 
     # Would build a shared-memory collective with g++ at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    _import_muon()
     return device
+
+
+def _import_muon() -> None:
+    """What DeepSpeed imports of it at the latest with the first optimizer, and what nobody here trains with.
+
+    A function in it is compiled when it is imported, which takes two seconds to import the compiler's back end.
+    """
+    setting = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(setting)
+    os.environ[setting] = "1"
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    finally:
+        del os.environ[setting]
+        if before is not None:
+            os.environ[setting] = before
 
 
 class DeepSpeedEngine:
