@@ -1,10 +1,12 @@
 """Evaluation on prompts that are never trained on: within a run, or of any model by
 
     python -m rl.evaluate RECIPE.yaml --model DIR [--prompts 50] [--samples 4] [--pass-at 1,4] [--context discard_all]
+                                      [--out FIGURES.json] [--trajectories ATTEMPTS.jsonl]
 
 It reports per domain the share of right answers, pass@k, the answer of the attempt with the fewest steps (parallel
 sampling as in DeepSeek-V3.2, section 4.4), and what the attempts cost in steps and tokens. ``--context`` replaces the
-context strategy of every environment, so that strategies can be compared on one model.
+context strategy of every environment, so that strategies can be compared on one model; ``--trajectories`` keeps every
+attempt that was scored as a run keeps its samples.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import comb
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +33,7 @@ from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
 from rl.prompts import load_split
 from rl.recipe import load_recipe
+from rl.run_directory import write_trajectories
 from rl.sample import Prompt, Sample, Scored, Status
 from rl.secrets import redact, redact_tracebacks
 from rl.system import (
@@ -42,6 +45,8 @@ from rl.system import (
     seeds_of,
     start_rewards,
 )
+from rl.trajectory import SequenceView, Trajectory, token_texts
+from rollout.conversation import Conversation
 from rollout.pool import EnginePool
 
 LINE_EVERY_S = 10.0
@@ -173,10 +178,11 @@ def accuracy(recipe: Recipe, scored: Sequence[Scored]) -> dict[str, float]:
     }
 
 
-async def evaluate_model(recipe: Recipe, prompts: Sequence[Prompt], model_dir: Path) -> Evaluation:
+async def evaluate_model(
+    recipe: Recipe, prompts: Sequence[Prompt], model_dir: Path, conversation: Conversation
+) -> Evaluation:
     """Starts engines and rewards, without a learner, and evaluates the model in ``model_dir``."""
     join_cluster(recipe)
-    conversation = open_conversation(recipe, prompts, model_dir)
     async with AsyncExitStack() as running:
         rewards = await start_rewards(recipe, running)
         running.push_async_callback(rewards.close)
@@ -223,8 +229,8 @@ def adapted(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
     return replace(recipe, domains=domains, model=model, evaluation=replace(recipe.evaluation, **given))
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything the command does but print; returns what ``--out`` writes."""
+def checked_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe to evaluate. Raises RecipeError for whatever can be known before anything starts."""
     recipe = adapted(load_recipe(arguments.recipe, arguments.overrides), arguments)
     samples = recipe.evaluation.samples_per_prompt
     if recipe.model.path is None:
@@ -233,22 +239,59 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise RecipeError("there is nothing to evaluate; give --prompts and --samples of 1 or more")
     if not all(1 <= k <= samples for k in arguments.pass_at):
         raise RecipeError(f"pass@k needs at least k samples a prompt, and there are {samples}; raise --samples")
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise RecipeError(f"--out: there is no folder {arguments.out.parent}; make it, or name another file")
+    for option, path in (("--out", arguments.out), ("--trajectories", arguments.trajectories)):
+        if path is not None and not path.parent.is_dir():
+            raise RecipeError(f"{option}: there is no folder {path.parent}; make it, or name another file")
     check_model(recipe)
     check_plugins(recipe)
+    return recipe
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything the command does: prints the figures, then writes what it was asked to write."""
+    recipe = checked_recipe(arguments)
     number = recipe.evaluation.num_prompts
     prompts = [
         prompt
         for name, domain in recipe.domains.items()
         for prompt in load_split(name, domain, number, seed=recipe.seed)[1]
     ]
-    evaluation = asyncio.run(evaluate_model(recipe, prompts, Path(recipe.model.path)))
-    rows = [
-        {"prompt": one.prompt.id, "right": sum(one.right), "asked": one.asked, "fewest_steps": one.fewest_steps}
-        for one in evaluation.attempts
-    ]
-    return {"model": recipe.model.path, "domains": evaluation.summary(arguments.pass_at), "prompts": rows}
+    model_dir = Path(str(recipe.model.path))
+    conversation = open_conversation(recipe, prompts, model_dir)
+    evaluation = asyncio.run(evaluate_model(recipe, prompts, model_dir, conversation))
+    domains = evaluation.summary(arguments.pass_at)
+    for domain, figures in domains.items():
+        print(f"{domain}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if arguments.out is not None:
+        rows = [
+            {"prompt": one.prompt.id, "right": sum(one.right), "asked": one.asked, "fewest_steps": one.fewest_steps}
+            for one in evaluation.attempts
+        ]
+        result = {"model": recipe.model.path, "domains": domains, "prompts": rows}
+        with writing("--out", arguments.out):
+            arguments.out.write_text(redact(json.dumps(result, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
+    if arguments.trajectories is not None:
+        with writing("--trajectories", arguments.trajectories):
+            write_trajectories(arguments.trajectories, 0, trajectories(evaluation, conversation))
+
+
+def trajectories(evaluation: Evaluation, conversation: Conversation) -> Iterator[Trajectory]:
+    """Every attempt that was scored, as nobody has learnt from it."""
+    for scored in evaluation.scored:
+        views = [
+            SequenceView(sample=sequence, token_texts=token_texts(sequence.token_ids, conversation.spell))
+            for sequence in scored.sample.sequences
+        ]
+        yield Trajectory(scored=scored, sequences=views, advantage=0.0)
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Names the option whose file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RecipeError(f"{option}: {path} cannot be written: {error.strerror}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -264,26 +307,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pass-at", type=_numbers, default=[1], metavar="K[,K]", help="which pass@k to report")
     parser.add_argument("--context", choices=[str(one) for one in ContextStrategy], help="strategy of environments")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, with a row for each prompt")
+    parser.add_argument("--trajectories", type=Path, help="a JSONL file for every attempt, as runs keep their samples")
     arguments = parser.parse_intermixed_args(argv)
     conceal_environment()
     redact_tracebacks()
     try:
-        result = run(arguments)
+        run(arguments)
     except UserError as error:
         print(f"keel: {redact(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("keel: interrupted", file=sys.stderr)
         return 130
-    for domain, figures in result["domains"].items():
-        print(f"{domain}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    if arguments.out is not None:
-        try:
-            text = redact(json.dumps(result, indent=1, ensure_ascii=False))
-            arguments.out.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            print(f"keel: --out: {arguments.out} cannot be written: {error.strerror}", file=sys.stderr)
-            return 1
     return 0
 
 

@@ -171,9 +171,8 @@ class RunDirectory:
             file.write(redact(json.dumps(_jsonable(row), ensure_ascii=False)).encode() + b"\n")
 
     def log_samples(self, step: int, trajectories: Iterable[Trajectory]) -> None:
-        """Writes ``samples/step_N.jsonl``; values JSON does not know (in an answer) are written as their ``str``."""
-        lines = (json.dumps(_jsonable({"step": step} | t.record()), ensure_ascii=False) for t in trajectories)
-        write_whole(self.samples / f"step_{step}.jsonl", "".join(line + "\n" for line in lines))
+        """Writes ``samples/step_N.jsonl``."""
+        write_trajectories(self.samples / f"step_{step}.jsonl", step, trajectories)
 
     @property
     def last_step(self) -> int:
@@ -281,6 +280,12 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_trajectories(path: Path, step: int, trajectories: Iterable[Trajectory]) -> None:
+    """One record a line; values JSON does not know (in an answer) are written as their ``str``."""
+    lines = (json.dumps(_jsonable({"step": step} | one.record()), ensure_ascii=False) for one in trajectories)
+    write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def _number(name: str, value: Any) -> float | int | None:

@@ -150,7 +150,7 @@ class StepLog:
         log_ratios = np.where(sample.sampled, logprobs - sample.rollout_logprobs, 0.0) if known else None
         return SequenceView(
             sample=sample,
-            token_texts=token_texts(sample.token_ids, self._spell),
+            token_texts=token_texts(sample.token_ids, self.conversation.spell),
             log_ratios=log_ratios,
             masked=log_ratios is not None and self._is_masked(sample, advantage, log_ratios),
         )
@@ -159,13 +159,6 @@ class StepLog:
         """The objective's off-policy mask (paper Eq. 9), as the learner applied it."""
         delta = self.recipe.objective.off_policy_delta
         return delta is not None and advantage < 0 and float(-log_ratios[sample.sampled].mean()) > delta
-
-    def _spell(self, token_ids: list[int]) -> str:
-        text = self.conversation.tokenizer.decode(
-            token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
 
 
 def _first(groups: Sequence[Group], advantages: Sequence[NDArray], count: int) -> Iterator[tuple[Scored, float]]:

@@ -199,7 +199,11 @@ class Conversation:
         """The text of a reply: without its stop token, other special tokens spelled out."""
         if len(token_ids) and int(token_ids[-1]) in self.stop_token_ids:
             token_ids = token_ids[:-1]
-        text = self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.spell(token_ids.tolist())
+
+    def spell(self, token_ids: list[int]) -> str:
+        """The text of any tokens, special ones spelled out."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rewards.saved import read_samples
 from rl.evaluate import main as evaluate_command
 from tests.rl.tiny_rewards import seen
-from tests.rl.tiny_runs import REWARDS, run_here, write_recipe
+from tests.rl.tiny_runs import REWARDS, read_lines, run_here, write_recipe
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -50,13 +51,16 @@ def test_episodes_with_a_user_are_trained_and_evaluated(tmp_path: Path, capsys: 
 
     out = tmp_path / "figures.json"
     arguments = [str(write_recipe(tmp_path)), *ENVIRONMENT, "--model", str(run.path / "model")]
-    assert (
-        evaluate_command([*arguments, "--prompts", "3", "--samples", "2", "--pass-at", "1,2", "--out", str(out)]) == 0
-    )
+    kept = tmp_path / "attempts.jsonl"
+    files = ["--out", str(out), "--trajectories", str(kept)]
+    assert evaluate_command([*arguments, "--prompts", "3", "--samples", "2", "--pass-at", "1,2", *files]) == 0
     figures = json.loads(out.read_text())["domains"]["sums"]
     assert figures["prompts"] == 3 and 1 < figures["steps"] <= 3 and figures["tokens"] > 1
     assert figures["accuracy"] == pytest.approx(figures["pass@1"]) and figures["pass@2"] >= figures["pass@1"]
     assert "sums: prompts 3, accuracy" in capsys.readouterr().out
+    attempts = read_samples(kept)
+    assert len(attempts) == 6 and np.mean([max(1, len(one.turns)) for one in attempts]) == figures["steps"]
+    assert np.mean([row["parts"]["evenness"] >= 1 for row in read_lines(kept)]) == figures["accuracy"]
 
     assert evaluate_command([str(write_recipe(tmp_path)), "--prompts", "2"]) == 1
     assert "name a trained one with --model" in capsys.readouterr().err

@@ -159,6 +159,8 @@ def test_mistakes_in_the_command_are_found_before_anything_starts(
     recipe, lost = str(write_recipe(tmp_path)), tmp_path / "none" / "figures.json"
     assert main([recipe, "--model", str(tmp_path), "--prompts", "2", "--out", str(lost)]) == 1
     assert_one_sentence(capsys.readouterr().err, f"--out: there is no folder {lost.parent}")
+    assert main([recipe, "--model", str(tmp_path), "--prompts", "2", "--trajectories", str(lost)]) == 1
+    assert_one_sentence(capsys.readouterr().err, f"--trajectories: there is no folder {lost.parent}")
     with pytest.raises(SystemExit):
         main([recipe, "--pass-at", "1;4"])
     assert "'1;4' is no list of whole numbers, such as 1,4" in capsys.readouterr().err
