@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 
 from rl.errors import DataError
 from rl.sample import NDArray
-from rl.secrets import redact
 
 _READ_BYTES = 8 << 20
 _ALIGNMENT = 8
@@ -61,8 +60,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecor
 
 
 def write_json(path: Path, value: Any) -> FileRecord:
-    """Writes a JSON file without any secret that is known."""
-    return write_durably(path, [redact(json.dumps(value, ensure_ascii=False)).encode()])
+    return write_durably(path, [json.dumps(value, ensure_ascii=False).encode()])
 
 
 def write_tensors(path: Path, arrays: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> FileRecord:

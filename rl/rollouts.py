@@ -17,6 +17,7 @@ from rl.metrics import Mean
 from rl.prompts import PromptStream
 from rl.sample import Group, Prompt, Sample, Scored
 from rl.saved_groups import prompt_of
+from rl.secrets import redact_values
 from rl.system import System, seeds_of
 
 HOPELESS_STEPS = 3
@@ -92,7 +93,7 @@ class Rollouts:
                 "failed_tokens": tally.failed_tokens,
                 "scoring": [tally.scoring.total, tally.scoring.count],
                 "failed_groups": tally.failed_groups,
-                "failures": dict(tally.failures),
+                "failures": redact_values(tally.failures),
             },
         }
 

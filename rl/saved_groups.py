@@ -1,4 +1,7 @@
-"""Groups as JSON and arrays, for a checkpoint. Prompts are not in it: they are read from their source again."""
+"""Groups as JSON and arrays, for a checkpoint. Prompts are not in it: they are read from their source again.
+
+Texts that only people read are written without secrets.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 
 from rl.errors import DataError
 from rl.sample import Group, Kept, NDArray, Prompt, Sample, Scored, Status, ToolCall, ToolResult, Turn
+from rl.secrets import redact_values
 from rl.selections import Selections
 
 Arrays = dict[str, NDArray]
@@ -24,7 +28,7 @@ def group_record(group: Group, place: str, arrays: Arrays) -> dict[str, Any]:
             "sample": _sample_record(one.sample, f"{place}.{number}", arrays),
             "reward": one.reward,
             "parts": dict(one.parts),
-            "comments": dict(one.comments),
+            "comments": redact_values(one.comments),
         }
         for number, one in enumerate(group.scored)
     ]
@@ -54,13 +58,14 @@ def prompt_of(name: str, prompts: Mapping[str, Prompt]) -> Prompt:
 
 
 def _sample_record(sample: Sample, place: str, arrays: Arrays) -> dict[str, Any]:
-    record: dict[str, Any] = {"status": str(sample.status), "turns": [asdict(turn) for turn in sample.turns]}
+    turns = redact_values([asdict(turn) for turn in sample.turns])
+    record: dict[str, Any] = {"status": str(sample.status), "turns": turns}
     for name in _PLAIN:
         value = getattr(sample, name)
         if isinstance(value, np.ndarray):
             arrays[f"{place}.{name}"] = value
             value = {"array": f"{place}.{name}"}
-        record[name] = value if name != "final_state" else plain(value)
+        record[name] = redact_values(plain(value)) if name in ("reply", "final_state") else value
     if sample.kept is not None:
         record["kept"] = f"{place}.kept"
         arrays |= {f"{place}.kept.ids": sample.kept.ids, f"{place}.kept.offsets": sample.kept.offsets}

@@ -12,7 +12,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,14 +23,16 @@ SHORTEST = 8
 """Characters. Anything shorter would be found in innocent text."""
 
 _NAME = re.compile(
-    "(^|[^a-z])(api_?key|key|token|secret|passw(or)?d|passphrase|credentials?|auth|authorization|cookie|pat)([^a-z]|$)"
-    "|password$|_pwd$",
+    "(^|[^a-z])((api|access|auth|refresh|session|bot|client|private)?_?(key|token|secret)|passw(or)?d|passphrase"
+    "|credentials?|auth|authorization|cookie|pat|dsn)([^a-z]|$)"
+    "|password$|_pwd$|(^|[^a-z])(?<!to_)pass$",
     re.IGNORECASE,
 )
+_HUMP = re.compile("(?<=[a-z0-9])(?=[A-Z])")
 _NAME_OF_A_PLACE = re.compile("_(path|file|dir|sock|mode)$", re.IGNORECASE)
 _DRAWN = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])\S{12,}$")
 """How a key or a token looks, whose name alone (``key: question``) says too little."""
-_ALWAYS = re.compile("passw|secret|credential", re.IGNORECASE)
+_ALWAYS = re.compile("passw|pass$|secret|credential", re.IGNORECASE)
 
 _known: dict[str, str] = {}
 """What must not be written, and what is written in its place."""
@@ -37,7 +40,8 @@ _known: dict[str, str] = {}
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable or an argument of this name holds a secret."""
-    return _NAME.search(name) is not None and _NAME_OF_A_PLACE.search(name) is None
+    words = _HUMP.sub("_", name)  # of accessToken
+    return _NAME.search(words) is not None and _NAME_OF_A_PLACE.search(words) is None
 
 
 def learn_secrets(recipe: Mapping[str, Any]) -> None:
@@ -55,8 +59,32 @@ def redact(text: str) -> str:
     """``text`` without the secrets that are known; one of the environment becomes a recipe's reference to it."""
     for secret in sorted(_known, key=len, reverse=True):  # one may be part of another
         if secret in text:
-            text = text.replace(secret, _known[secret])
+            text = re.sub(_pattern(secret), lambda _, secret=secret: _known[secret], text)
     return text
+
+
+def redact_values(tree: Any) -> Any:
+    """The same in every text of a tree of plain values, in those of its keys too."""
+    if isinstance(tree, str):
+        return redact(tree)
+    if isinstance(tree, Mapping):
+        return {redact_values(key): redact_values(child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact_values(child) for child in tree]
+    return tree
+
+
+def redact_pieces(pieces: Sequence[str]) -> list[str]:
+    """The same in a text that is cut into pieces: the one in which a secret begins says what stands for it."""
+    text = "".join(pieces)
+    characters: list[str] = list(text)
+    for secret in sorted(_known, key=len, reverse=True):
+        for found in re.finditer(_pattern(secret), text) if secret in text else ():
+            characters[found.start()] = _known[secret]
+            characters[found.start() + 1 : found.end()] = [""] * (len(secret) - 1)
+            text = text[: found.start()] + "\0" * len(secret) + text[found.end() :]
+    rest = iter(characters)
+    return ["".join(islice(rest, len(piece))) for piece in pieces]
 
 
 def redact_tracebacks() -> None:
@@ -66,6 +94,11 @@ def redact_tracebacks() -> None:
         print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
     sys.excepthook = show
+
+
+def _pattern(secret: str) -> str:
+    """A password of digits alone is not looked for within a longer number."""
+    return rf"(?<![\d.]){secret}(?!\d)" if secret.isdecimal() else re.escape(secret)
 
 
 def _note(secret: str, instead: str) -> None:
@@ -82,10 +115,15 @@ def _in_recipe(tree: Any, name: str = "") -> Iterator[str]:
         for key, child in tree.items():
             yield from _in_recipe(child, str(key))
     elif isinstance(tree, list | tuple):
-        for child in tree:
-            yield from _in_recipe(child, name)
+        for before, child in zip(["", *tree], tree, strict=False):
+            # A command's `--api-key`, with the key behind it.
+            option = isinstance(before, str) and before.startswith("-")
+            yield from _in_recipe(child, before.lstrip("-").replace("-", "_") if option else name)
     elif isinstance(tree, str) and tree not in os.environ:  # `judge.api_key` names a variable
         yield from _in_address(tree)
+        option, equals, value = tree.partition("=")
+        if option.startswith("-") and equals:
+            name, tree = option.lstrip("-").replace("-", "_"), value
         if is_secret_name(name):
             rest = tree.rpartition(" ")[2]  # behind "Bearer"
             if _ALWAYS.search(name) or _DRAWN.match(rest):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rl.sample import NDArray, Sample, Scored
+from rl.secrets import redact_pieces
 
 LONGEST_CHARACTER = 4  # bytes of one character in UTF-8
 
@@ -29,14 +30,16 @@ class SequenceView:
                 raise ValueError(f"trajectory {sample.id}: {name} has {len(stream)} entries for {len(sample)} tokens")
 
     def record(self) -> dict[str, Any]:
-        """Streams have one entry a token; flags are 0 or 1; unknown streams are null."""
+        """A value for each token; flags are 0 or 1; unknown streams are null; ids of a secret's tokens are 0."""
         sample = self.sample
         routed = np.ones(len(sample), bool) if sample.routed is None else sample.routed
+        pieces = redact_pieces(self.token_texts)
+        unchanged = np.array([one == other for one, other in zip(pieces, self.token_texts, strict=True)], bool)
         return {
             "reply": sample.reply,
             "masked": self.masked,
-            "token_ids": sample.token_ids.tolist(),
-            "tokens": list(self.token_texts),
+            "token_ids": np.where(unchanged, sample.token_ids, 0).tolist(),
+            "tokens": pieces,
             "sampled": sample.sampled.astype(int).tolist(),
             "rollout_logprobs": _rounded(sample.rollout_logprobs),
             "log_ratios": None if self.log_ratios is None else _rounded(self.log_ratios),

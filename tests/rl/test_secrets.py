@@ -15,14 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rl.checkpoint import Draft, commit, partial_path, read
 from rl.loop_state import LoopState
 from rl.recipe import load_recipe, to_yaml
 from rl.run_directory import RunDirectory, write_whole
-from rl.secrets import is_secret_name, learn_secrets, redact
+from rl.sample import Group, Scored
+from rl.secrets import is_secret_name, learn_secrets, redact, redact_pieces, redact_values
 from rl.timeline import Timeline
-from tests.rl.tiny_runs import REPOSITORY, Run, environment, read_lines, write_recipe
+from rl.trajectory import SequenceView, Trajectory
+from tests.rl.tiny_runs import REPOSITORY, Run, environment, make_prompt, make_sample, read_lines, write_recipe
 
 IN_ENVIRONMENT = {
     "JUDGE_API_KEY": "sk-judge-s3cret-1111",
@@ -157,13 +161,19 @@ def test_every_file_of_a_run_is_written_without_the_secret(tmp_path: Path, monke
     """What a reward says when it fails reaches a checkpoint too, when the step of the failure is not over."""
     monkeypatch.setenv("SCORER_TOKEN", IN_ENVIRONMENT["SCORER_TOKEN"])
     learn_secrets({})
-    said = f"401 Unauthorized: {IN_ENVIRONMENT['SCORER_TOKEN']}"
+    pieces = ["401 ", "Unauthorized: ", "scorer", "-s3c", 'ret-"4444', '"-ä', " ", "again"]
+    said = "".join(pieces)
+    assert IN_ENVIRONMENT["SCORER_TOKEN"] in said
+    sample = make_sample(make_prompt("1"), num_sampled=len(pieces) - 2, reply=said, final_state={said: [said]})
     run = RunDirectory.create(tmp_path / "tiny", recipe="name: tiny")
-    values = {"tally": {"failures": {said: 1}}, "turns": [said]}
-    draft = Draft(step=1, recipe={}, model_dir=run.model, sums={}, faults={}, loop=LoopState(values=values))
+    scored = Scored(sample=sample, reward=0.0, comments={"judge": said})
+    state = LoopState(values={}, groups=[Group(prompt=sample.prompt, scored=(scored,))])
+    draft = Draft(step=1, recipe={}, model_dir=run.model, sums={}, faults={}, loop=state)
     partial = partial_path(run.checkpoints, 1)
     partial.mkdir(parents=True)
     path, _ = commit(run.checkpoints, 1, draft.write(partial), {})
+    view = SequenceView(sample=sample, token_texts=pieces)
+    run.log_samples(1, [Trajectory(scored=scored, sequences=[view], advantage=0.0)])
     run.log_alarm({"sentence": said})
     timeline = Timeline(run.path / "timeline.jsonl")
     with timeline.span("rewards", "score", detail=said):
@@ -171,9 +181,29 @@ def test_every_file_of_a_run_is_written_without_the_secret(tmp_path: Path, monke
     run.stop(said)
     texts = {name.name: name.read_text() for name in run.path.rglob("*.json*")}
     told = [name for name, text in texts.items() if "401 Unauthorized: ${oc.env:SCORER_TOKEN}" in text]
-    assert sorted(told) == ["alarms.jsonl", "run.json", "status.json", "timeline.jsonl"]
+    assert sorted(told) == ["alarms.jsonl", "run.json", "status.json", "step_1.jsonl", "timeline.jsonl"]
     assert not any("s3cret" in text for text in texts.values())
     assert read(path).loop is not None  # still what its manifest says
+    (row,) = read_lines(run.samples / "step_1.jsonl")
+    assert row["tokens"] == ["401 ", "Unauthorized: ", "${oc.env:SCORER_TOKEN}", "", "", "", " ", "again"]
+    assert [one == 0 for one in row["token_ids"]] == [False] * 2 + [True] * 4 + [False] * 2
+
+
+def test_a_password_of_digits_is_no_part_of_a_longer_number(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DB_PASSWORD", "33333333")
+    learn_secrets({})
+    numbers = json.dumps({"third": 0.3333333333333333, "state": 12333333334, "other": 1.33333333})
+    assert redact(numbers) == numbers
+    assert redact("login:33333333.") == "login:${oc.env:DB_PASSWORD}."
+
+
+@given(st.lists(st.sampled_from(["a", "pass-", "word-1", "pass-word-1", "pass-word-12", "2", ""]), max_size=9))
+def test_pieces_are_redacted_as_their_whole_text_is(pieces: list[str]):
+    learn_secrets({"password": "pass-word-1", "secret": "pass-word-12"})
+    redacted = redact_pieces(pieces)
+    assert len(redacted) == len(pieces)
+    assert "".join(redacted) == redact("".join(pieces))
+    assert redact_values({"a": [{"".join(pieces): 1}]}) == {"a": [{redact("".join(pieces)): 1}]}
 
 
 def test_the_clusters_token_is_the_users_own(watched: Watched):
@@ -186,12 +216,23 @@ def test_the_clusters_token_is_the_users_own(watched: Watched):
     [
         *((name, True) for name in ("OPENAI_API_KEY", "HF_TOKEN", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "apikey")),
         *((name, True) for name in ("Authorization", "X-Api-Key", "MYSQL_PWD", "GITHUB_PAT", "db_password")),
+        *(
+            (name, True)
+            for name in ("SMTP_PASS", "accessToken", "clientSecret", "privateKey", "ACCESSTOKEN", "SENTRY_DSN")
+        ),
+        *((name, False) for name in ("fail_to_pass", "bypass", "maxTokens", "keyboardLayout", "passes")),
         *((name, False) for name in ("TOKENIZERS_PARALLELISM", "max_tokens", "KEYBOARD", "author", "monkey", "PATH")),
         *((name, False) for name in ("RAY_AUTH_TOKEN_PATH", "SSH_AUTH_SOCK", "RAY_AUTH_MODE")),
     ],
 )
 def test_names_that_say_so(name: str, expected: bool):
     assert is_secret_name(name) == expected
+
+
+def test_secrets_in_a_commands_arguments_are_found():
+    command = ["server", "--api-key", "abcdefgh-1234-5678", "--port", "80", "--token=ijklmnop-1234-5678", "-v"]
+    learn_secrets({"environment": {"args": {"command": command}}})
+    assert redact(" ".join(command)) == "server --api-key *** --port 80 --token=*** -v"
 
 
 def test_what_only_looks_like_a_secret_is_left_alone():
