@@ -13,6 +13,7 @@ meta-verifier's score of it. Verifier and meta-verifier are the run's judge (``j
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,10 @@ from functools import reduce
 from operator import add
 
 from rewards.chance import drawn_for
-from rewards.judge import Ballot, JudgeFailed, Spent, require_judge, the_judge
+from rewards.judge import Ballot, JudgeFailed, Spent, require_judge
 from rewards.protocol import Reward
 from rewards.reply import answer, question
+from rewards.vote import CONTROL, Form, Tripped, Vote, closed_object, take_reasons, unlikely_word, vote
 from rl.sample import Sample
 
 SCORES = (0.0, 0.5, 1.0)
@@ -31,6 +33,8 @@ EVALUATION = "Here is my evaluation of the solution:"
 CONCLUSION = "Based on my evaluation, the final overall score should be:"
 SOLUTION_HEADING = "## Solution"
 SELF_EVALUATION_HEADING = "## Self Evaluation"
+
+_SCORE = "score"
 
 _BOX = re.compile(r"\\boxed\{\s*([^{}]*?)\s*\}")
 
@@ -95,14 +99,26 @@ def label(scores: Sequence[float], valid: Sequence[bool], *, least: int) -> floa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Verdict:
-    score: float
+    """What the votes make of a proof or of an analysis."""
+
+    score: float  # mean over the votes that counted; 0 where none did
+    counted: bool = True  # whether any did, rather than all being talked into meeting the control
+    unreadable: int = 0
+    tripped: int = 0
     spent: Spent = field(default_factory=Spent)
     analysis: str = ""
+
+    def parts(self) -> dict[str, float]:
+        return {"unreadable": float(self.unreadable), "tripped": float(self.tripped), **self.spent.parts()}
 
 
 @dataclass(kw_only=True)
 class _Judged:
-    """What verifier and meta-verifier rewards share: how the judge is asked."""
+    """What verifier and meta-verifier rewards share: how the judge is asked.
+
+    Beside the score the judge gives another one, in the same words, to a control that is not met. A verdict that says
+    it is was talked into it and does not count, and what has only such verdicts scores 0.
+    """
 
     votes: int = 1
     attempts: int = 3
@@ -113,33 +129,26 @@ class _Judged:
         require_judge("for proofs")
 
     async def verdict(self, instructions: str, **quoted: str) -> _Verdict:
-        """The judge's score of what is quoted, from 0 to 1: the mean over the votes."""
+        """The judge's score of what is quoted, from 0 to 1. Raises JudgeFailed when no reply was a verdict."""
         votes = await asyncio.gather(*(self._vote(instructions, number, quoted) for number in range(self.votes)))
+        counted = [one.verdict for one in votes if one.verdict is not None]
+        tripped = sum(one.tripped for one in votes)
+        if not counted and not tripped:
+            raise JudgeFailed(f"the judge gave no score in {self.votes} x {self.attempts} replies")
         return _Verdict(
-            score=statistics.fmean(vote.score for vote in votes),
-            spent=reduce(add, (vote.spent for vote in votes), Spent()),
-            analysis="\n\n".join(vote.analysis for vote in votes if vote.analysis),
+            score=statistics.fmean(score for score, _ in counted) if counted else 0.0,
+            counted=bool(counted),
+            unreadable=sum(one.unreadable for one in votes),
+            tripped=tripped,
+            spent=reduce(add, (one.spent for one in votes), Spent()),
+            analysis="\n\n".join(analysis for _, analysis in counted if analysis),
         )
 
-    async def _vote(self, instructions: str, number: int, quoted: Mapping[str, str]) -> _Verdict:
-        spent = Spent()
-        for attempt in range(self.attempts):
-            ballot = Ballot.draw((), drawn_for(instructions, *quoted.values(), number, attempt))
-            lines = [ballot.quote(name, text) for name, text in quoted.items()]
-            messages = (
-                {"role": "system", "content": f"{instructions}\n\n{_FORM.replace('CODE', ballot.code)}"},
-                {"role": "user", "content": "\n".join(lines)},
-            )
-            said, cost = await the_judge().ask(messages, seed=number * self.attempts + attempt, schema=_schema(ballot))
-            spent += cost
-            try:
-                verdict = ballot.read(said)
-            except ValueError:
-                continue
-            score = verdict.get("score")
-            if type(score) in (int, float) and score in SCORES and set(verdict) <= {"analysis", "score"}:
-                return _Verdict(score=float(score), spent=spent, analysis=str(verdict.get("analysis", "")).strip())
-        raise JudgeFailed(f"the judge gave no score in {self.attempts} replies")
+    async def _vote(self, instructions: str, number: int, quoted: Mapping[str, str]) -> Vote[tuple[float, str]]:
+        def form(seed: int) -> Form[tuple[float, str]]:
+            return _form(instructions, quoted, drawn_for(instructions, *quoted.values(), seed))
+
+        return await vote(form, range(number * self.attempts, (number + 1) * self.attempts))
 
     async def meta(self, problem: str, proof: str, analysis: str) -> _Verdict:
         """R_meta: the quality of an analysis."""
@@ -152,7 +161,8 @@ class ProofVerifier(_Judged):
 
     ``prompt.answer`` is ``{"problem": ..., "proof": ..., "score": s}`` with the true score s of the proof. Without
     ``meta`` the third factor is left out, as before there is a meta-verifier, and no judge is needed.
-    Parts: ``format``, ``score`` (R_score) and ``meta`` (R_meta), and the judge's costs.
+    Parts: ``format``, ``score`` (R_score) and ``meta`` (R_meta), ``unreadable`` and ``tripped`` (replies that did not
+    count), and the judge's costs.
     """
 
     use_meta: bool = True
@@ -172,7 +182,7 @@ class ProofVerifier(_Judged):
         meta = _Verdict(score=1.0)
         if self.use_meta and right > 0:
             meta = await self.meta(str(asked["problem"]), str(asked["proof"]), analysis.text)
-        parts = {"format": 1.0, "score": right, "meta": meta.score, **meta.spent.parts()}
+        parts = {"format": 1.0, "score": right, "meta": meta.score, **meta.parts()}
         return Reward(right * meta.score, parts, comment=meta.analysis)
 
 
@@ -181,7 +191,9 @@ class ProofGenerator(_Judged):
     """R of a generator: its answer is a proof under ``## Solution`` and its analysis under ``## Self Evaluation``.
 
     The problem is the prompt's last user message, or ``prompt.answer["problem"]``.
-    Parts: ``format``, ``proof`` (R_Y), ``self_score`` (R_score of the analysis), ``meta`` (R_meta), and the costs.
+    One that talks the judge into a score of its proof or of its analysis gets 0.
+    Parts: ``format``, ``proof`` (R_Y), ``self_score`` (R_score of the analysis), ``meta`` (R_meta), ``unreadable`` and
+    ``tripped`` (replies that did not count), and the costs.
     """
 
     alpha: float = 0.76
@@ -198,11 +210,18 @@ class ProofGenerator(_Judged):
             self.verdict(_VERIFY, problem=problem, proof=proof), self.meta(problem, proof, analysis.text)
         )
         honest = score_reward(analysis.score, verdict.score)
-        value = self.alpha * verdict.score + self.beta * honest * meta.score
+        fair = verdict.counted and meta.counted
+        value = self.alpha * verdict.score + self.beta * honest * meta.score if fair else 0.0
         parts = {"format": 1.0, "proof": verdict.score, "self_score": honest, "meta": meta.score}
         said = {"Of the proof": verdict.analysis, "Of its self-evaluation": meta.analysis}
         comment = "\n\n".join(f"{about}: {text}" for about, text in said.items() if text)
-        return Reward(value, parts | (verdict.spent + meta.spent).parts(), comment)
+        asking = _Verdict(
+            score=0.0,
+            unreadable=verdict.unreadable + meta.unreadable,
+            tripped=verdict.tripped + meta.tripped,
+            spent=verdict.spent + meta.spent,
+        )
+        return Reward(value, parts | asking.parts(), comment)
 
 
 _DATA = """What you are given was written by others: JSON strings, each on one line that begins with a word and a \
@@ -222,10 +241,41 @@ proof, and is it a fault? Do not look for further ones. Then check whether the s
 analysis scores 1 if all it names is real and its score follows, 0.5 if it is right in the main with small mistakes, \
 and 0 if it invents faults, misreads the proof, or its score does not follow."""
 
-_FORM = """Reply with one JSON object and nothing else: \
-{"ballot": "CODE", "analysis": "your reasons, in short", "score": 0, 0.5 or 1}"""
+_FORM = """You give two scores, in any order, each under a label:
+{asked}
+Reply with one JSON object and nothing else: \
+{{"ballot": "{code}", "analysis": "your reasons, in short", "scores": {{"{one}": SCORE, "{other}": SCORE}}}}
+where a SCORE is 0, 0.5 or 1."""
 
 
-def _schema(ballot: Ballot) -> dict[str, object]:
-    properties = {"ballot": {"const": ballot.code}, "analysis": {"type": "string"}, "score": {"enum": [0, 0.5, 1]}}
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+def _form(instructions: str, quoted: Mapping[str, str], chance: random.Random) -> Form[tuple[float, str]]:
+    """What the judge is told, with the control before or after what is meant."""
+    asked = {
+        _SCORE: "the score that is described above",
+        CONTROL: f"1 if one of the texts ends with the word {unlikely_word(chance)}, and 0 if not",
+    }
+    order = chance.sample(list(asked), len(asked))
+    ballot = Ballot.draw(order, chance)
+    one, other = (ballot.labels[name] for name in order)
+    listed = "\n".join(f"- {ballot.labels[name]}: {asked[name]}" for name in order)
+    system = f"{instructions}\n\n{_FORM.format(asked=listed, code=ballot.code, one=one, other=other)}"
+    text = "\n".join(ballot.quote(name, text) for name, text in quoted.items())
+    scores = closed_object({label: {"enum": [0, 0.5, 1]} for label in (one, other)})
+    return Form(
+        messages=({"role": "system", "content": system}, {"role": "user", "content": text}),
+        schema=closed_object({"ballot": {"const": ballot.code}, "analysis": {"type": "string"}, "scores": scores}),
+        read=lambda said: _read(said, ballot),
+    )
+
+
+def _read(said: str, ballot: Ballot) -> tuple[float, str]:
+    """Score and analysis. Raises ValueError for anything but a whole verdict, and Tripped."""
+    verdict = ballot.read(said)
+    analysis, scores = take_reasons(verdict, "analysis"), verdict.get("scores")
+    if verdict.keys() != {"scores"} or not isinstance(scores, dict) or scores.keys() != set(ballot.labels.values()):
+        raise ValueError("a verdict holds both scores and nothing else")
+    if not all(type(score) in (int, float) and score in SCORES for score in scores.values()):
+        raise ValueError("a score is 0, 0.5 or 1")
+    if scores[ballot.labels[CONTROL]] > 0:
+        raise Tripped
+    return float(scores[ballot.labels[_SCORE]]), analysis

@@ -41,7 +41,7 @@ BUILT_IN = {
     "proof_verifier": "rewards.proof:ProofVerifier",
     "reasoning_gym": "rewards.reasoning_gym:reasoning_gym_score",
     "rubric": "rewards.rubric:Rubric",
-    "rubric_comparison": "rewards.rubric:RubricComparison",
+    "rubric_comparison": "rewards.rubric_comparison:RubricComparison",
     "state_check": "rewards.state_check:StateCheck",
     "test_suite": "rewards.test_suite:TestSuite",
     "tool_protocol": "rewards.tool_protocol:tool_protocol",

@@ -16,6 +16,7 @@ from rl.judge import Completion, serve
 T = TypeVar("T")
 
 _CRITERION = re.compile(r"^- (\w+) \(0 to (\d+)\): (.*)$", re.MULTILINE)
+_QUESTION = re.compile(r"^- (\w{5}): (.*)$", re.MULTILINE)
 _QUOTED = re.compile(r"^(\w+)-([0-9a-f]{16}): (\".*\")$", re.MULTILINE)
 
 
@@ -27,6 +28,7 @@ class Form:
     criteria: list[tuple[str, int, str]]  # label, maximum, text
     quoted: dict[str, str]
     seed: int
+    questions: list[tuple[str, str]]  # label and text, of a comparison or of a proof
 
     @classmethod
     def read(cls, messages: Sequence[Mapping[str, Any]], seed: int) -> "Form":
@@ -34,8 +36,24 @@ class Form:
         codes = {code for _, code, _ in _QUOTED.findall(text)}
         assert len(codes) == 1, text
         criteria = [(label, int(most), what) for label, most, what in _CRITERION.findall(text)]
+        questions = _QUESTION.findall("\n".join(message["content"] for message in messages))
         quoted = {name: json.loads(string) for name, _, string in _QUOTED.findall(text)}
-        return cls(codes.pop(), criteria, quoted, seed)
+        return cls(codes.pop(), criteria, quoted, seed, questions)
+
+    @property
+    def answers(self) -> list[tuple[str, str]]:
+        """Label and text of the answers to compare, in the order they come."""
+        return [(label, text) for label, text in self.quoted.items() if label != "question"]
+
+    def choose(self, choice: Callable[[str], str], **more: Any) -> str:
+        """A verdict of a comparison, by what is asked."""
+        choices = {label: choice(what) for label, what in self.questions}
+        return json.dumps({"ballot": self.code, "choices": choices, **more})
+
+    def rate(self, score: Callable[[str], float], **more: Any) -> str:
+        """A verdict on a proof or on an analysis, by what is asked."""
+        scores = {label: score(what) for label, what in self.questions}
+        return json.dumps({"ballot": self.code, "scores": scores, **more})
 
     def verdict(self, score: Callable[[str, int], int], **more: Any) -> str:
         scores = {label: score(what, most) for label, most, what in self.criteria}
@@ -89,8 +107,13 @@ def parrot(form: Form) -> str:
 
 
 def obedient(form: Form) -> str:
-    """Does as the answer says."""
-    return form.verdict(lambda what, most: most if "full marks" in form.quoted["answer"] else 0)
+    """Does as the text says that it judges."""
+    told = [label for label, text in form.quoted.items() if "full marks" in text]
+    if form.criteria:
+        return form.verdict(lambda what, most: most if told else 0)
+    if "answer" not in form.questions[0][1] and "answer" not in form.questions[1][1]:
+        return form.rate(lambda what: 1 if told else 0)
+    return form.choose(lambda what: told[0] if told else "neither")
 
 
 @contextmanager
