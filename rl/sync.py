@@ -58,6 +58,9 @@ class Transport(Protocol):
     """The way that weights take from the learner into engines, where they wait for a commit."""
 
     @property
+    def learner(self) -> Learner: ...
+
+    @property
     def pool(self) -> EnginePool: ...
 
     async def send(self, engines: Sequence[int]) -> Sent:
@@ -298,6 +301,7 @@ async def publish(transport: Transport, version: int) -> Sync:
             raise RunStopped(
                 f"weights of version {version} did not reach the engines within {UPDATE_S:.0f} s"
             ) from None
+        await transport.learner.checksums()  # one that died on the way says so, and takes its buckets along
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RunStopped(f"weights of version {version} did not reach the engines: {reason}") from error
     for engine, sums in engine_sums.items():

@@ -77,12 +77,12 @@ def stack_of(where: Whereabouts) -> str:
         before = path.stat().st_size
         os.kill(where.pid, DUMP_SIGNAL)
         deadline = time.monotonic() + DUMP_S
-        size = before
+        sizes = [before]
         while time.monotonic() < deadline:
             time.sleep(0.05)
-            if (now := path.stat().st_size) > before and now == size:
+            sizes.append(path.stat().st_size)
+            if sizes[-1] > before and len(set(sizes[-3:])) == 1:
                 break
-            size = now
         with open(path, "rb") as dumps:
             dumps.seek(before)
             text = dumps.read().decode(errors="replace").strip()

@@ -329,7 +329,7 @@ class Learner:
         done, pending = await asyncio.wait(calls.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         if any(call.exception() for call in done):
             # A rank that loses its peer fails too: give the one that began it the time to say so.
-            await asyncio.wait(calls.values(), timeout=5.0)
+            await asyncio.wait(calls.values(), timeout=15.0)
             _raise_cause(method, {rank: call.exception() for rank, call in calls.items() if call.done()})
         if pending:
             silent = ", ".join(str(rank) for rank, call in calls.items() if call in pending)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -232,7 +233,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(number: signal.Signals
             assert time.monotonic() < deadline
             time.sleep(0.1)
         started = psutil.Process(process.pid).children(recursive=True)
-        assert any("LearnerRank" in " ".join(child.cmdline()) for child in started)
+        assert any("LearnerRank" in shown for shown in _commands(started))
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
         else:
@@ -246,8 +247,14 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(number: signal.Signals
     assert (run.status["status"], run.status["reason"]) == ("stopped", "interrupted")
     assert (run.path / "report.html").exists()
     assert not (run.path / "model").exists()
-    _, alive = psutil.wait_procs(started, timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
+
+
+def _commands(processes: Iterable[psutil.Process]) -> Iterator[str]:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield " ".join(process.cmdline())
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root")

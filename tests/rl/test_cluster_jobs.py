@@ -14,6 +14,8 @@ import pytest
 from tests.rl.tiny_runs import REPOSITORY, Run, write_recipe
 from tests.rl.two_nodes import TwoNodes, two_nodes
 
+pytestmark = pytest.mark.timeout(600)  # two nodes start, and a job on both
+
 STEPS = 3
 """After which the job is stopped."""
 
@@ -52,7 +54,7 @@ def _run(cluster: TwoNodes, folder: Path, recipe: Path) -> Job:
         name="tiny",
         log=folder / "log",
     )
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while not (run.path / "samples" / f"step_{STEPS}.jsonl").exists():
         assert following.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.2)
@@ -67,6 +69,7 @@ def _run(cluster: TwoNodes, folder: Path, recipe: Path) -> Job:
     stopping = cluster.stop("tiny")
     assert stopping.returncode == 0, stopping.stdout + stopping.stderr
     following.wait(timeout=60)
+    deadline = time.monotonic() + 60
     while (left := [*cluster.processes(0), *cluster.processes(1)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return Job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def promises(run: Run, *, steps: int, staleness: int) -> None:
     assert len(trained) == len(set(trained)), "something was trained twice"
 
 
+@pytest.mark.timeout(600)
 def test_a_run_survives_its_processes(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     gate, flag = tmp_path / "gate", tmp_path / "flag"
 
@@ -84,12 +86,12 @@ def test_a_run_survives_its_processes(cluster: None, tmp_path: Path, monkeypatch
     warnings = [line for line in printed.splitlines() if line.startswith("warning: ")]
     for words in (
         "died during generate",
-        "died during stage",
         "engine 1 of 2 is back",
         "a reward worker",
         "environment",
     ):
         assert any(words in line for line in warnings), words
+    assert any(re.search("died during (stage|commit)", line) for line in warnings)  # where the signal found it
     loads = [row["actor"] for row in read_lines(run.path / "timeline.jsonl") if row["phase"] == "load"]
     assert sorted(loads) == ["engine 0", "engine 0", "engine 1", "engine 1", "engine 1"]
 

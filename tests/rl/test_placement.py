@@ -127,10 +127,11 @@ def test_gpus_that_others_hold_are_waited_for_and_then_refused(
     cluster_with_gpus: None, monkeypatch: pytest.MonkeyPatch
 ):
     async def test() -> None:
-        monkeypatch.setattr("rl.system.RESERVATION_S", 2)
         holding = await reserve(recipe(ranks=2, engines=2, tensor_parallel=2))
-        with pytest.raises(RecipeError, match="2 GPUs and 2 CPUs did not become free within 2 s"):
-            await reserve(recipe(ranks=1, engines=1))
+        with monkeypatch.context() as impatient:
+            impatient.setattr("rl.system.RESERVATION_S", 2)
+            with pytest.raises(RecipeError, match="2 GPUs and 2 CPUs did not become free within 2 s"):
+                await reserve(recipe(ranks=1, engines=1))
         holding.release()
         free = await reserve(recipe(ranks=1, engines=1))
         assert gpus_given(free.engines, 1) != gpus_given(free.ranks, 1)

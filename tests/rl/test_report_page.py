@@ -303,10 +303,10 @@ def test_a_served_page_follows_the_run(browser: Browser, tmp_path):
         assert texts(browser, ".standing .pill") == ["running"]
         browser.wait("document.querySelector('.step-bar output').textContent === 'Latest, step 5'")
         browser.run("document.querySelector('.chart').marked = true")
-        run.log(step_metrics(rng, 6, 30) | {"eval/sums": 0.9})
-        run.log_samples(6, [trajectory(rng, 6, 0, text="news</think>9")])
         write_lines(run.path / "timeline.jsonl", spans(rng, 6))
         write_lines(run.path / "alarms.jsonl", [ALARMS[0]])
+        run.log(step_metrics(rng, 6, 30) | {"eval/sums": 0.9})
+        run.log_samples(6, [trajectory(rng, 6, 0, text="news</think>9")])
         browser.wait("document.querySelector('.step-bar output').textContent === 'Latest, step 6'")
         browser.wait("document.querySelectorAll('.list li').length === 5")
         assert browser.run("document.querySelector('.chart').marked")  # it was not built again

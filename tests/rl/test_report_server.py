@@ -192,7 +192,14 @@ def test_what_cannot_be_served_is_a_sentence(run, server):
 
 def test_the_command_serves_until_it_is_interrupted(run):
     command = [sys.executable, "-m", "rl.report", str(run.path), "--serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout and process.stderr
     address = re.match(r"http://localhost:(\d+)/", process.stdout.readline())
     assert address

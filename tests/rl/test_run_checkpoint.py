@@ -155,6 +155,7 @@ def test_a_file_that_is_on_another_nodes_disk_makes_no_checkpoint(tmp_path: Path
     with pytest.raises(OSError, match=r"rank_00001\.safetensors was written elsewhere; put runs on a disk that all"):
         checkpoint.commit(tmp_path / "checkpoints", 4, {"rank_00001.safetensors": elsewhere}, {})
     assert checkpoint.steps_saved(tmp_path / "checkpoints") == [3]
+    monkeypatch.setattr(checkpoint, "SHARED_DISK_S", 30)
     arriving = threading.Timer(0.1, shutil.copy, (tmp_path / "rank_00001.safetensors", partial))
     arriving.start()
     checkpoint.commit(tmp_path / "checkpoints", 4, {"rank_00001.safetensors": elsewhere}, {})

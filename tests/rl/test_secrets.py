@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import signal
@@ -110,9 +111,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 def _listening(root: psutil.Process) -> Iterator[tuple[str, str]]:
     for process in (root, *root.children(recursive=True)):
-        for connection in process.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                yield connection.laddr.ip.removeprefix("::ffff:"), f"{connection.laddr.port} of {process.cmdline()}"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    yield connection.laddr.ip.removeprefix("::ffff:"), f"{connection.laddr.port} of {process.cmdline()}"
 
 
 def test_no_secret_is_written_anywhere(watched: Watched):

@@ -89,7 +89,7 @@ class WorkersOnly:
         ]
         done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
         if any(call.exception() for call in done):
-            await asyncio.wait(calls, timeout=2)
+            await asyncio.wait(calls, timeout=20)
         for error in [call.exception() for call in calls if call.done()]:
             if isinstance(error, RayActorError):  # a worker takes its engine along
                 raise EngineDied(f"engine {engines[0]} died during receive") from error

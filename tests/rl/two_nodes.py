@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -47,7 +49,7 @@ class TwoNodes:
 
     def processes(self, node: int) -> list[str]:
         """Commands of the processes that run in a working directory sent to one of the nodes."""
-        return [" ".join(process.cmdline()) for process in _inside(self.folders[node] / "session_latest")]
+        return list(_inside(self.folders[node] / "session_latest"))
 
 
 @contextmanager
@@ -90,19 +92,21 @@ def _start(folder: Path, env: dict[str, str], *arguments: str) -> subprocess.Pop
     return node
 
 
-def _inside(folder: Path) -> Iterator[psutil.Process]:
+def _inside(folder: Path) -> Iterator[str]:
     place = folder.resolve()
     for process in psutil.process_iter():
         try:
             if Path(process.cwd()).is_relative_to(place / "runtime_resources"):
-                yield process
+                yield " ".join(process.cmdline())
         except (psutil.Error, OSError):
             continue
 
 
 def _free_ports(number: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
+    """Below those that the system gives away by itself, so that nothing else takes them in the meantime."""
+    ports: set[int] = set()
+    while len(ports) < number:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.add(port)
+    return list(ports)
