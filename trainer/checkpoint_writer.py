@@ -31,7 +31,7 @@ def read_announcement(folder: Path, rank: int) -> FileRecord | None:
 def remove_announcements(folder: Path) -> None:
     """Leaves the ranks' files alone in their folder."""
     for path in folder.glob(_announcement("*")):
-        path.unlink()
+        path.unlink(missing_ok=True)  # one that another node sees no longer
 
 
 def _announcement(rank: int | str) -> str:
@@ -50,11 +50,16 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._outcome: FileRecord | OSError | None = None
 
-    def hold(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Takes the copies over; what was being written until now is written to its end first."""
+    def release(self) -> None:
+        """Leaves no copies in memory, before new ones are made; what is being written is written to its end first."""
         if self._thread is not None:
             self._thread.join()
-        self._tensors, self._header, self._outcome = tensors, header, None
+        self._tensors, self._thread, self._outcome = {}, None, None
+
+    def hold(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Takes the copies over."""
+        self.release()
+        self._tensors, self._header = tensors, header
 
     def begin(self, folder: Path, rank: int) -> None:
         """Starts to write what is held, and lets go of it when it is written."""
@@ -80,7 +85,7 @@ class CheckpointWriter:
         except FileNotFoundError:  # the driver has made the folder
             where = f"{folder} is not there on {socket.gethostname()}"
             self._outcome = OSError(errno.ENOENT, f"{where}; put runs on a disk that all nodes see")
-        except OSError as error:
-            self._outcome = error
+        except OSError as error:  # without its traceback, whose frames hold the copies
+            self._outcome = OSError(error.errno, error.strerror or str(error))
         except Exception as error:  # the thread ends here, and the driver must not wait for ever
             self._outcome = OSError(errno.EIO, f"{type(error).__name__}: {error}")

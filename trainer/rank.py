@@ -222,6 +222,7 @@ class LearnerRank:
 
     def copy_checkpoint(self) -> int:
         """Copies everything that the next step depends on to host memory; returns its bytes."""
+        self._writer.release()
         tensors, progress = self.engine.copy_state()
         generators, words = generator_states()
         tensors |= {f"generator/{name}/{self.rank}": state for name, state in generators.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
+import resource
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -14,11 +16,17 @@ import numpy as np
 import pytest
 import ray
 import torch
+from rich.console import Console
 
 from model import checksums, load_model
+from rl.checkpoint import newest
 from rl.config import Recipe
 from rl.errors import DataError, LearnerFailed, RecipeError, RunStopped
+from rl.loop_state import LoopState
 from rl.metrics import values
+from rl.progress import Progress
+from rl.run_directory import RunDirectory
+from rl.saver import Saver
 from tests.trainer.samples import advantages_of, groups_of, tiny_recipe
 from trainer.deepspeed_engine import StepOutcome
 from trainer.learner import Learner, StepResult
@@ -137,6 +145,8 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
             await learner.save_model(tmp_path / "model")
             assert await learner.checksums() == checksums(load_model(tmp_path / "model").state_dict().items())
 
+            await lose_one_checkpoint(learner, recipe, tmp_path / "run")
+
             # A learner that ends while it writes has not written a checkpoint without ranks.
             await learner.copy_checkpoint()
             waiting = asyncio.create_task(learner.checkpoint_written(tmp_path / "never"))
@@ -146,6 +156,24 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
                 await waiting
 
     run(test)
+
+
+async def lose_one_checkpoint(learner: Learner, recipe: Recipe, path: Path) -> None:
+    """What one rank is not allowed to write to the disk costs that checkpoint, and not the next one."""
+    printed = io.StringIO()
+    with RunDirectory.create(path, recipe="") as run:
+        saver = Saver(recipe, run, Progress("tiny", steps=9, console=Console(file=printed, width=500)))
+        saver.follow(path / "model", None, cold_start=True)
+        for step, most_bytes in ((1, resource.RLIM_INFINITY), (2, 1000), (3, resource.RLIM_INFINITY)):
+            resource.prlimit(learner.processes[1].pid, resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+            await saver.copy_cold_start(step, LoopState(values={}), learner)
+            saver.write(step, {}, {})
+            await saver.settle()
+            folder = run.checkpoints / "cold_start"
+            assert [one.name for one in folder.iterdir() if one.name.startswith(".")] == []
+            assert newest(run.checkpoints).found.step == (1 if step == 2 else step)  # pyright: ignore[reportOptionalMemberAccess]
+    assert saver.num_failed == 1 and saver.last == 3
+    assert "checkpoint of cold start step 2 was not written: File too large; that of step 1 stays" in printed.getvalue()
 
 
 def test_steps_that_stay_non_finite_stop_the_run_and_name_their_samples(model_dir: Path):

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import pickle
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -297,6 +298,25 @@ def test_a_full_disk_is_what_the_writer_says(sole_rank: MakeRank, model_dir: Pat
             time.sleep(0.01)
     assert isinstance(outcome, OSError)
     assert outcome.errno == errno.ENOSPC
+
+
+def test_no_two_copies_are_in_memory(sole_rank: MakeRank, model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where the first ones are never written, as the driver does not ask for that when the disk is full."""
+    rank = sole_rank(tiny_recipe())
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    rank.copy_checkpoint()
+    held = [weakref.ref(tensor) for tensor in rank._writer._tensors.values()]
+    left: list[int] = []
+    copy_state = rank.engine.copy_state
+
+    def counting() -> object:
+        left.append(sum(one() is not None for one in held))
+        return copy_state()
+
+    assert len(held) > 10 and all(one() is not None for one in held)
+    monkeypatch.setattr(rank.engine, "copy_state", counting)
+    rank.copy_checkpoint()
+    assert left == [0]
 
 
 def demonstrations(num: int) -> list[EncodedDemonstration]:
