@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ MANIFEST, RUN, GROUPS = "manifest.json", "run.json", "groups.safetensors"
 COLD_START = "cold_start"
 """The folder beside the other checkpoints for those of the cold start, whose steps count on their own."""
 _OURS = re.compile(r"manifest\.json|run\.json|groups\.safetensors|rank_\d{5}\.safetensors")
+_PASSING = re.compile(r"\.rank_\d+\.written(\.partial)?|\.nfs[0-9a-f]+")
+"""What a network's file system may show late, or keep: a rank's word that it has written, a file that was deleted while
+it was open. None of it is read."""
 _READERS = 4
+_DAMAGED_KEPT = 2
 SHARED_DISK_S = 30.0
 """How long a network's file system may go on telling one node that a file of another one is not there."""
 
@@ -67,6 +71,11 @@ class Saved:
     def run_path(self) -> Path:
         """The directory of the run that wrote it."""
         return _run_path(self.path.resolve(), cold_start=self.cold_start)
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """The last step of reinforcement learning, -1 before there is any, and then that of the cold start."""
+        return (-1, self.step) if self.cold_start else (self.step, 0)
 
     @property
     def moment(self) -> str:
@@ -162,6 +171,35 @@ def commit(
     return path, written.bytes + sum(record.bytes for record in files.values())
 
 
+def adopt(saved: Saved, run_path: Path, recipe: Mapping[str, Any]) -> Saved:
+    """Another run's checkpoint as one of the run at ``run_path``, whose ``recipe`` it says from now on.
+
+    The other run may delete its own. Files are shared where the disk has hard links: none of a checkpoint is ever
+    written to. Raises OSError when the disk does not take it, and DataError when it is gone meanwhile.
+    """
+    checkpoints = folder_of(run_path / "checkpoints", cold_start=saved.cold_start)
+    partial = partial_path(checkpoints, saved.step)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    manifest = _read_manifest(saved.path)
+    records = {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    for name in records.keys() - {RUN}:
+        _share(saved.path / name, partial / name)
+    values = read_json(saved.path / RUN) | {"recipe": recipe, "model_dir": str(saved.model_dir.absolute())}
+    records[RUN] = write_json(partial / RUN, values)
+    path, _ = commit(checkpoints, saved.step, records, manifest["metrics"])
+    return replace(saved, path=path, recipe=recipe)
+
+
+def _share(source: Path, path: Path) -> None:
+    try:
+        os.link(source, path)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def _await_file(path: Path, record: FileRecord) -> None:
     """Returns when this node sees what another one has written; a disk of several nodes may show it a little later."""
     ends = time.monotonic() + SHARED_DISK_S
@@ -198,10 +236,30 @@ def sweep(checkpoints: Path) -> None:
 
 def discard_later(checkpoints: Path, saved: Saved) -> None:
     """Deletes what was saved after ``saved``."""
-    for path in _newest_first(checkpoints):
+    for path in newest_first(checkpoints):
         if path.resolve() == saved.path.resolve():
             break
         discard(path)
+
+
+def set_aside(damaged: Mapping[Path, str]) -> tuple[str, ...]:
+    """Renames damaged checkpoints to ``.step_N.damaged``, where they do not count and the last few can be looked at: a
+    disk that could not be read for a moment has damaged nothing. Returns a sentence about each."""
+    sentences = []
+    for path, sentence in damaged.items():
+        aside = path.with_name(f".{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            os.rename(path, aside)
+            os.utime(aside)
+            sentences.append(f"{sentence}; set aside as {aside.name}")
+        except OSError:  # it stays where it is, and is met again
+            sentences.append(sentence)
+    for folder in {path.parent for path in damaged}:
+        asides = sorted(folder.glob(".step_*.damaged"), key=os.path.getmtime)
+        for aside in asides[:-_DAMAGED_KEPT]:
+            shutil.rmtree(aside, ignore_errors=True)
+    return tuple(sentences)
 
 
 def prune(checkpoints: Path, *, keep: int, best: str | None) -> None:
@@ -230,23 +288,23 @@ class Search:
     """The newest whole checkpoint, and a sentence about each newer one that is not whole."""
 
     found: Saved | None = None
-    damaged: list[str] = field(default_factory=list)
+    damaged: dict[Path, str] = field(default_factory=dict)
 
 
 def newest(checkpoints: Path) -> Search:
     """Raises DataError for a checkpoint with files in it that Keel does not write."""
     search = Search()
-    for path in _newest_first(checkpoints):
+    for path in newest_first(checkpoints):
         try:
             search.found = read(path)
             break
         except Damaged as error:
-            search.damaged.append(str(error))
+            search.damaged[path] = str(error)
     return search
 
 
-def _newest_first(checkpoints: Path) -> list[Path]:
-    """Those of the cold start after all others, as they are older."""
+def newest_first(checkpoints: Path) -> list[Path]:
+    """Every checkpoint, whole or not; those of the cold start after all others, as they are older."""
     folders = (checkpoints, checkpoints / COLD_START)
     return [folder / f"step_{step}" for folder in folders for step in reversed(steps_saved(folder))]
 
@@ -288,7 +346,8 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _is_ours(one: Path, path: Path) -> bool:
-    return one.parent == path and one.is_file() and not one.is_symlink() and _OURS.fullmatch(one.name) is not None
+    known = _OURS.fullmatch(one.name) or _PASSING.fullmatch(one.name)
+    return one.parent == path and one.is_file() and not one.is_symlink() and known is not None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -302,7 +361,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path} is damaged: {MANIFEST} cannot be read") from error
     if version != FORMAT:
         raise DataError(f"{path} has format {version}, and this version of Keel reads format {FORMAT}")
-    names = {one.name for one in path.iterdir()} - {MANIFEST}
+    names = {one.name for one in path.iterdir() if not _PASSING.fullmatch(one.name)} - {MANIFEST}
     if not well_formed or names != manifest["files"].keys():
         raise Damaged(f"{path} is damaged: its files are not those of {MANIFEST}")
     return manifest

@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  (protobuf builds it when imported)
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+_MODELS = ("initial_model", "indexer_warmup", "cold_start", "model")
+"""What a run writes beside its place first, in ``.NAME.*``; other hidden folders are not ours."""
 SUPERVISED = "supervised/"
 """What the TensorBoard names of the cold start begin with; its steps count on their own."""
 
@@ -63,17 +65,20 @@ def cut_events(folder: Path, step: int, *, cold_step: int | None = None) -> None
 
 def sweep(folder: Path) -> None:
     """Removes models that an earlier process was writing when it ended, from beside the place they were meant for."""
-    for path in folder.glob(".*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+    for name in _MODELS:
+        for path in folder.glob(f".{name}.*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:
-    """Removes everything that a run has left in its directory, but for hidden files."""
+    """Removes everything that a run has left in its directory, but for what is hidden."""
     for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif not path.name.startswith("."):
+        else:
             path.unlink()
 
 

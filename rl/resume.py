@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rl.config import RESUME_AUTO, RESUME_NEVER, Recipe
 from rl.data import RunData
 from rl.demonstrations import fingerprint
 from rl.errors import DataError, RecipeError, RunStopped
+from rl.history import read_rows
 from rl.progress import Progress
 from rl.recipe import to_plain, to_yaml
 from rl.run_directory import FINISHED, RunDirectory, describe, read_status
@@ -47,12 +49,15 @@ class Resumption:
         for sentence in self.sentences:
             progress.say(sentence)
         if self.saved is not None:
-            step, cold_step = (0, self.saved.step) if self.saved.cold_start else (self.saved.step, 0)
-            progress.resume(step, self.run.rows(), cold_step=cold_step)
+            step, cold_step = self.saved.reached
+            progress.resume(max(0, step), self.run.rows(), cold_step=cold_step)
 
 
 def open_run(recipe: Recipe, data: RunData) -> Resumption:
     """Claims the run's directory, as ``resume`` says.
+
+    A PATH that the run in the directory has begun from already means ``auto``: whoever types a command again, as Slurm
+    and Ray do, wants the run to go on.
 
     Raises:
         RecipeError: the directory holds what cannot be resumed, or another process writes it, or the recipe has changed
@@ -60,13 +65,22 @@ def open_run(recipe: Recipe, data: RunData) -> Resumption:
         DataError: no checkpoint is whole, or one holds what Keel does not write; or the prompts are others.
     """
     path = Path(recipe.runs) / recipe.name
+    status = read_status(path)
     if recipe.resume not in (RESUME_NEVER, RESUME_AUTO):
-        return _from_elsewhere(recipe, data, path, Path(recipe.resume))
-    if recipe.resume == RESUME_NEVER or read_status(path) is None:
+        if status is None or status.origin != _origin(recipe):
+            return _from_elsewhere(recipe, data, path)
+    elif recipe.resume == RESUME_NEVER or (status is None and not checkpoint.newest_first(path / "checkpoints")):
         return Resumption(run=RunDirectory.create(path, recipe=to_yaml(recipe)))
+    with _locked(path) as lock:
+        return _continued(recipe, data, path, lock)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[RunLock]:
+    """A lock that is kept, unless the block raises."""
     lock = RunLock(path)
     try:
-        return _continued(recipe, data, path, lock)
+        yield lock
     except BaseException:
         lock.release()
         raise
@@ -81,53 +95,103 @@ def _continued(recipe: Recipe, data: RunData, path: Path, lock: RunLock) -> Resu
         more = "" if trained is None else f", raise steps above {trained.step} to go on with it"
         raise RecipeError(f"{path} already holds {describe(path)}; choose another name=...{more} or delete it")
     if saved is None and search.damaged:
-        raise DataError(f"{search.damaged[0]}, and no other is whole; delete {path} or choose another name=...")
+        told = next(iter(search.damaged.values()))
+        raise DataError(f"{told}, and no other is whole; delete {path} or choose another name=...")
     checkpoint.sweep(path / "checkpoints")
     if saved is None:
+        return _started_again(recipe, data, path, lock)
+    changes = _check(recipe, data, saved, path)
+    if (origin := _origin(recipe)) is not None:
+        changes = (*changes, f"has begun from {origin} before, so resume means auto")
+    return _take_over(recipe, path, lock, saved, changes, checkpoint.set_aside(search.damaged))
+
+
+def _started_again(recipe: Recipe, data: RunData, path: Path, lock: RunLock) -> Resumption:
+    """A run of which nothing is saved, from its model, or from the other run that it was to begin from."""
+    status, rows = read_status(path), read_rows(path / "metrics.jsonl")
+    if rows and rows[-1]["step"] > 0:
+        raise RecipeError(
+            f"{path} holds metrics up to step {rows[-1]['step']} but no checkpoint to go on from; choose another "
+            "name=..., or delete it to begin again"
+        )
+    if status is None or status.origin is None:
         run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=None, lock=lock)
         sentence = f"{path} holds no checkpoint; the run starts afresh"
         return Resumption(run=run, is_old=True, sentences=(sentence,))
-    changes = _check(recipe, data, saved, path)
-    saved = _with_model(saved, recipe)
-    return _take_over(recipe, path, lock, saved, changes, tuple(search.damaged))
+    search = _search(Path(status.origin))
+    changes = _check(recipe, data, search.found, path)
+    run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=None, lock=lock)
+    return replace(_branch(recipe, run, search, changes), is_old=True)
 
 
-def _from_elsewhere(recipe: Recipe, data: RunData, path: Path, source: Path) -> Resumption:
-    """From the checkpoint, or the newest one of the run, at ``source``; an earlier one of the same run rewinds it."""
-    saved = _saved_at(source)
+def _from_elsewhere(recipe: Recipe, data: RunData, path: Path) -> Resumption:
+    """From the checkpoint, or the newest one of the run, that ``resume`` names; one of the same run rewinds it."""
+    search = _search(Path(recipe.resume))
+    saved, origin = search.found, _origin(recipe)
     changes = _check(recipe, data, saved, path)
-    saved = _with_model(saved, recipe)
     if saved.run_path == path.resolve():
-        lock = RunLock(path)
-        try:
-            return _take_over(recipe, path, lock, saved, changes, ())
-        except BaseException:
-            lock.release()
-            raise
-    run = RunDirectory.create(path, recipe=to_yaml(recipe))
-    return Resumption(run=run, saved=saved, sentences=(f"starts after {saved.moment} of {saved.path}", *changes))
+        with _locked(path) as lock:
+            warnings = checkpoint.set_aside(search.damaged)
+            checkpoint.discard_later(path / "checkpoints", saved)
+            return _take_over(recipe, path, lock, saved, changes, warnings, origin)
+    run = RunDirectory.create(path, recipe=to_yaml(recipe), origin=origin)
+    try:
+        return _branch(recipe, run, search, changes)
+    except BaseException:
+        run.discard()
+        raise
 
 
-def _saved_at(source: Path) -> Saved:
+def _origin(recipe: Recipe) -> str | None:
+    """The PATH that ``resume`` names."""
+    return None if recipe.resume in (RESUME_NEVER, RESUME_AUTO) else str(Path(recipe.resume).resolve())
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint to begin from, and newer ones that are not whole, each with a sentence."""
+
+    found: Saved
+    damaged: Mapping[Path, str]
+
+
+def _search(source: Path) -> _Found:
     if (source / MANIFEST).exists() or source.name.startswith("step_"):
         if not source.is_dir():
             raise RecipeError(f"resume: there is no checkpoint {source}")
-        return checkpoint.read(source)
+        return _Found(checkpoint.read(source), {})
     search = checkpoint.newest(source / "checkpoints")
     if search.found is None:
         raise RecipeError(f"resume: {source} holds no checkpoint that is whole")
-    return search.found
+    return _Found(search.found, search.damaged)
+
+
+def _branch(recipe: Recipe, run: RunDirectory, search: _Found, changes: tuple[str, ...]) -> Resumption:
+    """A run that has another one's checkpoint as its first."""
+    source = search.found
+    try:
+        saved = checkpoint.adopt(_with_model(source, recipe), run.path, to_plain(recipe))
+    except OSError as error:
+        raise RecipeError(f"{source.path} cannot be copied to {run.path}: {error.strerror}") from error
+    sentences = (f"starts after {source.moment} of {source.path}", *changes)
+    return Resumption(run=run, saved=saved, sentences=sentences, warnings=tuple(search.damaged.values()))
 
 
 def _take_over(
-    recipe: Recipe, path: Path, lock: RunLock, saved: Saved, changes: tuple[str, ...], damaged: tuple[str, ...]
+    recipe: Recipe,
+    path: Path,
+    lock: RunLock,
+    saved: Saved,
+    changes: tuple[str, ...],
+    warnings: tuple[str, ...],
+    origin: str | None = None,
 ) -> Resumption:
-    checkpoint.discard_later(path / "checkpoints", saved)
-    step, cold_step = (-1, saved.step) if saved.cold_start else (saved.step, 0)
-    run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=step, cold_step=cold_step, lock=lock)
+    step, cold_step = saved.reached
+    run = RunDirectory.resume(path, recipe=to_yaml(recipe), step=step, cold_step=cold_step, lock=lock, origin=origin)
     steps = recipe.supervised.steps if saved.cold_start else recipe.steps
     sentence = f"goes on after {saved.moment} of {steps}, from {saved.path}"
-    return Resumption(run=run, saved=saved, is_old=True, sentences=(sentence, *changes), warnings=damaged)
+    saved = _with_model(saved, recipe)
+    return Resumption(run=run, saved=saved, is_old=True, sentences=(sentence, *changes), warnings=warnings)
 
 
 def _check(recipe: Recipe, data: RunData, saved: Saved, path: Path) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What a run leaves behind: ``runs/<name>/``.
 
     recipe.yaml            the resolved recipe
-    status.json            {"status": running | finished | stopped, "reason", "started", "ended"}
+    status.json            {"status": running | finished | stopped, "reason", "started", "ended", "origin"}
     metrics.jsonl          one object a step of reinforcement learning; step 0 is the evaluation before the first
     supervised.jsonl       one object a step of the cold start, whose steps count from 1 on their own
     events.out.tfevents.*  the same numbers for TensorBoard; those of the cold start are named ``supervised/...``
@@ -33,6 +33,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rl import history
+from rl.durable import sync_folder
 from rl.errors import RecipeError, UserError
 from rl.run_lock import LOCK, RunLock
 from rl.secrets import redact
@@ -52,6 +53,7 @@ class RunStatus:
     reason: str | None = None  # why it stopped
     started: str  # ISO 8601 with the zone
     ended: str | None = None
+    origin: str | None = None  # the PATH of `resume: PATH` that it last began from
 
 
 class RunDirectory:
@@ -78,7 +80,7 @@ class RunDirectory:
         self._events = EventFileWriter(str(self.path), flush_secs=10)
 
     @classmethod
-    def create(cls, path: str | Path, *, recipe: str) -> RunDirectory:
+    def create(cls, path: str | Path, *, recipe: str, origin: str | None = None) -> RunDirectory:
         """Claims ``path``, which must not exist or be empty, and writes the resolved recipe.
 
         Raises :class:`RecipeError` when it holds anything, so that two runs never share a directory.
@@ -90,8 +92,8 @@ class RunDirectory:
             lock = RunLock(path)
             try:
                 _refuse_content(path)  # of two runs that start at once, one gets the directory
-                status = RunStatus(status=RUNNING, started=_now())
-                write_whole(path / "status.json", json.dumps(asdict(status), indent=2))
+                status = RunStatus(status=RUNNING, started=_now(), origin=origin)
+                _write_status(path, status)
             except BaseException:
                 lock.release()
                 raise
@@ -99,20 +101,27 @@ class RunDirectory:
             raise RecipeError(f"{path} is a file, so no run can be kept there; choose another name=...") from error
         except OSError as error:
             raise RecipeError(f"{path} cannot be written: {error.strerror}; choose another runs=...") from error
-        write_whole(path / "recipe.yaml", recipe)
+        write_whole(path / "recipe.yaml", recipe, durably=True)
         (path / "samples").mkdir()
         return cls(path, status, lock)
 
     @classmethod
-    def resume(cls, path: Path, *, recipe: str, step: int | None, lock: RunLock, cold_step: int = 0) -> RunDirectory:
-        """Takes over a run that an earlier process left after ``step``, as :meth:`cut` does; None leaves nothing."""
+    def resume(
+        cls, path: Path, *, recipe: str, step: int | None, lock: RunLock, cold_step: int = 0, origin: str | None = None
+    ) -> RunDirectory:
+        """Takes over a run that an earlier process left after ``step``, as :meth:`cut` does; None leaves nothing.
+
+        Its ``origin`` stays, where none is given.
+        """
         before = read_status(path)
-        status = RunStatus(status=RUNNING, started=before.started if before else _now())
+        if before is not None:
+            origin = origin or before.origin
+        status = RunStatus(status=RUNNING, started=before.started if before else _now(), origin=origin)
         history.sweep(path)
         if step is None:
             history.clear(path)
-        write_whole(path / "status.json", json.dumps(asdict(status), indent=2))
-        write_whole(path / "recipe.yaml", recipe)
+        _write_status(path, status)
+        write_whole(path / "recipe.yaml", recipe, durably=True)
         (path / "samples").mkdir(exist_ok=True)
         run = cls(path, status, lock)
         if step is not None:
@@ -235,7 +244,7 @@ class RunDirectory:
             raise ValueError(f"{self.path} is already {self.status.status}")
         self._events.close()
         try:
-            write_whole(self.path / "status.json", json.dumps(asdict(status), indent=2, ensure_ascii=False))
+            _write_status(self.path, status)
             self.status = status
         finally:
             self._lock.release()
@@ -271,15 +280,26 @@ class _JsonLines:
         return step
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or all of this one, and no secret."""
+def write_whole(path: Path, text: str, *, durably: bool = False) -> None:
+    """Writes a file so that a reader sees the old one or all of this one, and no secret; where it is said, on the disk
+    when this returns, so that this holds after a power cut as well."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(redact(text), encoding="utf-8")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(redact(text))
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+    if durably:
+        sync_folder(path.parent)
+
+
+def _write_status(path: Path, status: RunStatus) -> None:
+    write_whole(path / "status.json", json.dumps(asdict(status), indent=2, ensure_ascii=False), durably=True)
 
 
 def write_trajectories(path: Path, step: int, trajectories: Iterable[Trajectory]) -> None:

@@ -16,7 +16,7 @@ from rl import checkpoint, history
 from rl.checkpoint import Draft, Saved
 from rl.config import Recipe
 from rl.durable import sync_folder, sync_tree
-from rl.errors import LearnerFailed, did_you_mean
+from rl.errors import LearnerFailed, RunStopped, did_you_mean
 from rl.loop_state import Loop, LoopState
 from rl.progress import Progress
 from rl.recipe import to_plain
@@ -154,13 +154,16 @@ class Saver:
             raise failure
         self._restores.append(now)
         self.num_restores += 1
-        search = checkpoint.newest(self.run.checkpoints)
-        for sentence in search.damaged:
+        search = await asyncio.to_thread(checkpoint.newest, self.run.checkpoints)
+        if search.found is None and (search.damaged or self.last is not None):
+            told = next(iter(search.damaged.values()), f"{self.run.checkpoints} was emptied")
+            raise RunStopped(f"{str(failure).rstrip('.')}; {told}, and nothing is left to go on from") from failure
+        for sentence in checkpoint.set_aside(search.damaged):
             self.progress.warn(sentence)
         saved, self.last = search.found, None
         where = f"the run goes on after {saved.moment}" if saved else "the run begins again"
         self.progress.warn(f"{str(failure).rstrip('.')}; {where} ({self.num_restores}. restore of the learner)")
-        cold_step, step = (saved.step, -1) if saved and saved.cold_start else (0, saved.step if saved else -1)
+        step, cold_step = saved.reached if saved else (-1, 0)
         self.run.cut(step, cold_step=cold_step)
         self.progress.resume(max(0, step), self.run.rows(), cold_step=cold_step)
         return saved

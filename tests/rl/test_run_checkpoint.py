@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import os
 import pickle
@@ -9,6 +11,7 @@ import shutil
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,23 +21,26 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from rl import checkpoint
-from rl.checkpoint import Damaged, Draft
+from rl.checkpoint import Damaged, Draft, Saved
 from rl.config import Recipe
 from rl.data import RunData, load_data
 from rl.demonstrations import fingerprint
 from rl.durable import read_tensors, write_durably, write_tensors
-from rl.errors import DataError, RecipeError
+from rl.errors import DataError, LearnerFailed, RecipeError, RunStopped
 from rl.history import read_rows
 from rl.loop_state import Loop, LoopState
+from rl.progress import Progress
 from rl.prompts import PromptStream
 from rl.recipe import to_plain
 from rl.resume import open_run
 from rl.run_directory import RunDirectory
 from rl.sample import Group, Prompt, Sample, Scored, Status, ToolCall, ToolResult, Turn
 from rl.saved_groups import group_of, group_record
+from rl.saver import Saver
 from rl.selections import Selections
 from tests.rl.test_rollouts import PROMPTS, Rig
 from tests.rl.tiny_runs import REWARDS, make_prompt, make_sample, tiny_recipe
@@ -99,8 +105,8 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_the_damage_told(tmp
     damage(path)
     search = checkpoint.newest(tmp_path / "checkpoints")
     assert search.found is not None and search.found.step == 3
-    (told,) = search.damaged
-    assert told.startswith(f"{path} is damaged: ") and sentence in told
+    told = search.damaged.pop(path)
+    assert told.startswith(f"{path} is damaged: ") and sentence in told and not search.damaged
     with pytest.raises(Damaged):
         checkpoint.read(path)
 
@@ -125,6 +131,21 @@ def test_a_checkpoint_with_files_that_could_hold_code_is_refused(tmp_path: Path,
         with pytest.raises(DataError, match="which Keel does not write: its checkpoints are JSON and safetensors"):
             read()
     assert not (tmp_path / "owned").exists()
+
+
+def test_what_a_network_disk_shows_late_does_no_harm(tmp_path: Path):
+    """A rank's word that it has written, which was deleted elsewhere before the checkpoint was renamed."""
+    path = write(tmp_path, 4)
+    saved = checkpoint.read(path)
+    late = (".rank_0.written", ".rank_12.written.partial", ".nfs00000000024a0b1c00000003")
+    for name in late:
+        (path / name).write_text("{}")
+    assert checkpoint.read(path) == saved
+    adopted = checkpoint.adopt(saved, tmp_path / "branch", {})
+    assert {one.name for one in adopted.path.iterdir()} == {one.name for one in path.iterdir()} - {*late}
+    (path / ".rank_1.written").symlink_to(path / "run.json")
+    with pytest.raises(DataError, match=r"holds \.rank_1\.written, which Keel does not write"):
+        checkpoint.read(path)
 
 
 def test_a_pickle_under_the_name_of_tensors_is_never_run(tmp_path: Path):
@@ -169,6 +190,28 @@ def test_a_file_that_is_on_another_nodes_disk_makes_no_checkpoint(tmp_path: Path
     assert isinstance(outcome, OSError) and f"not here is not there on {socket.gethostname()};" in str(outcome)
 
 
+def test_what_could_not_be_written_is_let_go(tmp_path: Path):
+    """The copies are 12 bytes a parameter: no memory for those of the next checkpoint while they are held."""
+    (tmp_path / "rank_00001.safetensors").touch()
+    writer = CheckpointWriter()
+    tensor = torch.zeros(3)
+    held = weakref.ref(tensor)
+    writer.hold({"w": tensor}, {})
+    del tensor
+    writer.begin(tmp_path, 1)
+    while (outcome := writer.outcome()) is None:
+        time.sleep(0.01)
+    assert isinstance(outcome, FileExistsError) and held() is None
+
+    tensor = torch.zeros(3)
+    held = weakref.ref(tensor)
+    writer.hold({"w": tensor}, {})
+    del tensor
+    assert held() is not None
+    writer.release()
+    assert held() is None
+
+
 def test_the_last_ones_and_the_best_one_stay(tmp_path: Path):
     scores = {1: 0.1, 2: 0.9, 3: 0.2, 4: None, 9: 0.3, 10: 0.4}
     for step, score in scores.items():
@@ -177,6 +220,71 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path: Path):
     assert checkpoint.steps_saved(tmp_path / "checkpoints") == [2, 9, 10]
     checkpoint.prune(tmp_path / "checkpoints", keep=1, best=None)
     assert checkpoint.steps_saved(tmp_path / "checkpoints") == [10]
+
+
+def test_damaged_checkpoints_count_no_longer_and_the_last_few_stay_for_a_look(tmp_path: Path):
+    recipe = tiny_recipe(tmp_path, f"runs={tmp_path / 'runs'}", "steps=99", "checkpoint.keep=1", "checkpoint.best=null")
+    run = open_run(recipe, load_data(recipe)).run
+    printed = io.StringIO()
+    saver = Saver(recipe, run, Progress("tiny", steps=99, console=Console(file=printed, width=500)))
+    for step in (10, 20):
+        log_and_save(run, recipe, step)
+    saver.last = 20
+    flip(run.checkpoints / "step_20" / "run.json")
+    saved = restored(saver)
+    assert saved is not None and saved.step == 10 and [row["step"] for row in run.rows()] == [10]
+    assert "run.json has another checksum than when it was written; set aside as .step_20.damaged" in printed.getvalue()
+    log_and_save(run, recipe, 15)
+    saver._prune(run.checkpoints, cold_start=False)
+    checkpoint.sweep(run.checkpoints)
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step_15", ".step_20.damaged"}
+    run.stop("interrupted")
+
+    for step in (20, 25):
+        save(run, recipe, step)
+        flip(run.checkpoints / f"step_{step}" / "run.json")
+        again = open_run(recipe, load_data(recipe))
+        assert again.saved is not None and again.saved.step == 15
+        assert len(again.warnings) == 1 and again.warnings[0].endswith(f"set aside as .step_{step}.damaged")
+        again.run.stop("interrupted")
+    save(run, recipe, 30)
+    flip(run.checkpoints / "step_30" / "run.json")
+    open_run(recipe, load_data(recipe)).run.stop("interrupted")
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step_15", ".step_25.damaged", ".step_30.damaged"}
+
+    # What took the others away may not take away what the run has logged as well.
+    flip(run.checkpoints / "step_15" / "run.json")
+    with pytest.raises(RunStopped, match=r"rank 0 died; .*step_15 is damaged: .*nothing is left to go on from"):
+        restored(saver)
+    saver.last = 15
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(RunStopped, match="checkpoints was emptied, and nothing is left to go on from"):
+        restored(saver)
+    assert [row["step"] for row in run.rows()] == [10, 15]
+
+
+def restored(saver: Saver) -> Saved | None:
+    return asyncio.run(saver.restore(LearnerFailed("learner rank 0 died")))
+
+
+def log_and_save(run: RunDirectory, recipe: Recipe, step: int) -> None:
+    """What is left of one step."""
+    run.log({"step": step, "reward/mean": 0.5})
+    run.log_samples(step, [])
+    save(run, recipe, step)
+
+
+def save(run: RunDirectory, recipe: Recipe, step: int) -> None:
+    partial = checkpoint.partial_path(run.checkpoints, step)
+    partial.mkdir(parents=True)
+    draft = Draft(
+        step=step,
+        recipe=to_plain(recipe),
+        model_dir=run.path / "initial_model",
+        sums={},
+        faults={"learner_restores": 0, "checkpoints_failed": 0},
+    )
+    checkpoint.commit(run.checkpoints, step, draft.write(partial), {})
 
 
 def test_a_file_is_never_written_over(tmp_path: Path):
@@ -329,46 +437,119 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path: Path):
     data = load_data(recipe)
     run = open_run(recipe, data).run
     run.log_supervised({"step": 1, "loss/supervised": 3.0})
+    (run.path / ".git").mkdir()
     with pytest.raises(RecipeError, match=rf"is being written by process {os.getpid()} on "):
         open_run(recipe, data)
     run._lock.release()  # as the end of its process does
     resumption = open_run(recipe, data)
     assert resumption.sentences == (f"{run.path} holds no checkpoint; the run starts afresh",)
-    assert resumption.saved is None and not run.supervised.exists()
+    assert resumption.saved is None and not run.supervised.exists() and (run.path / ".git").exists()
     resumption.run.stop("why")
     with pytest.raises(RecipeError, match="already holds a stopped run; choose another name"):
         open_run(replace(recipe, resume="never"), data)
 
 
-def test_a_run_goes_back_to_an_earlier_checkpoint_or_begins_at_another_runs(tmp_path: Path):
+def saved_run(tmp_path: Path) -> tuple[Recipe, RunData, RunDirectory]:
+    """One that was stopped after three steps, each of which is saved."""
     recipe = tiny_recipe(tmp_path, f"runs={tmp_path / 'runs'}", "steps=9")
     data = load_data(recipe)
     run = open_run(recipe, data).run
     for step in (1, 2, 3):
-        run.log({"step": step, "reward/mean": 0.5})
-        run.log_samples(step, [])
-        partial = checkpoint.partial_path(run.checkpoints, step)
-        partial.mkdir(parents=True)
-        draft = Draft(
-            step=step,
-            recipe=to_plain(recipe),
-            model_dir=run.path / "initial_model",
-            sums={},
-            faults={"learner_restores": 0, "checkpoints_failed": 0},
-        )
-        checkpoint.commit(run.checkpoints, step, draft.write(partial), {})
+        log_and_save(run, recipe, step)
     run.stop("why")
+    return recipe, data, run
 
-    branch = open_run(replace(recipe, name="branch", resume=str(run.path)), data)
-    assert branch.saved is not None and branch.saved.path == run.checkpoints / "step_3"
-    assert branch.run.last_step == -1
-    back = open_run(replace(recipe, resume=str(run.checkpoints / "step_1")), data)
+
+def test_a_run_goes_back_to_an_earlier_checkpoint_once(tmp_path: Path):
+    recipe, data, run = saved_run(tmp_path)
+    recipe = replace(recipe, resume=str(run.checkpoints / "step_1"))
+    back = open_run(recipe, data)
     assert back.saved is not None and back.saved.step == 1
     assert checkpoint.steps_saved(run.checkpoints) == [1]
     assert [row["step"] for row in back.run.rows()] == [1]
     assert [path.name for path in back.run.samples.iterdir()] == ["step_1.jsonl"]
+    log_and_save(back.run, recipe, 2)
+    back.run.stop("interrupted")
+
+    again = open_run(recipe, data)
+    assert again.saved is not None and again.saved.step == 2 and [row["step"] for row in again.run.rows()] == [1, 2]
+    assert again.sentences == (
+        f"goes on after step 2 of 9, from {run.checkpoints / 'step_2'}",
+        f"has begun from {recipe.resume} before, so resume means auto",
+    )
+    again.run.finish()
     with pytest.raises(RecipeError, match="holds no checkpoint that is whole"):
         open_run(replace(recipe, name="other", resume=str(tmp_path)), data)
+
+
+def test_a_run_that_began_from_another_one_goes_on_by_the_same_command(tmp_path: Path):
+    first, data, run = saved_run(tmp_path)
+    save(run, first, 4)
+    flip(run.checkpoints / "step_4" / "run.json")
+    recipe = replace(first, name="branch", resume=str(run.path), steps=4)
+    branch = open_run(recipe, data)
+    own = branch.run.checkpoints / "step_3"
+    assert branch.sentences == (f"starts after step 3 of {run.checkpoints / 'step_3'}",)
+    assert len(branch.warnings) == 1 and branch.warnings[0].startswith(f"{run.checkpoints / 'step_4'} is damaged: ")
+    assert (run.checkpoints / "step_4").exists()
+    assert branch.run.last_step == -1 and not branch.is_old
+    # It needs nothing of the other one's but the model.
+    shutil.rmtree(run.checkpoints)
+    assert branch.saved is not None and branch.saved == checkpoint.read(own)
+    assert branch.saved.model_dir == run.path / "initial_model"
+    assert branch.saved.recipe["name"] == "branch"
+
+    # Its learner may die, and its process end, before it has saved anything itself.
+    branch.run.log({"step": 4, "reward/mean": 0.5})
+    saver = Saver(recipe, branch.run, Progress("branch", steps=9))
+    assert restored(saver) == branch.saved and not branch.run.rows()
+    saver.follow(branch.saved.model_dir, branch.saved)
+    assert asyncio.run(saver.way_on()) == "step 3 is saved, and the same command goes on from there"
+    branch.run.stop("interrupted")
+    again = open_run(recipe, data)
+    assert again.is_old and again.sentences[0] == f"goes on after step 3 of 4, from {own}"
+    assert again.sentences[1:] == (f"has begun from {run.path} before, so resume means auto",)
+    log_and_save(again.run, recipe, 4)
+    again.run.stop("interrupted")
+    auto = open_run(replace(recipe, resume="auto"), data)
+    assert [row["step"] for row in auto.run.rows()] == [4]
+    auto.run.finish()
+    with pytest.raises(RecipeError, match=r"already holds a finished run; choose .*, raise steps above 4"):
+        open_run(recipe, data)
+    other = shutil.copytree(own, tmp_path / "other" / "checkpoints" / "step_3")
+    with pytest.raises(RecipeError, match="already holds a finished run; choose another name"):
+        open_run(replace(recipe, resume=str(other)), data)
+
+
+def test_a_branch_that_was_killed_before_it_had_its_checkpoint_begins_there_again(tmp_path: Path):
+    first, data, run = saved_run(tmp_path)
+    recipe = replace(first, name="branch", resume=str(run.path))
+    branch = open_run(recipe, data).run
+    branch._lock.release()
+    shutil.rmtree(branch.checkpoints)
+    again = open_run(replace(recipe, resume="auto"), data)
+    assert again.is_old and again.saved is not None and again.saved.path == branch.checkpoints / "step_3"
+    assert again.sentences == (f"starts after step 3 of {run.checkpoints / 'step_3'}",)
+
+
+def test_a_run_without_its_checkpoints_keeps_what_it_logged(tmp_path: Path):
+    recipe, data, run = saved_run(tmp_path)
+    shutil.rmtree(run.checkpoints)
+    kept = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(
+        RecipeError,
+        match=r"tiny holds metrics up to step 3 but no checkpoint to go on from; choose another",
+    ):
+        open_run(recipe, data)
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_run_whose_status_was_lost_goes_on(tmp_path: Path):
+    """As after a power cut with a file system that keeps names but not contents."""
+    recipe, data, run = saved_run(tmp_path)
+    os.truncate(run.path / "status.json", 0)
+    again = open_run(recipe, data)
+    assert again.saved is not None and again.saved.step == 3 and len(again.run.rows()) == 3
 
 
 def save_cold_start(run: RunDirectory, recipe: Recipe, data: RunData, step: int) -> None:
@@ -401,13 +582,14 @@ def test_a_cold_start_goes_on_from_where_it_was_saved_until_more_is_saved(tmp_pa
     run.stop("interrupted")
     half_a_model = run.path / ".cold_start.x1y2"
     half_a_model.mkdir()
+    (run.path / ".git").mkdir()
 
     going_on = open_run(recipe, data)
     saved = going_on.saved
     assert saved is not None and saved.cold_start and saved.has_learner
     path = run.checkpoints / "cold_start" / "step_6"
     assert going_on.sentences == (f"goes on after cold start step 6 of 9, from {path}",)
-    assert not half_a_model.exists()
+    assert not half_a_model.exists() and (run.path / ".git").exists()
     assert saved.model_dir == run.path.absolute() / "initial_model" and saved.run_path == run.path
     assert [row["step"] for row in read_rows(run.supervised)] == [3, 4, 6]
     going_on.run.stop("interrupted")
@@ -421,6 +603,7 @@ def test_a_cold_start_goes_on_from_where_it_was_saved_until_more_is_saved(tmp_pa
     branch = open_run(replace(recipe, name="branch", resume=str(path)), data)
     assert branch.sentences[0] == f"starts after cold start step 6 of {path}"
     assert not branch.run.supervised.exists()
+    assert branch.saved is not None and branch.saved.path == branch.run.checkpoints / "cold_start" / "step_6"
     back = open_run(replace(recipe, resume=str(path.with_name("step_3"))), data)
     assert checkpoint.steps_saved(path.parent) == [3]
     assert [row["step"] for row in read_rows(run.supervised)] == [3]
@@ -435,8 +618,8 @@ def test_a_cold_start_goes_on_from_where_it_was_saved_until_more_is_saved(tmp_pa
     search = checkpoint.newest(run.checkpoints)
     assert search.found is not None and search.found.moment == "cold start step 3" and len(search.damaged) == 1
     again = open_run(recipe, data)
-    assert again.warnings == tuple(search.damaged)
-    assert [one.name for one in run.checkpoints.rglob("*step_*")] == ["step_3"]
+    assert again.warnings == tuple(f"{one}; set aside as .step_0.damaged" for one in search.damaged.values())
+    assert sorted(one.name for one in run.checkpoints.rglob("*step_*")) == [".step_0.damaged", "step_3"]
 
 
 def says_k(size: int) -> dict[str, object]:
