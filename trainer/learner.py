@@ -242,10 +242,10 @@ class Learner:
         """The same from the ranks themselves, who answer between two steps; they know why a file was not written."""
         while self._actors:
             outcomes = await self._all("checkpoint_written")
-            for outcome in outcomes:
-                if isinstance(outcome, OSError):
-                    raise outcome
-            if all(outcomes):
+            if all(outcomes):  # nobody writes any more, so that the folder can be removed
+                for outcome in outcomes:
+                    if isinstance(outcome, OSError):
+                        raise outcome
                 return {rank_file(rank): outcome for rank, outcome in enumerate(outcomes)}
             await asyncio.sleep(WRITE_POLL_S)
         raise LearnerFailed("the learner was closed while it wrote a checkpoint")
