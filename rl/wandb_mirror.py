@@ -67,7 +67,10 @@ def _opened(recipe: Recipe, run: RunDirectory) -> Any:
             id=_id(run),
             resume="allow",
             config=yaml.safe_load(run.recipe.read_text(encoding="utf-8")),
-            settings=wandb.Settings(silent=True, console="off", disable_code=True, disable_git=True),
+            # Its metadata would hold the command line, with whatever was typed there.
+            settings=wandb.Settings(
+                silent=True, console="off", disable_code=True, disable_git=True, x_disable_meta=True
+            ),
         )
     except Exception as error:
         raise RecipeError(f"wandb.project {use.project} cannot be used: {describe(error)}") from error
