@@ -6,19 +6,20 @@ A task is a prompt whose answer says where it begins and what must pass::
      "fail_to_pass": ["tests.test_shelf::test_sorts"], "pass_to_pass": ["tests.test_shelf::test_adds"],
      "test_command": "python3 -m pytest -q --junitxml={report}", "timeout_s": 300}
 
-At the end the test patch's files are put back to what they are to be, the tests run, and their outcomes are
-``final_state["tests"]`` for the reward ``test_suite``. :mod:`rollout.environments.tasks` makes such tasks from issues
-with their patches.
+At the end what the policy made of the files is brought into another folder of the sandbox, which it never was in,
+together with the task's own tests and settings of tests (:data:`PROTECTED`); there the tests run, and their outcomes
+are ``final_state["tests"]`` for the reward ``test_suite``. `docs/environments.md` says what a policy can still forge.
+:mod:`rollout.environments.tasks` makes such tasks from issues with their patches.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
+import json
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,18 @@ from rollout.environments.protocol import Environment, EnvironmentFailed, ToolEr
 
 TEST_COMMAND = "python3 -m pytest -q --junitxml={report}"
 MAX_REPORT = 16 << 20
-_TOUCHED = re.compile(r"^(?:---|\+\+\+) (?:a/|b/)?(.+?)\s*$", re.MULTILINE)
+PROTECTED = (
+    *("tests", "__tests__", "test_*.py", "*_test.*", "*.test.*", "*.spec.*"),
+    *("conftest.py", "pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml"),
+    *("tox.ini", "setup.cfg", "pyproject.toml", ".gitattributes"),
+    # What Python or pytest would load by itself, and compiled code that no source stands for.
+    *("sitecustomize.py", "usercustomize.py", "*.pth", "*.dist-info", "*.egg-info", "__pycache__", "*.pyc"),
+)
+"""Files and folders that are the task's own when its tests run, whatever the policy made of them: tests, and what
+decides how they run. New modules in the root that would take the place of installed ones are, too."""
+
+_PROGRAM = Path(__file__).parent / "judged_tree.py"
+_MAX_PATCH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +54,7 @@ class Task:
     test_patch: str = ""
     test_command: str = TEST_COMMAND
     timeout_s: float = 300.0
+    protected: Sequence[str] = ()  # patterns beside PROTECTED, such as "Makefile"; with a slash, of whole paths
 
     @classmethod
     def of(cls, name: str, answer: Any, root: str | None = None) -> Task:
@@ -55,13 +68,23 @@ class Task:
         for key in ("repository", "commit"):
             if not isinstance(given.get(key), str):
                 raise DataError(f"{name} needs '{key}' in its answer")
+        if isinstance(given.get("protected", []), str):
+            raise DataError(f"{name} needs a list of patterns as 'protected' in its answer")
         if root is not None and "://" not in given["repository"]:
             given["repository"] = str(Path(root) / given["repository"])
         return cls(**given)
 
-    def touched(self) -> list[str]:
-        """Files that the test patch changes, makes or removes."""
-        return sorted({path for path in _TOUCHED.findall(self.test_patch) if path != "/dev/null"})
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What became of a checkout."""
+
+    patch: str = ""
+    """All that was changed, new files included, against the task's commit."""
+    set_back: tuple[str, ...] = ()
+    """Changed files that were the task's own again when the tests ran."""
+    outcomes: Mapping[str, str] | None = None
+    """How every test went; None when that cannot be found out."""
 
 
 class Checkout:
@@ -71,14 +94,15 @@ class Checkout:
         self.task = task
         self._sandbox = sandbox
         self._folder = sandbox.folder()
+        self._pristine = tempfile.TemporaryDirectory(prefix="keel-task-", ignore_cleanup_errors=True)
 
     async def start(self) -> None:
         """Puts the commit's files there as a repository with one commit. Raises DataError when git cannot."""
         await asyncio.to_thread(self._check_out)
         # The task's history would hold its solution.
         made = await self.run(
-            ["sh", "-c", "git init -q . && git add -A && git -c user.name=task -c user.email=task@localhost "
-             "commit -q -m 'the task begins here'"],
+            ["sh", "-c", "git init -q . && git add -A -f && git -c user.name=task -c user.email=task@localhost "
+             "commit -q --allow-empty -m 'the task begins here'"],
             timeout_s=120,
         )  # fmt: skip
         if made.returncode:
@@ -86,8 +110,7 @@ class Checkout:
 
     async def run(self, command: list[str], *, timeout_s: float, stdin: bytes = b"") -> Any:
         """Runs a program in the checkout, in the sandbox; returns the sandbox's result."""
-        limits = replace(self._sandbox.limits, wall_s=timeout_s, cpu_s=2 * timeout_s)
-        return await self._sandbox.run(command, folder=self._folder, cwd="repository", stdin=stdin, limits=limits)
+        return await self._run(self._folder, command, timeout_s=timeout_s, stdin=stdin)
 
     def read(self, path: str) -> str:
         """A file's text. Raises ToolError for what is no file of the checkout."""
@@ -110,37 +133,65 @@ class Checkout:
         command = ["git", "apply", "--whitespace=nowarn", "-"]
         return (await self.run(command, timeout_s=60, stdin=patch.encode())).returncode == 0
 
-    async def outcomes(self) -> dict[str, str] | None:
-        """How every test goes, with the test files as they are to be; None when that cannot be found out.
-
-        The report has a name that nobody could guess while it did not exist.
-        """
-        touched = self.task.touched()
-        if touched:
-            restore = 'for path in "$@"; do git checkout -q HEAD -- "$path" 2>/dev/null || rm -rf -- "$path"; done'
-            await self.run(["sh", "-c", restore, "sh", *touched], timeout_s=60)
-        if not await self.apply(self.task.test_patch):
-            return None
-        report = f".report-{secrets.token_hex(8)}.xml"
-        await self.run(["sh", "-c", self.task.test_command.format(report=report)], timeout_s=self.task.timeout_s)
+    async def judge(self) -> Judged:
+        """Runs the tests over what was made of the files."""
+        # Nothing of the policy's but files: no history, hook, setting or program of its own is there when tests run.
+        pack = "test -d repository -a ! -L repository && tar -cz -f - --exclude=.git -C repository ."
+        limit = self._sandbox.limits.disk_bytes
+        packed = await self._run(self._folder, ["sh", "-c", pack], cwd=".", output_bytes=limit)
+        if packed.exceeded:
+            return Judged()
+        folder = await asyncio.to_thread(self._sandbox.folder)
         try:
-            return read_junit(self._folder.read(f"repository/{report}", max_bytes=MAX_REPORT))
-        except (OSError, ValueError):
-            return None
+            await asyncio.to_thread(self._fill, folder, packed.stdout)
+            job = {"protected": [*PROTECTED, *self.task.protected], "max_patch": _MAX_PATCH}
+            program = ["python3", "-I", "-c", _PROGRAM.read_text(encoding="utf-8")]
+            made = await self._run(folder, program, stdin=json.dumps(job).encode(), cwd=".", output_bytes=16 << 20)
+            if made.returncode:
+                return Judged()
+            told = json.loads(made.stdout)
+            outcomes = await self._outcomes(folder)
+        finally:
+            await asyncio.to_thread(folder.close)
+        return Judged(patch=told["patch"], set_back=tuple(told["set_back"]), outcomes=outcomes)
 
     def close(self) -> None:
         self._folder.close()
+        self._pristine.cleanup()
+
+    async def _outcomes(self, folder: Any) -> Mapping[str, str] | None:
+        """The report has a name that nobody could guess while it did not exist."""
+        report = f".report-{secrets.token_hex(8)}.xml"
+        command = ["sh", "-c", self.task.test_command.format(report=report)]
+        await self._run(folder, command, timeout_s=self.task.timeout_s)
+        try:
+            return read_junit(folder.read(f"repository/{report}", max_bytes=MAX_REPORT))
+        except (OSError, ValueError):
+            return None
+
+    async def _run(
+        self, folder: Any, command: list[str], *, timeout_s: float = 120.0, cwd: str = "repository", stdin: bytes = b"",
+        **limits: Any,
+    ) -> Any:  # fmt: skip
+        given = replace(self._sandbox.limits, wall_s=timeout_s, cpu_s=2 * timeout_s, **limits)
+        return await self._sandbox.run(command, folder=folder, cwd=cwd, stdin=stdin, limits=given)
 
     def _check_out(self) -> None:
         """Exports the commit outside of the sandbox, which has neither network nor the repository, and copies it in."""
-        with tempfile.TemporaryDirectory() as place:
-            clone, files = Path(place) / "clone", Path(place) / "files" / "repository"
-            files.mkdir(parents=True)
-            source = self.task.repository
-            _git("clone", "--quiet", "--no-checkout", source, str(clone), about=source)
-            archive = _git("-C", str(clone), "archive", self.task.commit, about=f"commit {self.task.commit}")
-            subprocess.run(["tar", "-x", "-C", str(files)], input=archive, check=True)
-            self._folder.add(files.parent)
+        files = Path(self._pristine.name) / "repository"
+        files.mkdir()
+        source = self.task.repository
+        with tempfile.TemporaryDirectory() as clone:
+            _git("clone", "--quiet", "--no-checkout", source, clone, about=source)
+            archive = _git("-C", clone, "archive", self.task.commit, about=f"commit {self.task.commit}")
+        subprocess.run(["tar", "-x", "-C", str(files)], input=archive, check=True)
+        self._folder.add(files.parent)
+
+    def _fill(self, folder: Any, packed: bytes) -> None:
+        """Puts what :mod:`rollout.environments.judged_tree` begins with into a new folder."""
+        folder.add(Path(self._pristine.name))
+        folder.write("policy.tar.gz", packed)
+        folder.write("tests.patch", self.task.test_patch)
 
 
 class Repository(Environment):
@@ -210,11 +261,10 @@ class Repository(Environment):
         return f"edited {path}"
 
     async def final_state(self) -> dict[str, Any]:
-        """Runs the tests."""
-        changed = await self._checkout.run(["git", "diff", "HEAD"], timeout_s=60)
-        patch = changed.stdout[: 1 << 16].decode("utf-8", "replace")
-        outcomes = await self._checkout.outcomes()
-        return {"patch": patch, **({} if outcomes is None else {"tests": outcomes})}
+        """Runs the tests: ``patch``, ``set_back`` (see :class:`Judged`), and ``tests`` where they ran."""
+        judged = await self._checkout.judge()
+        state = {"patch": judged.patch, "set_back": list(judged.set_back)}
+        return state if judged.outcomes is None else {**state, "tests": dict(judged.outcomes)}
 
     async def close(self) -> None:
         await asyncio.to_thread(self._checkout.close)

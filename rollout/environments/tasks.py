@@ -1,9 +1,9 @@
 """Tasks of the `repository` environment from issues with their patches; ``python -m rl.import_tasks`` runs this.
 
 A row has ``repository``, ``commit`` (before the fix), ``issue`` (the text), ``patch`` (the fix) and ``test_patch``;
-``test_command`` and ``timeout_s`` are optional. The tests are run without and with the fix. A task is accepted when the
-fix makes at least one failing test pass and breaks none (DeepSeek-V3.2, section 3.2.3: fail-to-pass above 0 and
-pass-to-fail 0); its row then has the prompt and an answer with both lists.
+``test_command``, ``timeout_s`` and ``protected`` are optional. The tests are run without and with the fix. A task is
+accepted when the fix makes at least one failing test pass and breaks none (DeepSeek-V3.2, section 3.2.3: fail-to-pass
+above 0 and pass-to-fail 0); its row then has the prompt and an answer with both lists.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def examine(task: Task, patch: str, sandbox: Any) -> Verdict:
             await checkout.start()
             if not await checkout.apply(applied):
                 return Verdict(refusal="the fix does not apply")
-            outcomes.append(await checkout.outcomes())
+            outcomes.append((await checkout.judge()).outcomes)
         finally:
             await asyncio.to_thread(checkout.close)
     return judge(*outcomes)

@@ -326,6 +326,90 @@ def test_a_checkout_is_edited_in_the_sandbox_and_judged_by_its_tests(task):
     assert TestSuite()(sample).value == 1.0
 
 
+def score(answer: dict, *commands: str) -> tuple[float, dict]:
+    """The reward and the final state after these commands of the shell."""
+    _, state = talk("repository", *(call("bash", command=command) for command in commands), answer=answer)
+    assert isinstance(state, dict)
+    sample = make_sample(Prompt(id="p", domain="d", messages=ASK, answer=answer), 0, final_state=state)
+    return TestSuite()(sample).value, state
+
+
+def test_a_policy_may_commit_and_write_tests_of_its_own(task):
+    answer = {**task, "fail_to_pass": ["test_shelf::test_total"], "pass_to_pass": ["test_shelf::test_empty"]}
+    value, state = score(
+        answer,
+        "echo 'from sums import total' > shelf.py && echo 'total = sum' > sums.py",
+        "sed -i 's/== 0/== 0.0/' test_shelf.py && echo 'def test_more(): pass' > test_more.py",
+        "git add -A && git -c user.name=p -c user.email=p@q commit -qm 'solved' && rm -rf .git/refs",
+    )
+    assert value == 1.0
+    assert state["set_back"] == ["test_more.py", "test_shelf.py"]
+    assert all(
+        line in state["patch"] for line in ("+total = sum", "+from sums import total", "+    assert total([]) == 0.0")
+    )
+    assert "test_shelf::test_more" not in state["tests"]
+
+
+PASSES = """\
+import pytest
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    report.outcome = "passed"
+    return report
+"""
+FORGES = """\
+import os, sys
+cases = "".join(f'<testcase classname="test_shelf" name="{name}"/>' for name in ("test_empty", "test_total"))
+path = next(one.partition("=")[2] for one in sys.orig_argv if one.startswith("--junitxml"))
+open(path, "w").write(f"<testsuite>{cases}</testsuite>")
+os._exit(0)
+"""
+ATTACKS = {
+    "conftest.py": PASSES,
+    "pytest.ini": "[pytest]\naddopts = -p cheat\n",
+    "cheat.py": PASSES,
+    "evil-1.dist-info/entry_points.txt": "[pytest11]\ncheat = cheat\n",
+    "evil-1.dist-info/METADATA": "Name: evil\nVersion: 1\n",
+    "pyproject.toml": "[tool.pytest.ini_options]\naddopts = '-p cheat'\n",
+    "sitecustomize.py": FORGES,
+    "pytest/__init__.py": "",
+    "pytest/__main__.py": FORGES,
+    "xml.py": FORGES,
+    "_pytest.py": FORGES,
+    "test_shelf.py/__init__.py": "def test_empty(): pass\ndef test_total(): pass\n",
+    "../.local/lib/python3/site-packages/usercustomize.py": FORGES,
+    "../conftest.py": PASSES,
+}
+
+
+def test_a_policy_cannot_change_what_judges_it(task):
+    """Most of these alone make every test pass where they are believed; cheat.py is what others of them name."""
+    answer = {**task, "fail_to_pass": ["test_shelf::test_total"], "pass_to_pass": ["test_shelf::test_empty"]}
+    write = "import json, pathlib, sys\nfor name, text in json.load(sys.stdin).items():\n"
+    write += (
+        "    path = pathlib.Path(name)\n    path.parent.mkdir(parents=True, exist_ok=True)\n    path.write_text(text)\n"
+    )
+    value, state = score(
+        answer,
+        f"rm test_shelf.py && python3 -c '{write}' <<'END'\n{json.dumps(ATTACKS)}\nEND",
+        "git add -A && git -c user.name=p -c user.email=p@q commit -qm 'all is well'",
+        "printf '#!/bin/sh\\nrm -f test_shelf.py' > .git/hooks/post-checkout && chmod +x .git/hooks/post-checkout",
+        "git config --global core.hooksPath /box/repository/.git/hooks && git config filter.x.smudge true",
+        "python3 -m compileall -q shelf.py && sed -i 's/0/1/' shelf.py && git config core.worktree /tmp",
+    )
+    assert state["tests"] == {"test_shelf::test_empty": "failed", "test_shelf::test_total": "failed"} and value == 0.0
+    inside = {name for name in ATTACKS if not name.startswith("../")} - {"cheat.py"}
+    assert {name for name in state["set_back"] if "__pycache__" not in name} == {*inside, "test_shelf.py"}
+
+
+def test_a_policy_that_destroys_its_checkout_has_solved_nothing(task):
+    answer = {**task, "fail_to_pass": ["test_shelf::test_total"]}
+    value, state = score(answer, "cd .. && rm -rf repository && ln -s /usr repository")
+    assert value == 0.0 and "tests" not in state
+
+
 def test_an_unsolved_checkout_fails_its_tests(task):
     answer = {**task, "fail_to_pass": ["test_shelf::test_total"]}
     _, state = talk("repository", answer=answer)
