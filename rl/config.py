@@ -430,14 +430,15 @@ class Faults:
     """What a run recovers from by itself, and how often, before it stops."""
 
     engine_restarts: int = 3
-    """Restarts of one engine within ``window_s``. After the last one the run goes on without that engine, and stops
-    when none is left."""
+    """Restarts of one engine within ``window_s``, or without a request that it finished in between. After the last one
+    the run goes on without that engine, and stops when none is left."""
     window_s: float = 3600.0
-    """Seconds after which a fault no longer counts."""
+    """Seconds after which a fault no longer counts, if there was progress since."""
     restart_s: float = 1200.0
     """Seconds that a restart may take, the wait for room on the cluster and loading the model included."""
     learner_restores: int = 3
-    """How often a run whose learner died, fell silent or failed goes on from its last checkpoint by itself."""
+    """How often a run whose learner died, fell silent or failed goes on from a checkpoint by itself: within
+    ``window_s``, or from one and the same checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

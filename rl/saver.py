@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rl import checkpoint, history
+from rl.allowance import Allowance
 from rl.checkpoint import Draft, Saved
 from rl.config import Recipe
 from rl.durable import sync_folder, sync_tree
@@ -51,7 +52,7 @@ class Saver:
         self.num_failed = 0
         self.num_restores = 0
         self.last: int | None = None  # step of the newest checkpoint
-        self._restores: list[float] = []  # when the learner was restored, by the monotonic clock
+        self._restores = Allowance(recipe.faults.learner_restores, recipe.faults.window_s)
         self._trained: tuple[int, Mapping[str, Any], Mapping[str, int]] | None = None
         self._cold_start = False
         self._model_dir = Path()
@@ -145,16 +146,15 @@ class Saver:
     async def restore(self, failure: LearnerFailed) -> Saved | None:
         """The checkpoint to go on from after a failure of the learner, with the run cut back to it; None starts again.
 
-        Raises the failure when it is one too many.
+        Raises it, with how often that was tried, when it is one too many within ``faults.window_s`` or from one
+        checkpoint.
         """
         await self._drop()
-        now, settings = time.monotonic(), self.recipe.faults
-        self._restores = [at for at in self._restores if now - at < settings.window_s]
-        if len(self._restores) >= settings.learner_restores:
-            raise failure
-        self._restores.append(now)
-        self.num_restores += 1
         search = await asyncio.to_thread(checkpoint.newest, self.run.checkpoints)
+        reached = search.found.moment if search.found else None
+        if not self._restores.take(reached):
+            raise self._one_too_many(failure, reached)
+        self.num_restores += 1
         if search.found is None and (search.damaged or self.last is not None):
             told = next(iter(search.damaged.values()), f"{self.run.checkpoints} was emptied")
             raise RunStopped(f"{str(failure).rstrip('.')}; {told}, and nothing is left to go on from") from failure
@@ -167,6 +167,15 @@ class Saver:
         self.run.cut(step, cold_step=cold_step)
         self.progress.resume(max(0, step), self.run.rows(), cold_step=cold_step)
         return saved
+
+    def _one_too_many(self, failure: LearnerFailed, reached: str | None) -> LearnerFailed:
+        if not self._restores.most:
+            return failure
+        times, place = self._restores.num_taken(reached), f"after {reached}" if reached else "at the beginning"
+        return LearnerFailed(
+            f"{str(failure).rstrip('.')}; the run went on without a person {self._restores.most} times already "
+            f"(faults.learner_restores), {times} of them {place}"
+        )
 
     async def _drop(self) -> None:
         """Ends what is being written, whose learner is gone: all of it may be on the disk already."""

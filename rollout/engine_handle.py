@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -13,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from rl.allowance import Allowance
 from rl.config import Faults
 from rl.errors import RunStopped
 from rl.timeline import Timeline
@@ -59,8 +58,8 @@ class EngineHandle:
         self.lane = EngineLane(f"engine {index}", timeline)
         self._make = make
         self._arguments = arguments
-        self._limits = limits
-        self._restarts: deque[float] = deque()
+        self._restarts = Allowance(limits.engine_restarts, limits.window_s)
+        self._num_finished = 0  # calls that generated what they were to
         self._ended = _NOTHING  # counters of processes that are no more
         self.stats = _NOTHING
         """Of all of its processes so far, at the last :meth:`count`."""
@@ -112,11 +111,13 @@ class EngineHandle:
         actor = self.actor
         try:
             with self.lane.generating(names(requests)):
-                return await self.call("generate", requests)
+                completions = await self.call("generate", requests)
         except asyncio.CancelledError:
             if actor is not None:
                 actor.abort.remote([request.id for request in requests])
             raise
+        self._num_finished += 1
+        return completions
 
     async def count(self) -> None:
         """Brings :attr:`stats` up to date, where the engine can be asked."""
@@ -143,14 +144,8 @@ class EngineHandle:
         self._ended = self.stats = replace(self.stats, num_active=0, num_waiting=0)
 
     def may_restart(self) -> bool:
-        """Whether it has a restart left, which this takes."""
-        now = time.monotonic()
-        while self._restarts and self._restarts[0] < now - self._limits.window_s:
-            self._restarts.popleft()
-        if len(self._restarts) >= self._limits.engine_restarts:
-            return False
-        self._restarts.append(now)
-        return True
+        """Whether it has a restart left, which this takes; none if it finished nothing since it took as many."""
+        return self._restarts.take(self._num_finished)
 
     def _room(self) -> str:
         """What may have kept it from starting."""

@@ -11,8 +11,8 @@ import kernels
 ROOT = Path(__file__).parents[1]
 
 LEAVES = {
-    "advantage", "buffer", "config", "demonstrations", "durable", "environ", "errors", "fault_log", "junit", "loss",
-    "metrics", "placement", "plugin", "printable", "procedural", "prompt_styles", "prompts", "recipe",
+    "advantage", "allowance", "buffer", "config", "demonstrations", "durable", "environ", "errors", "fault_log",
+    "junit", "loss", "metrics", "placement", "plugin", "printable", "procedural", "prompt_styles", "prompts", "recipe",
     "recipe_checks", "recipe_schema", "recipe_source", "records", "sample", "saved_groups", "secrets", "selections",
     "timeline", "whereabouts",
 }  # fmt: skip

@@ -68,6 +68,7 @@ def test_a_run_survives_its_processes(cluster: None, tmp_path: Path, monkeypatch
         "steps=6",
         "log_samples=100",
         "rollout={engines: 2, max_staleness: 1}",
+        "faults={engine_restarts: 1, window_s: 1.0e-9}",  # each again, once it has finished something
         f"domains.sums.rewards=[{{use: '{SABOTEUR}:gated', args: {{gate: '{gate}'}}, timeout_s: 300}}]",
         f"domains.sums.environment={{use: '{SABOTEUR}:Fragile', concurrency: 3, args: {{flag: '{flag}'}}}}",
     )
