@@ -7,6 +7,7 @@ Where the indexer is warmed up first, that is a phase of its own, which ends in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from rl.run_directory import RunDirectory
 from rl.saver import Saver
 from rl.stop import Interrupted, Stop
 from rl.system import System
+from rl.timeline import Span
 from rollout.conversation import Conversation
 from rollout.engine import check_window
 from trainer.learner import StepResult
@@ -74,32 +76,45 @@ class ColdStart:
         Goes on after the step that was ``saved``, whose phase began with ``model_dir``. Raises Interrupted between two
         steps when the run is asked to stop, with the last one saved.
         """
-        settings, learner = self.recipe.supervised, self.system.learner
+        settings = self.recipe.supervised
         batches = enumerate(shuffled_batches(self.demonstrations, settings.batch_size, seed=self.recipe.seed), 1)
         done = saved.step if saved else 0
         left = [stretch for stretch in stretches(settings) if saved is None or _is_left(stretch, saved)]
         self.saver.follow(model_dir, saved, cold_start=True)
         batches = islice(batches, done, None)
         for stretch in left:
-            await learner.begin(stretch.phase, model_dir)
+            await self._begin(stretch.phase, model_dir)
             if saved is not None and stretch is left[0]:
                 await self._bring_back(saved)
             await self._learn(stretch, islice(batches, stretch.last - max(stretch.first, done)))
             model_dir = await self._end(stretch)
-        await learner.begin(Phase.REINFORCEMENT, model_dir)
+        await self._begin(Phase.REINFORCEMENT, model_dir)
         return model_dir
+
+    async def _begin(self, phase: Phase, model_dir: Path) -> None:
+        with self._asked("begin"):
+            await self.system.learner.begin(phase, model_dir)
 
     async def _bring_back(self, saved: Saved) -> None:
         learner = self.system.learner
         if saved.has_learner and saved.loop is not None:
-            await learner.load_checkpoint(saved.path)
+            with self._asked("load"):
+                await learner.load_checkpoint(saved.path)
             learner.load_state_dict(saved.loop["values"]["learner"])
-        check_sums(saved, await learner.checksums())
+        check_sums(saved, await self._checksums())
+
+    async def _checksums(self) -> dict[str, int]:
+        with self._asked("checksums"):
+            return await self.system.learner.checksums()
+
+    def _asked(self, phase: str, step: int | None = None) -> AbstractContextManager[Span]:
+        """What the learner is asked for while the block runs, for the hang doctor; in the file it is one cold start."""
+        return self.run.timeline.span("learner", phase, step=step, written=False)
 
     async def _learn(self, stretch: Stretch, batches: Batches) -> None:
         learner, every = self.system.learner, self.recipe.checkpoint.cold_start_every
         for step, batch in batches:
-            with self.run.timeline.span("learner", "supervised step", step=step, written=False):
+            with self._asked("supervised step", step):
                 result = await learner.supervised_step(batch)
             row = self._log(step, result)
             stopping = self.stop.asked
@@ -116,11 +131,12 @@ class ColdStart:
         is_last = stretch.last == self.recipe.supervised.steps
         out_dir = self.run.path / ("cold_start" if is_last else str(stretch.phase))
         await self.saver.settle()
-        await self.system.learner.save_model(out_dir)
+        with self._asked("save"):
+            await self.system.learner.save_model(out_dir)
         self.system.conversation.tokenizer.save_pretrained(out_dir)
         if not is_last:
             self.saver.follow(out_dir, None, cold_start=True)
-            await self.saver.start(await self.system.learner.checksums(), step=stretch.last, loop=self._state())
+            await self.saver.start(await self._checksums(), step=stretch.last, loop=self._state())
         return out_dir
 
     def _log(self, step: int, result: StepResult) -> dict[str, float]:

@@ -16,7 +16,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from rl.cluster import on_host
@@ -33,9 +35,25 @@ ENDLESS = {("engine", "generate"), ("engine", "sleep"), ("learner", "cold start"
 """Kinds that last as long as there is work, or as others take."""
 STARTING = ("start", "load")
 """Phases of an engine that have a limit of their own, ``faults.restart_s``."""
-LEARNERS_OWN = ("step", "supervised step", "canary", "sync", "checkpoint", "save", "wake", "sleep")
+LEARNERS_OWN = (
+    *("begin", "load", "step", "supervised step", "canary", "sync", "checksums", "checkpoint", "save", "wake", "sleep"),
+)
 _ANSWER_S = 10.0
 """Seconds that a process, or its host, may take to say something about itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspect:
+    """A process that a late span may be waiting for."""
+
+    name: str
+    where: Whereabouts
+    stack: str
+    """As :func:`rl.whereabouts.stack_of` says it, or why it cannot be looked at."""
+
+    @property
+    def runs(self) -> bool:
+        return self.stack.startswith(("runs", "sleeps"))
 
 
 class Doctor:
@@ -66,6 +84,8 @@ class Doctor:
         """While the driver stood still, it could not hear from anybody: for so long nobody else was late."""
         if stalled_s > self._settings.floor_s / 4:
             self._stalls.append((self._timeline.now, stalled_s))
+            for span in self._timeline.open:
+                span.counts = False
         if stalled_s > self._settings.floor_s:
             sentence = f"the driver (process {os.getpid()}) stood still for {stalled_s:.1f} s"
             self._system.faults.record("late", f"{sentence}: it was stopped, or its machine was too busy", each=True)
@@ -77,52 +97,75 @@ class Doctor:
         places: dict[tuple[str, str], list[Span]] = {}
         for span in late:
             places.setdefault((span.actor, span.phase), []).append(span)
+        seen: set[str] = set()
         for longest, *others in places.values():
-            if self._is_news(longest):
+            # What else the same actor is late in may end with what is done about the first.
+            if self._is_news(longest) and longest.actor not in seen:
+                seen.add(longest.actor)
                 self._said |= {span.number: self._age(span) for span in (longest, *others)}
-                await self._see_to(longest, len(others))
+                await self._see_to(longest, others)
 
-    async def _see_to(self, span: Span, num_others: int) -> None:
-        suspects = self._suspects(span)
-        stacks = await asyncio.gather(*(self._stack(where) for _, where in suspects))
-        findings = "; ".join(
-            f"{name} (process {where.pid}) {innermost(stack)}"
-            for (name, where), stack in zip(suspects, stacks, strict=True)
-        )
-        others = f" (and {num_others} others)" if num_others else ""
-        sentence = f"{self._complaint(span)}{others}{': ' + findings if findings else ''}"
-        self._note(sentence, [name for name, _ in suspects], stacks)
+    async def _see_to(self, span: Span, others: Sequence[Span]) -> None:
+        suspects = await self._suspects(span)
+        findings = "; ".join(f"{one.name} (process {one.where.pid}) {innermost(one.stack)}" for one in suspects)
+        more = f" (and {len(others)} others)" if others else ""
+        sentence = f"{self._complaint(span)}{more}{': ' + findings if findings else ''}"
+        self._note(sentence, suspects)
+        if not self._timeline.is_open(span):  # looking takes seconds
+            for other in others:
+                self._said.pop(other.number, None)
+            self._system.faults.record("late", f"{sentence}; it has ended meanwhile", each=True)
+            return
         if self._settings.act == DoctorAct.stop:
             raise RunStopped(sentence)
-        consequence = "" if self._settings.act == DoctorAct.warn else await self._act(span, suspects, stacks)
-        self._system.faults.record("late", sentence + consequence, each=True)
+        for one in (span, *others):
+            one.counts = False
+        self._system.faults.record("late", sentence, each=True)
+        if self._settings.act == DoctorAct.recover and (consequence := await self._act(span, suspects)):
+            self._system.faults.say(consequence)
 
-    async def _act(self, span: Span, suspects: Sequence[tuple[str, Whereabouts]], stacks: Sequence[str]) -> str:
-        """Ends the process at fault; returns the rest of the sentence."""
+    async def _act(self, span: Span, suspects: Sequence[Suspect]) -> str:
+        """Ends the process at fault; returns what became of it, unless others say so."""
         actor, phase = span.kind
         if actor == "engine" and phase not in STARTING:
-            index = _number(span)
-            if not suspects:
-                return "; it is being started"
-            if phase == REQUEST and await self._is_making_progress(index):
-                return "; it goes on generating and is left alone"
-            await self._end(where for _, where in suspects)
-            self._system.pool.restart([index], f"its {phase} took too long")
-            return ""
+            return await self._act_on_engine(span, suspects)
         if actor == "learner" and phase in LEARNERS_OWN:
-            if phase == "sync" and any(one.kind == ("engine", "sync") for one in self._timeline.open):
-                return "; an engine keeps it waiting"
-            still = [where for (_, where), stack in zip(suspects, stacks, strict=True) if not _runs(stack)]
-            await self._end(still or [where for _, where in suspects])
-            return "; it is killed"
+            return await self._act_on_learner(span, suspects)
         if actor == "rewards":
-            still = [where for (_, where), stack in zip(suspects, stacks, strict=True) if not _runs(stack)]
-            await self._end(still)
-            return f"; {'it is' if len(still) == 1 else 'they are'} killed" if still else ""
+            return (await self._end([one for one in suspects if not one.runs]))[0]
         return ""
 
-    async def _end(self, processes: Iterable[Whereabouts]) -> None:
-        await asyncio.gather(*(on_host(where.host, end, where, timeout_s=_ANSWER_S) for where in processes))
+    async def _act_on_engine(self, span: Span, suspects: Sequence[Suspect]) -> str:
+        """The pool starts it again, and says so."""
+        index, pool = _number(span), self._system.pool
+        if not suspects:
+            return f"{span.actor} is being started"
+        if span.phase == REQUEST and await self._is_making_progress(index):
+            span.counts = True
+            return f"{span.actor} goes on generating and is left alone"
+        consequence, _ = await self._end(suspects)
+        if pool.process_of(index) in [one.where for one in suspects]:  # else the pool has noticed by itself
+            pool.restart([index], f"its {span.phase} took too long")
+        return consequence
+
+    async def _act_on_learner(self, span: Span, suspects: Sequence[Suspect]) -> str:
+        """The rank that does not run, or all; the learner's failure follows."""
+        if span.phase == "sync" and any(one.kind == ("engine", "sync") for one in self._timeline.open):
+            return f"an engine keeps the {span.actor} waiting"
+        consequence, left = await self._end([one for one in suspects if not one.runs] or suspects)
+        self._system.learner.end([one.where for one in left])
+        return f"{consequence}; Ray is told to end what is left" if left else consequence
+
+    async def _end(self, suspects: Sequence[Suspect]) -> tuple[str, list[Suspect]]:
+        """Kills processes where they are; what became of them in words, and those whose host does not answer."""
+        ending = (on_host(one.where.host, end, one.where, timeout_s=_ANSWER_S) for one in suspects)
+        outcomes = dict(zip(suspects, await asyncio.gather(*ending, return_exceptions=True), strict=True))
+        words = (
+            f"{one.name} "
+            + (f"cannot be killed ({type(error).__name__} on {one.where.host})" if error else "is killed")
+            for one, error in outcomes.items()
+        )
+        return "; ".join(words), [one for one, error in outcomes.items() if error]
 
     async def _is_making_progress(self, index: int) -> bool:
         """Whether an engine answers and has generated since it was last asked, now or a moment ago."""
@@ -131,7 +174,7 @@ class Doctor:
                 before = (await self._system.pool.stats_of(index)).num_generated_tokens
                 await asyncio.sleep(1.0)
                 return (await self._system.pool.stats_of(index)).num_generated_tokens > before
-        except (TimeoutError, RunStopped):
+        except Exception:  # whatever it is that it answers instead
             return False
 
     def _is_late(self, span: Span) -> bool:
@@ -168,8 +211,15 @@ class Doctor:
         shown = [f"{one.phase} of {one.detail} by {one.actor} for {self._age(one):.1f} s" for one in others[:_SHOWN]]
         return ", ".join(shown) or "nothing"
 
-    def _suspects(self, span: Span) -> list[tuple[str, Whereabouts]]:
-        """The processes that a span may be waiting for, with names."""
+    async def _suspects(self, span: Span) -> list[Suspect]:
+        """The processes that a span may be waiting for, as they are now."""
+        named = self._named(span)
+        stacks = await asyncio.gather(*(self._stack(where) for _, where in named))
+        return [
+            Suspect(name=name, where=where, stack=stack) for (name, where), stack in zip(named, stacks, strict=True)
+        ]
+
+    def _named(self, span: Span) -> list[tuple[str, Whereabouts]]:
         system = self._system
         if span.kind[0] == "engine":
             process = system.pool.process_of(_number(span))
@@ -186,11 +236,11 @@ class Doctor:
         except Exception as error:
             return f"cannot be looked at: {type(error).__name__} on {where.host}"
 
-    def _note(self, sentence: str, names: Sequence[str], stacks: Sequence[str]) -> None:
+    def _note(self, sentence: str, suspects: Sequence[Suspect]) -> None:
         if self._notes is not None:
             said = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}"]
-            said += [f"--- {name}\n{stack}" for name, stack in zip(names, stacks, strict=True)]
-            with open(self._notes, "a", encoding="utf-8") as file:
+            said += [f"--- {one.name}\n{one.stack}" for one in suspects]
+            with suppress(OSError), open(self._notes, "a", encoding="utf-8") as file:
                 file.write(redact("\n".join(said)) + "\n\n")
 
 
@@ -200,7 +250,3 @@ _SHOWN = 4
 
 def _number(span: Span) -> int:
     return int(span.actor.split()[1])
-
-
-def _runs(stack: str) -> bool:
-    return stack.startswith(("runs", "sleeps"))

@@ -8,7 +8,8 @@ metrics |= log.take()          # {"faults/engine_restarts": 1.0, "faults/reissue
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 KINDS = {
     "engine_restarts": "restarts of an engine",
@@ -29,6 +30,7 @@ class FaultLog:
     def __init__(self, say: Callable[[str], None] = lambda sentence: None) -> None:
         self._say = say
         self._counts: Counter[str] = Counter()
+        self._carried: Counter[str] = Counter()  # from steps that were taken back
         self.totals: Counter[str] = Counter()
         """Since the beginning, by kind."""
 
@@ -44,9 +46,15 @@ class FaultLog:
         self._say(sentence)
 
     def take(self) -> dict[str, float]:
-        """The metrics of a step: how many faults of each kind since the last call."""
+        """The metrics of a step: how many faults of each kind since the last call, and those that were put back."""
         counts, self._counts = self._counts, Counter()
         for kind, count in counts.items():
             if count > 1 and kind in _MANY:
                 self._say(f"{count} {KINDS[kind]} since the step before")
+        counts, self._carried = counts + self._carried, Counter()
         return {f"faults/{kind}": float(counts[kind]) for kind in KINDS}
+
+    def put_back(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The counts of rows of metrics that were taken back, as the run goes on from before them."""
+        for row in rows:
+            self._carried.update({kind: int(row.get(f"faults/{kind}", 0)) for kind in KINDS})

@@ -251,7 +251,8 @@ async def bring_back(saved: Saved, system: System) -> None:
     """
     if saved.has_learner:
         await system.learners_turn()
-        await system.learner.load_checkpoint(saved.path)
+        with system.timeline.span("learner", "load", step=saved.step, written=False):
+            await system.learner.load_checkpoint(saved.path)
     sync = await system.publish(version=saved.step)
     check_sums(saved, sync.checksums)
 

@@ -95,7 +95,9 @@ class Saver:
         """The same of a step of the cold start, while engines sleep."""
         await self.settle()
         began = time.perf_counter()
-        draft = replace(self._draft(step, await learner.checksums()), loop=state)
+        with self.run.timeline.span("learner", "checksums", step=step, written=False):
+            sums = await learner.checksums()
+        draft = replace(self._draft(step, sums), loop=state)
         await self._copy(draft, learner, began)
 
     async def _copy(self, draft: Draft, learner: Learner, began: float) -> None:
@@ -173,8 +175,8 @@ class Saver:
             return failure
         times, place = self._restores.num_taken(reached), f"after {reached}" if reached else "at the beginning"
         return LearnerFailed(
-            f"{str(failure).rstrip('.')}; the run went on without a person {self._restores.most} times already "
-            f"(faults.learner_restores), {times} of them {place}"
+            f"{str(failure).rstrip('.')}; restores of the learner before that: {self._restores.most} "
+            f"(faults.learner_restores), of them {place}: {times}"
         )
 
     async def _drop(self) -> None:

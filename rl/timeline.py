@@ -9,7 +9,7 @@ What no span covers was idle.
 
     actor     phases
     driver    start, rollout (waiting for the groups of a step), evaluate, canary
-    learner   step, canary, sync, checkpoint, cold start, save; its supervised steps, while they are under way
+    learner   step, canary, sync, checkpoint, cold start, save; whatever else it is asked for, while it is under way
     engine N  load, generate (it held requests; one span for each weight version), sync, sleep, wake
     rewards   score (one span a group)
 """
@@ -42,6 +42,7 @@ class Span:
     step: int | None
     detail: str
     written: bool  # to the file, when it ends
+    counts: bool = True  # among what others of its kind are held to; one that was found late does not
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -78,8 +79,12 @@ class Timeline:
         return sorted(self._open.values(), key=lambda span: span.begin)
 
     def longest(self, kind: tuple[str, str]) -> float | None:
-        """The most seconds that an ended span of a kind took, those left out that ended in an exception."""
+        """The most seconds that an ended span of a kind took, of those that count and did not end in an exception."""
         return self._longest.get(kind)
+
+    def is_open(self, span: Span) -> bool:
+        """Whether it is under way still."""
+        return span.number in self._open
 
     @contextmanager
     def span(
@@ -106,7 +111,7 @@ class Timeline:
         if span is None:
             return
         now = self.now
-        if not failed:
+        if span.counts and not failed:
             self._longest[span.kind] = max(self._longest.get(span.kind, 0.0), now - span.begin)
         if span.written and self._path is not None:
             self._write(self._path, span, now)

@@ -113,7 +113,6 @@ async def train(
             buffer.advance(step)
             clock.lap("sync")
             checks |= utilization.metrics(clock.seconds, minibatches, await system.pool.stats())
-            checks |= system.faults.take()
 
             evaluation = None
             if is_due(recipe.evaluation.every, step, recipe.steps) and data.evaluation:
@@ -125,7 +124,8 @@ async def train(
             if is_due(recipe.checkpoint.every, step, recipe.steps):
                 await saver.copy(step, loop, system, sync.checksums)
                 clock.lap("checkpoint")
-            checks |= saver.metrics()
+                utilization.begin(await system.pool.stats())
+            checks |= system.faults.take() | saver.metrics()
             row = log.step(step, groups, advantages, tally, result, sync, clock, checks, evaluation)
             saver.write(step, row, sync.checksums)
             if (alarm := log.alarms.stopping) is not None:
@@ -137,13 +137,15 @@ async def run_recipe(
     recipe: Recipe, data: RunData, run: RunDirectory, progress: Progress, saved: Saved | None = None
 ) -> None:
     """The whole run, or what is left of it after ``saved``; a learner that fails costs the steps since it was saved."""
-    stop, saver = Stop(recipe.checkpoint.grace_s), Saver(recipe, run, progress)
+    stop, saver, faults = Stop(recipe.checkpoint.grace_s), Saver(recipe, run, progress), FaultLog(progress.warn)
     while True:
         try:
-            await run_once(recipe, data, run, progress, stop, saver, saved)
+            await run_once(recipe, data, run, progress, stop, saver, faults, saved)
             return
         except LearnerFailed as failure:
+            rows = run.rows()
             saved = await saver.restore(failure)
+            faults.put_back(rows[len(run.rows()) :])
             await settled()
 
 
@@ -154,6 +156,7 @@ async def run_once(
     progress: Progress,
     stop: Stop,
     saver: Saver,
+    faults: FaultLog,
     saved: Saved | None,
 ) -> None:
     """Cold start, evaluation, training, evaluation, and the model that comes out."""
@@ -166,7 +169,7 @@ async def run_once(
     stop.listen()
     timeline = run.timeline
     async with (
-        start(recipe, model_dir, conversation, timeline, FaultLog(progress.warn), cold_start=cold_start) as system,
+        start(recipe, model_dir, conversation, timeline, faults, cold_start=cold_start) as system,
         doctored(recipe, system, run),
     ):
         await system.episodes.check_window(data.prompts)

@@ -78,7 +78,7 @@ class EngineHandle:
                 await self.call("load", directory, **self._arguments, version=version)
         except TimeoutError:
             self.kill()
-            raise EngineDied(f"{self.name} did not start within {timeout_s:.0f} s: {self._room()}") from None
+            raise EngineDied(f"{self.name} did not start within {timeout_s:g} s: {self._room()}") from None
         except BaseException:
             self.kill()
             raise

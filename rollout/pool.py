@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from model.tokenizer import load_tokenizer
-from rl.config import EngineKind, Recipe, Sampling
+from rl.config import DoctorAct, EngineKind, Recipe, Sampling
 from rl.errors import RunStopped
 from rl.fault_log import FaultLog
 from rl.placement import engines_sleep
@@ -105,6 +105,8 @@ class EnginePool:
         `device` is the torch engine's. Of a vLLM engine, `actor_options` say where Ray puts it, and `gpus` which GPUs
         it takes where Ray does not assign them (`rl.placement`); both have one entry an engine or none. `called` is
         what sentences about an engine call it.
+
+        Raises EngineDied for an engine that does not come up within `doctor.first_s`, unless the doctor only looks on.
         """
         conversation = Conversation(load_tokenizer(model_path))
         makers = engine_makers(recipe, device, actor_options, gpus)
@@ -129,7 +131,8 @@ class EnginePool:
             settled=settled,
         )
         try:
-            await asyncio.gather(*(engine.start(pool._directory, version) for engine in engines))
+            limit = recipe.doctor.first_s if recipe.doctor.act in (DoctorAct.recover, DoctorAct.stop) else None
+            await asyncio.gather(*(engine.start(pool._directory, version, timeout_s=limit) for engine in engines))
         except BaseException:
             pool.close()
             raise

@@ -223,6 +223,7 @@ class Learner:
         closed before that.
         """
         folder, asking = Path(directory), asyncio.create_task(self._ask_for_writing())
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())  # announcements may come first
         ranks = range(len(self._actors))
         try:
             while not asking.done():
@@ -260,6 +261,12 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.num_steps, self._skipped_in_a_row = state["num_steps"], state["skipped_in_a_row"]
+
+    def end(self, processes: Sequence[Whereabouts]) -> None:
+        """Ends those ranks through Ray, which does not need their hosts to answer: what they are asked for fails."""
+        for actor, process in zip(self._actors, self.processes, strict=False):  # none once it is closed
+            if process in processes:
+                ray.kill(actor)
 
     def close(self) -> None:
         """Ends the ranks' processes."""

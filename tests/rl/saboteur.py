@@ -1,7 +1,7 @@
 """What harms a run from inside, for tests: signals to real processes, at moments that the run's timeline tells.
 
 ``arm(monkeypatch, plan)`` lets ``plan(saboteur)`` run beside the next run of this process, from when its actors are up.
-Also here are a reward and an environment for such runs, in a module that workers import quickly.
+Rewards and environments for such runs are in :mod:`tests.rl.fragile`, which workers import quickly.
 """
 
 from __future__ import annotations
@@ -19,39 +19,8 @@ import pytest
 import ray
 
 import rl.train
-from rl.sample import Prompt, Sample
 from rl.system import System
 from rl.whereabouts import Whereabouts, state_of
-from rollout.environments.protocol import Environment
-from tests.rl.tiny_rewards import evenness
-
-
-def gated(sample: Sample, *, gate: str) -> float:
-    """As ``evenness``, but not while the file ``gate`` is there: it holds the run up where a test wants it."""
-    while os.path.exists(gate):
-        time.sleep(0.02)
-    return evenness(sample)
-
-
-class Fragile(Environment):
-    """Its process dies as the second one of a run starts; all others are fine. The first only tells its tools."""
-
-    def __init__(self, prompt: Prompt, *, flag: str) -> None:
-        self.flag = flag
-
-    async def start(self) -> None:
-        if _is_first(f"{self.flag}-told") or not _is_first(self.flag):
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _is_first(flag: str) -> bool:
-    """Whether nobody has asked for this ``flag`` before."""
-    try:
-        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
 
 
 class Saboteur:

@@ -55,8 +55,8 @@ def test_a_learner_that_fails_after_every_restore_stops_the_run_however_slowly(
     with pytest.raises(LearnerFailed) as stopped:
         fail()
     assert str(stopped.value) == (
-        "learner rank 0 failed in step: CUDA out of memory; the run went on without a person 2 times already "
-        "(faults.learner_restores), 2 of them after step 40"
+        "learner rank 0 failed in step: CUDA out of memory; restores of the learner before that: 2 "
+        "(faults.learner_restores), of them after step 40: 2"
     )
     assert capsys.readouterr().out.count("CUDA out of memory; the run goes on after step 40") == 2
 

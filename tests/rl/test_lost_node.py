@@ -84,7 +84,7 @@ def test_a_lost_node_costs_its_engine_for_as_long_as_there_is_no_room(
         "steps=4",
         "log_samples=100",
         "rollout={engines: 2, max_staleness: 1}",
-        f"domains.sums.rewards=[{{use: 'tests.rl.saboteur:gated', args: {{gate: '{gate}'}}}}]",
+        f"domains.sums.rewards=[{{use: 'tests.rl.fragile:gated', args: {{gate: '{gate}'}}}}]",
     )
     print(capsys.readouterr().out)
     assert code == 0
@@ -96,7 +96,7 @@ def test_a_lost_node_costs_its_engine_for_as_long_as_there_is_no_room(
 def test_reward_workers_start_again_elsewhere(nodes: Cluster, tmp_path: Path):
     """Ray goes on placing actors on the lost node for seconds; they die as they start."""
     gate = tmp_path / "gate"
-    use = RewardUse(use="tests.rl.saboteur:gated", args={"gate": str(gate)})
+    use = RewardUse(use="tests.rl.fragile:gated", args={"gate": str(gate)})
 
     async def score() -> list[Any]:
         pool = await RewardPool.start({"math": Domain(prompts="-", rewards=[use])}, num_workers=2, settled=settled)

@@ -9,7 +9,7 @@ import ray
 from model import save_model
 from model.checksum import checksums
 from model.tokenizer import load_tokenizer, save_byte_tokenizer
-from rl.config import Faults, Learner, Model, Recipe, Rollout, Sampling
+from rl.config import Doctor, Faults, Learner, Model, Recipe, Rollout, Sampling
 from rl.errors import DataError, RecipeError, RunStopped
 from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
@@ -129,6 +129,12 @@ def test_groups_updates_aborts_and_a_dying_engine(cluster, model_path, make_mode
             pool.close()
 
     asyncio.run(run())
+
+
+def test_an_engine_that_does_not_come_up_is_not_waited_for_for_ever(cluster, model_path):
+    recipe = Recipe(name="pool", model=Model(path=str(model_path), max_context=96), doctor=Doctor(first_s=0.01))
+    with pytest.raises(RunStopped, match=r"engine 0 of 1 did not start within 0\.01 s: the Ray cluster has \d CPUs"):
+        asyncio.run(asyncio.wait_for(EnginePool.start(recipe, model_path), 30))
 
 
 def test_a_model_that_cannot_be_loaded_is_one_sentence(cluster, model_path):
