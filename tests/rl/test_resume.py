@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from model import load_model
 from rl.checkpoint import newest
 from rl.doctor import LEARNERS_OWN
 from rl.resume import Resumption
+from rl.saver import Saver
 from rl.timeline import Timeline
+from rl.utilization import Utilization
 from tests.rl.killed_runs import assert_same_run, learned, logged, run_until, saving, some_seconds
 from tests.rl.tiny_runs import REWARDS, Run, assert_one_sentence, read_lines, run_here
 from tests.small_disk import full_disk
@@ -182,11 +185,28 @@ def without_deadline(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
+def counted_again(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """When the next run copies checkpoints, and when it begins to count what engines do, in order."""
+    events, copy, begin = list[str](), Saver.copy, Utilization.begin
+
+    async def copied(saver: Saver, *args: Any) -> None:
+        await copy(saver, *args)
+        events.append("checkpoint")
+
+    def begun(utilization: Utilization, stats: Any) -> None:
+        events.append("begin")
+        begin(utilization, stats)
+
+    monkeypatch.setattr(Saver, "copy", copied)
+    monkeypatch.setattr(Utilization, "begin", begun)
+    return events
+
+
 def test_a_learner_that_dies_costs_the_steps_since_it_was_saved(
     straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     run = Run(tmp_path / "runs" / "tiny")
-    endless = without_deadline(monkeypatch)
+    endless, events = without_deadline(monkeypatch), counted_again(monkeypatch)
 
     def kill() -> None:
         for moment in (learned(30), logged(4)):
@@ -199,6 +219,8 @@ def test_a_learner_that_dies_costs_the_steps_since_it_was_saved(
     code, _ = run_here(tmp_path, *LOCKSTEP, "checkpoint.every=3")
     killer.join()
     assert code == 0 and endless == set()
+    # The seconds of a checkpoint are no part of the step's that engines are idle in, nor of the next one's.
+    assert {after for before, after in pairwise(events) if before == "checkpoint"} == {"begin"}
     said = capsys.readouterr().out
     assert said.count("warning: learner rank 0 died during") == 2
     assert "the run goes on after cold start step 2" in said or "the run goes on after cold start step 3" in said
