@@ -11,9 +11,17 @@ is dropped as soon as a new user message comes: those tokens are not a prefix of
 What people write, and what tools return, is always encoded as plain text: the string ``<｜Assistant｜>`` in a message
 never becomes the token.
 
-Four quirks of the official encoder are refused here, with a sentence, instead of being reproduced: in thinking mode it
-drops a developer message before the last user message and then fails; it leaves the block of results open when a call
-has none; it writes names that its parser cannot read; it encodes special strings in messages as the tokens.
+Text and refusals are those of DeepSeek's own script (tests/rollout/test_official_encoding.py), except for what that
+script lets through and this module refuses with a sentence:
+
+* a developer message before the last message that asks, in thinking mode: the script drops it and then fails, or, told
+  not to drop thoughts, keeps it;
+* calls of which some have a result and some have none: the block of results stays open;
+* a result in front of every message, tools or calls on a message of another role, a content that is not text, an
+  assistant message that says, thinks and calls nothing: each is written as if nothing were wrong, or passed over;
+* a name that its own parser cannot read back.
+
+It also encodes special strings in messages as the tokens.
 """
 
 from __future__ import annotations
@@ -304,10 +312,16 @@ def _reply_of(index: int, message: Message) -> Reply:
     except DataError as error:
         raise DataError(f"message {index}: {error}") from error
     content = message.get("content") or ""
-    reasoning = message.get("reasoning_content", message.get("reasoning"))
+    reasoning = _thought(message)
     if reasoning is not None:
         return Reply(reasoning=reasoning, answer=content, calls=calls)
     return replace(split_reply(content, thinking=False), calls=calls)
+
+
+def _thought(message: Message) -> Any:
+    """An assistant's reasoning under either of its names."""
+    thought = message.get("reasoning_content")
+    return message.get("reasoning") if thought is None else thought
 
 
 def _results_from(messages: Sequence[Message], index: int) -> list[str]:
@@ -370,9 +384,10 @@ def _check(messages: Sequence[Message]) -> None:
 
 def _check_texts(index: int, message: Message) -> None:
     role = message["role"]
+    may_be_silent = role == "system" or (role == "assistant" and (message.get("tool_calls") or _thought(message)))
     for field in ("content", "reasoning_content", "reasoning"):
         value = message.get(field)
-        optional = field != "content" or role == "system" or (role == "assistant" and message.get("tool_calls"))
+        optional = field != "content" or may_be_silent
         if not isinstance(value, str) and not (optional and value is None):
             raise DataError(f"message {index}: {field} must be a string")
     if role == "developer" and not message["content"]:

@@ -8,9 +8,10 @@
     results  : \\n\\n<function_results>\\n<result>{text}</result>...\\n</function_results>\\n\\n<think> (or </think>)
 
 Format and fixed texts are those of `encoding/encoding_dsv32.py` in deepseek-ai/DeepSeek-V3.2 on Hugging Face (MIT):
-a checkpoint was trained on exactly these words. The parser refuses what the official one refuses, and three things
-that it lets through: a block without a call or without its end, a name with a quotation mark, and a parameter that
-says it is JSON and is not.
+a checkpoint was trained on exactly these words, with the empty lines that SGLang's and vLLM's copies of them lack. The
+parser reads and refuses what the official one does, and refuses three things more: a block without a call or without
+its end (which the official parser demands only of a reply that ended); a name with a quotation mark; and a parameter
+that says it is JSON and is not, or is so only together with the next one.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ _RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the follo
 _STRUCTURE = re.compile(f"({DSML}|{THINK}|{END_THINK})")
 _FORBIDDEN = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, THINK, END_THINK, DSML)
 
+# Each lets one more line break pass at its end, as the official parser does, whose patterns end in `$`.
 _NAME = re.compile(r'\s*name="([^"]*)">\n\n?')
-_PARAMETER = re.compile(r' name="([^"]*)" string="(true|false)">(.*)<', re.DOTALL)
+_PARAMETER = re.compile(r' name="([^"]*)" string="(true|false)">(.*)<\n?', re.DOTALL)
 
 
 class MalformedReply(ValueError):

@@ -102,7 +102,15 @@ def test_prompts_are_the_golden_strings(conversation, messages, thinking, golden
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("answer", [ANSWER, {"role": "assistant", "content": "R1</think>A1"}], ids=["field", "text"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ANSWER,
+        {"role": "assistant", "reasoning_content": None, "reasoning": "R1", "content": "A1"},
+        {"role": "assistant", "content": "R1</think>A1"},
+    ],
+    ids=["field", "other-name", "text"],
+)
 def test_demonstrations_train_the_reply_and_its_end(conversation, thinking, answer):
     """Golden string C: the prompt (A) is its prefix, and exactly the rest is trained."""
     messages = [{"role": "system", "content": "S"}, FIRST, answer]
@@ -183,6 +191,7 @@ def test_a_tokenizer_with_neither_is_refused():
         ([{"role": "developer", "content": ""}], "message 0: a developer message must say something"),
         ([{"role": "developer", "content": "x"}, SECOND], "message 0: in thinking mode a developer message must be"),
         ([{"role": "user"}], "message 0: content must be a string"),
+        ([FIRST, {"role": "assistant"}, SECOND], "message 1: content must be a string"),
         ([{"role": "user", "content": ["x"]}], "message 0: content must be a string"),
         ([{**FIRST, "reasoning_content": 3}], "message 0: reasoning_content must be a string"),
     ],
