@@ -96,6 +96,7 @@ class Doctor:
         self._said = {span.number: self._said[span.number] for span in late if span.number in self._said}
         places: dict[tuple[str, str], list[Span]] = {}
         for span in late:
+            span.counts = span.counts and span.number in self._said  # found before, it may have been excused
             places.setdefault((span.actor, span.phase), []).append(span)
         seen: set[str] = set()
         for longest, *others in places.values():
@@ -118,8 +119,6 @@ class Doctor:
             return
         if self._settings.act == DoctorAct.stop:
             raise RunStopped(sentence)
-        for one in (span, *others):
-            one.counts = False
         self._system.faults.record("late", sentence, each=True)
         if self._settings.act == DoctorAct.recover and (consequence := await self._act(span, suspects)):
             self._system.faults.say(consequence)
@@ -141,7 +140,8 @@ class Doctor:
         if not suspects:
             return f"{span.actor} is being started"
         if span.phase == REQUEST and await self._is_making_progress(index):
-            span.counts = True
+            for one in self._timeline.open:
+                one.counts = one.counts or (one.actor, one.phase) == (span.actor, REQUEST)
             return f"{span.actor} goes on generating and is left alone"
         consequence, _ = await self._end(suspects)
         if pool.process_of(index) in [one.where for one in suspects]:  # else the pool has noticed by itself

@@ -69,8 +69,11 @@ class EngineHandle:
         """Whether it takes part in updates."""
         return self.state in (State.LOADED, State.UP)
 
-    async def start(self, directory: str, version: int, *, timeout_s: float | None = None) -> None:
-        """Makes a process that holds the model in ``directory``. Raises EngineDied when it does not come up."""
+    async def start(self, directory: str, version: int, *, timeout_s: float | None, key: str) -> None:
+        """Makes a process that holds the model in ``directory``.
+
+        Raises EngineDied when it does not come up within ``timeout_s``, which is the recipe's ``key``.
+        """
         self.actor = self._make()
         try:
             async with asyncio.timeout(timeout_s):
@@ -78,7 +81,7 @@ class EngineHandle:
                 await self.call("load", directory, **self._arguments, version=version)
         except TimeoutError:
             self.kill()
-            raise EngineDied(f"{self.name} did not start within {timeout_s:g} s: {self._room()}") from None
+            raise EngineDied(f"{self.name} did not start within {timeout_s:g} s ({key}): {self._room()}") from None
         except BaseException:
             self.kill()
             raise

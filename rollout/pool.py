@@ -132,7 +132,10 @@ class EnginePool:
         )
         try:
             limit = recipe.doctor.first_s if recipe.doctor.act in (DoctorAct.recover, DoctorAct.stop) else None
-            await asyncio.gather(*(engine.start(pool._directory, version, timeout_s=limit) for engine in engines))
+            starting = (
+                engine.start(pool._directory, version, timeout_s=limit, key="doctor.first_s") for engine in engines
+            )
+            await asyncio.gather(*starting)
         except BaseException:
             pool.close()
             raise
@@ -423,7 +426,7 @@ class EnginePool:
         self._notify()
 
     async def _start(self, engine: EngineHandle) -> None:
-        await engine.start(self._directory, self._version, timeout_s=self._restart_s)
+        await engine.start(self._directory, self._version, timeout_s=self._restart_s, key="faults.restart_s")
 
     async def _welcome_as_started(self, index: int, start: Start) -> None:
         await start()

@@ -165,7 +165,7 @@ def test_what_ends_while_it_is_looked_at_is_left_alone(act: DoctorAct):
         asyncio.run(look())
         (sentence,) = said
         assert "learner is late: sync in step 3" in sentence and sentence.endswith("; it has ended meanwhile")
-        assert computing.poll() is None
+        assert computing.poll() is None and timeline.longest(("learner", "sync")) is None
     finally:
         computing.kill()
         computing.wait()
