@@ -89,7 +89,7 @@ _ENTROPY = Rule(
 )
 _MASKED = Rule(
     alarm=Alarm.masked,
-    seen="the off-policy mask takes out {now:.0%} of the sequences ({metric})",
+    seen="the off-policy mask takes out {now:.0%} of the samples ({metric})",
     look="look at canary/logprob_abs and staleness/mean; then at rollout.max_staleness, learner.minibatches and "
     "learner.lr",
 )

@@ -233,7 +233,7 @@ class Objective:
     clip_low: float = 0.2
     clip_high: float = 0.2
     off_policy_delta: Optional[float] = 0.1
-    """Nats per token above which a sequence with negative advantage is masked; null turns the mask off."""
+    """Nats per token above which a sample with negative advantage is masked; null turns the mask off."""
     keep_routing: bool = True
     keep_sampling_mask: bool = True
     keep_selection: bool = False
@@ -340,7 +340,7 @@ class Alarms:
     entropy: Optional[float] = 0.1
     """Least share of the beginning's entropy, while accuracy is below 0.9."""
     masked: Optional[float] = 0.5
-    """Largest share of sequences that the off-policy mask takes out."""
+    """Largest share of samples that the off-policy mask takes out."""
     clipped: Optional[float] = 0.3
     """Largest share of tokens whose gradient the clip cuts off."""
     saturation: Optional[float] = 0.995

@@ -23,10 +23,13 @@ def grpo_loss(
     num_samples: int,
     aggregation: str = "sequence_mean",
     num_tokens: int | None = None,
+    episodes: Tensor | None = None,
+    episode_tokens: Tensor | None = None,
+    episode_drifts: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Mean]]:
     """The loss to minimise over one packed micro-batch of S whole sequences, and what was measured on the way.
 
-    Per token t that the policy sampled in sequence i, with o_i the sampled tokens of that sequence::
+    Per token t that the policy sampled in episode i, with o_i the sampled tokens of all of its sequences::
 
         r    = exp(learner - rollout)                                       with gradient, in the KL too
         M_i  = 0 if A_i < 0 and mean_t(rollout - learner) > off_policy_delta, else 1        (Eq. 9, no gradient)
@@ -35,12 +38,13 @@ def grpo_loss(
 
     ``w_t`` is ``1 / (num_samples * |o_i|)`` for ``sequence_mean`` and ``1 / num_tokens`` for ``token_mean``. Both
     counts are those of the whole optimizer step, so the losses of its micro-batches add up to the same number however
-    the step was split over micro-batches and ranks. A sequence without sampled tokens contributes 0.
+    the step was split over micro-batches and ranks. A sequence without sampled tokens contributes 0, and of an episode
+    that lies in several micro-batches each one counts its share in the metrics.
 
     Args:
         learner_logprobs: float [N], the only input that gets a gradient.
         rollout_logprobs: float [N], from the engine that sampled the tokens, after temperature and truncation.
-        advantages: float [N], one value for all sampled tokens of a sequence.
+        advantages: float [N], one value for all sampled tokens of an episode.
         sampled: bool [N]. Where it is False the other streams are never read; they may hold anything, NaN included.
         cu_seqlens: int [S + 1]; sequence i is ``cu_seqlens[i]:cu_seqlens[i + 1]``. Unsampled padding may follow.
         ref_logprobs: float [N], from the reference model; read only where ``kl_beta`` is not 0.
@@ -48,12 +52,18 @@ def grpo_loss(
         off_policy_delta: nats per token; None masks nothing.
         num_samples: samples in the optimizer step.
         num_tokens: sampled tokens in the optimizer step; only ``token_mean`` needs it.
+        episodes: int [S], equal for the sequences of one episode; None where every sequence is an episode.
+        episode_tokens: int [S], |o_i| of each sequence's episode; None where no other micro-batch has tokens of it.
+        episode_drifts: float [S], mean_t(rollout - learner) over each sequence's whole episode, for the mask; None
+            where no other micro-batch has tokens of an episode with a negative advantage.
 
     Raises:
         ValueError: a stream of another length, a KL without reference, an unknown aggregation, a missing count.
     """
     streams = {"rollout_logprobs": rollout_logprobs, "advantages": advantages, "sampled": sampled}
-    _check_lengths(learner_logprobs, {**streams, "ref_logprobs": ref_logprobs})
+    _check_shapes("learner_logprobs", learner_logprobs.shape, {**streams, "ref_logprobs": ref_logprobs})
+    whole = {"episodes": episodes, "episode_tokens": episode_tokens, "episode_drifts": episode_drifts}
+    _check_shapes("cu_seqlens[1:]", cu_seqlens[1:].shape, whole)
     denominator = _denominator(aggregation, num_samples, num_tokens)
     dtype = torch.promote_types(learner_logprobs.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=learner_logprobs.device)
@@ -66,16 +76,17 @@ def grpo_loss(
     rollout = on_sampled(rollout_logprobs.detach())
     advantage = on_sampled(advantages.detach())
     beta = on_sampled(torch.as_tensor(kl_beta, device=zero.device))
-    sequences = _Sequences(cu_seqlens, sampled, dtype)
+    rows = _Episodes(cu_seqlens, sampled, episodes, episode_tokens, dtype)
 
     log_ratio = learner - rollout
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
-    masked = torch.zeros_like(sequences.lengths, dtype=torch.bool)  # [S + 1], over sequences
+    masked = torch.zeros_like(rows.lengths, dtype=torch.bool)  # [S + 1], over episodes
     if off_policy_delta is not None:
-        masked = (sequences.mean(advantage) < 0) & (sequences.mean(-log_ratio.detach()) > off_policy_delta)
-    surrogate = torch.where(masked[sequences.index], zero, surrogate)
+        drift = rows.mean(-log_ratio.detach()) if episode_drifts is None else rows.spread(episode_drifts.to(dtype))
+        masked = (rows.sum(advantage) < 0) & (drift > off_policy_delta)
+    surrogate = torch.where(masked[rows.index], zero, surrogate)
 
     if ref_logprobs is None and (beta.any() if isinstance(kl_beta, Tensor) else kl_beta != 0):
         raise ValueError("grpo_loss: kl_beta is not 0, so ref_logprobs is needed")
@@ -84,7 +95,7 @@ def grpo_loss(
         log_ref_ratio = torch.where(beta != 0, ref_logprobs.detach().to(dtype) - learner, zero)
         kl = ratio * (log_ref_ratio.expm1() - log_ref_ratio)
 
-    weight, count = sequences.weights(aggregation)
+    weight, count = rows.weights(aggregation)
     policy_sum, kl_sum = -(weight * surrogate).sum(), (weight * beta * kl).sum()
 
     tokens = sampled.sum()
@@ -96,7 +107,7 @@ def grpo_loss(
             "kl/reference": (kl.sum(), (beta != 0).sum()),
             "ratio/mean": (on_sampled(ratio).sum(), tokens),
             "ratio/clipped": (clipped.sum(), tokens),
-            "mask/off_policy": (masked.sum(), sequences.count),
+            "mask/off_policy": ((rows.shares * masked).sum(), rows.shares.sum()),
             "mismatch/logprob_abs": (log_ratio.abs().sum(), tokens),
             "mismatch/kl": ((log_ratio.expm1() - log_ratio).sum(), tokens),
         }
@@ -104,15 +115,27 @@ def grpo_loss(
     return (policy_sum + kl_sum) / denominator, metrics
 
 
-class _Sequences:
-    """Sums over the sampled tokens of each packed sequence; padding after the last one forms an empty sequence S."""
+class _Episodes:
+    """Sums over the sampled tokens of each episode, whichever sequences they are in; padding is an empty one, S.
 
-    def __init__(self, cu_seqlens: Tensor, sampled: Tensor, dtype: torch.dtype) -> None:
+    There are at most as many episodes as sequences, so that S + 1 places are enough for both.
+    """
+
+    def __init__(
+        self, cu_seqlens: Tensor, sampled: Tensor, numbers: Tensor | None, lengths: Tensor | None, dtype: torch.dtype
+    ) -> None:
         ends = cu_seqlens[1:].contiguous()
-        self.index = torch.bucketize(torch.arange(len(sampled), device=ends.device, dtype=ends.dtype), ends, right=True)
         self.size = len(ends) + 1
-        self.lengths = self.sum(sampled.to(dtype))  # [S + 1], |o_i|
-        self.count = (self.lengths > 0).sum()
+        sequences = torch.bucketize(torch.arange(len(sampled), device=ends.device, dtype=ends.dtype), ends, right=True)
+        self._of_sequences = torch.arange(len(ends), device=ends.device)  # [S]
+        if numbers is not None:
+            self._of_sequences = numbers.unique(return_inverse=True)[1]
+        self.index = torch.cat([self._of_sequences, self._of_sequences.new_tensor([len(ends)])])[sequences]  # [N]
+        self.here = self.sum(sampled.to(dtype))  # [S + 1]
+        self.lengths = self.here if lengths is None else self.spread(lengths.to(dtype))  # [S + 1], |o_i|
+        self.shares = self.here.double() / self.lengths.clamp(
+            min=1
+        )  # [S + 1], of each episode's tokens, those packed here
 
     def sum(self, stream: Tensor) -> Tensor:
         return stream.new_zeros(self.size).index_add(0, self.index, stream)
@@ -120,11 +143,15 @@ class _Sequences:
     def mean(self, stream: Tensor) -> Tensor:
         return self.sum(stream) / self.lengths.clamp(min=1)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """[S + 1] over episodes, from one value for each sequence that is the same for those of an episode."""
+        return values.new_zeros(self.size).index_copy(0, self._of_sequences, values)
+
     def weights(self, aggregation: str) -> tuple[Tensor, Tensor]:
-        """What each token counts, [N], and how many sequences or tokens the sum is then over."""
+        """What each token counts, [N], and how many episodes or tokens the sum is then over."""
         if aggregation == "sequence_mean":
-            return 1 / self.lengths.clamp(min=1)[self.index], self.count
-        return torch.ones_like(self.lengths)[self.index], self.lengths.sum()
+            return 1 / self.lengths.clamp(min=1)[self.index], self.shares.sum()
+        return torch.ones_like(self.lengths)[self.index], self.here.sum()
 
 
 def _means(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Mean]:
@@ -133,11 +160,10 @@ def _means(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Mean]:
     return {name: Mean(total, count) for name, (total, count) in zip(pairs, numbers.view(-1, 2).tolist(), strict=True)}
 
 
-def _check_lengths(learner_logprobs: Tensor, streams: dict[str, Tensor | None]) -> None:
-    for name, stream in streams.items():
-        if stream is not None and stream.shape != learner_logprobs.shape:
-            shape, expected = list(stream.shape), list(learner_logprobs.shape)
-            raise ValueError(f"grpo_loss: {name} has shape {shape}, but learner_logprobs has {expected}")
+def _check_shapes(of: str, expected: torch.Size, tensors: dict[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(f"grpo_loss: {name} has shape {list(tensor.shape)}, but {of} has {list(expected)}")
 
 
 def _denominator(aggregation: str, num_samples: int, num_tokens: int | None) -> int:

@@ -141,24 +141,30 @@ class StepLog:
         return {"staleness/mean": float(age.mean), "staleness/max": float(age.max)}
 
     def _trajectory(self, scored: Scored, advantage: float, learned: Mapping[str, NDArray] | None) -> Trajectory:
-        views = [self._sequence(sequence, advantage, learned or {}) for sequence in scored.sample.sequences]
+        sequences = scored.sample.sequences
+        ratios = [_log_ratios(sequence, (learned or {}).get(sequence.id)) for sequence in sequences]
+        masked = self._is_masked(sequences, advantage, ratios)
+        views = [
+            SequenceView(
+                sample=sequence,
+                token_texts=token_texts(sequence.token_ids, self.conversation.spell),
+                log_ratios=own,
+                masked=masked,
+            )
+            for sequence, own in zip(sequences, ratios, strict=True)
+        ]
         return Trajectory(scored=scored, sequences=views, advantage=advantage)
 
-    def _sequence(self, sample: Sample, advantage: float, learned: Mapping[str, NDArray]) -> SequenceView:
-        logprobs = learned.get(sample.id)
-        known = logprobs is not None
-        log_ratios = np.where(sample.sampled, logprobs - sample.rollout_logprobs, 0.0) if known else None
-        return SequenceView(
-            sample=sample,
-            token_texts=token_texts(sample.token_ids, self.conversation.spell),
-            log_ratios=log_ratios,
-            masked=log_ratios is not None and self._is_masked(sample, advantage, log_ratios),
-        )
-
-    def _is_masked(self, sample: Sample, advantage: float, log_ratios: NDArray) -> bool:
-        """The objective's off-policy mask (paper Eq. 9), as the learner applied it."""
+    def _is_masked(self, sequences: Sequence[Sample], advantage: float, ratios: Sequence[NDArray | None]) -> bool:
+        """The objective's off-policy mask (paper Eq. 9) over an episode, as the learner applied it."""
         delta = self.recipe.objective.off_policy_delta
-        return delta is not None and advantage < 0 and float(-log_ratios[sample.sampled].mean()) > delta
+        known = [own[one.sampled] for one, own in zip(sequences, ratios, strict=True) if own is not None]
+        drifts = -np.concatenate(known or [np.zeros(0)])
+        return delta is not None and advantage < 0 and len(drifts) > 0 and float(drifts.mean()) > delta
+
+
+def _log_ratios(sample: Sample, logprobs: NDArray | None) -> NDArray | None:
+    return None if logprobs is None else np.where(sample.sampled, logprobs - sample.rollout_logprobs, 0.0)
 
 
 def _first(groups: Sequence[Group], advantages: Sequence[NDArray], count: int) -> Iterator[tuple[Scored, float]]:

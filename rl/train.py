@@ -98,7 +98,6 @@ async def train(
                 minibatches=recipe.learner.minibatches,
                 micro_tokens=recipe.learner.micro_tokens,
                 rng=shuffle,
-                aggregation=recipe.objective.aggregation,
                 attention_span=system.learner.attention_span,
             )
             await system.learners_turn()

@@ -1,9 +1,13 @@
 """From scored groups to the micro-batches each learner rank runs.
 
 A rollout batch becomes one or more optimizer steps (:class:`Minibatch`); a step is spread over the ranks, and each
-rank's samples are packed end to end into rows of bounded length (:class:`Microbatch`). Samples are never split, and
+rank's samples are packed end to end into rows of bounded length (:class:`Microbatch`). Sequences are never cut, and
 attention never crosses from one to the next (``cu_seqlens``). The loss divides by ``num_samples`` and ``num_tokens`` of
 the whole optimizer step, so nothing that happens here changes a gradient.
+
+An episode of several sequences (``Sample.earlier``) shares a row where it fits into one. Where it does not, what the
+objective says of the episode as a whole is told with every sequence: |o_i| in ``episode_tokens``, and for the
+off-policy mask the rounds that must be looked at before (``Minibatch.open_rounds``).
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rl.config import Aggregation
 from rl.sample import Group, Kept, NDArray, Sample
 from rl.selections import Selections
 
@@ -33,13 +36,15 @@ class Microbatch:
 
     sample_ids: tuple[str, ...]  # [S]
     domains: tuple[str, ...]  # [S], for what is measured by domain; nothing is computed differently
+    episodes: NDArray  # int32 [S], which of the optimizer step's ``num_samples`` episodes each sequence belongs to
+    episode_tokens: NDArray  # int32 [S], |o_i|: sampled tokens of that episode, over all of its sequences
     token_ids: NDArray  # int32 [N]
     positions: NDArray  # int32 [N], from 0 in every sequence
     cu_seqlens: NDArray  # int32 [S + 1]
     sampled: NDArray  # bool [N], the tokens that are trained
     rollout_logprobs: NDArray  # float32 [N], 0 where not sampled
-    advantages: NDArray  # float32 [N], constant within a sequence
-    kl_beta: NDArray  # float32 [N], constant within a sequence
+    advantages: NDArray  # float32 [N], constant within an episode
+    kl_beta: NDArray  # float32 [N], constant within an episode
     routes: NDArray | None = None  # uint8 (uint16 above 256 experts) [N, moe_layers, top_k]
     routed: NDArray | None = None  # bool [N]; given exactly when routes is
     selections: tuple[Selections | None, ...] = ()  # [S], of each sequence; empty where none has any
@@ -56,8 +61,9 @@ class Microbatch:
                 )
         if len(self.cu_seqlens) != len(self.sample_ids) + 1 or self.cu_seqlens[-1] != len(self.token_ids):
             raise ValueError(f"micro-batch of {self.sample_ids[0]}: cu_seqlens does not cover its tokens")
-        if len(self.domains) != len(self.sample_ids):
-            raise ValueError(f"micro-batch of {self.sample_ids[0]}: domains and sample_ids are not equally many")
+        for name in ("domains", "episodes", "episode_tokens"):
+            if len(getattr(self, name)) != len(self.sample_ids):
+                raise ValueError(f"micro-batch of {self.sample_ids[0]}: {name} and sample_ids are not equally many")
         if (self.routes is None) != (self.routed is None):
             raise ValueError(f"micro-batch of {self.sample_ids[0]}: routes and routed must be given together")
         if self.selections and len(self.selections) != len(self.sample_ids):
@@ -82,10 +88,13 @@ class Minibatch:
     num_tokens: int  # sampled tokens over all ranks
     num_positions: int  # tokens of all samples over all ranks, prompts included
     ranks: tuple[tuple[Microbatch, ...], ...]
+    open_rounds: tuple[int, ...] = ()
+    """Places, of every rank's micro-batches, where some rank holds a part of an episode with a negative advantage and
+    not the whole: whether it is masked as off-policy must be known before any of its parts is trained."""
 
     @property
     def sample_ids(self) -> list[str]:
-        """The samples of this step, without the padding of :func:`idle`."""
+        """The sequences of this step, without the padding of :func:`idle`."""
         return [name for rank in self.ranks for micro in rank if micro.sampled.any() for name in micro.sample_ids]
 
     def share(self, rank: int) -> Minibatch:
@@ -95,12 +104,11 @@ class Minibatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightedSample:
-    """A sequence with what the objective attaches to all of its tokens."""
+    """An episode, all of its sequences, with what the objective attaches to each of its tokens."""
 
     sample: Sample
     advantage: float = 0.0
     kl_beta: float = 0.0
-    share: float = 1.0  # of its episode's sampled tokens; the shares of an episode add up to 1
 
 
 def span_of(hidden_size: int) -> float:
@@ -129,7 +137,6 @@ def pack(
     minibatches: int,
     micro_tokens: int,
     rng: np.random.Generator,
-    aggregation: Aggregation = Aggregation.sequence_mean,
     attention_span: float = ATTENTION_SPAN,
 ) -> list[Minibatch]:
     """Cuts a rollout batch into optimizer steps and packs each of them.
@@ -139,9 +146,6 @@ def pack(
     have nothing to train and are left out. Fewer groups than ``minibatches`` give fewer steps. ``attention_span``
     is the model's (:func:`span_of`), and decides how the ranks' shares are balanced.
 
-    The sequences of one episode are packed each for itself. With ``sequence_mean`` their advantages and ``kl_beta`` are
-    scaled by their shares, so that 1/|o_i| runs over the whole episode: the surrogate is homogeneous in the advantage.
-
     Raises:
         ValueError: a group whose advantages do not match its samples, or whose domain has no ``kl_beta``.
     """
@@ -149,15 +153,13 @@ def pack(
         raise ValueError(f"pack: {len(advantages)} advantage arrays for {len(groups)} groups")
     steps = []
     for part in np.array_split(rng.permutation(len(groups)), max(1, min(minibatches, len(groups)))):
-        samples = [s for g in part for s in _weighted(groups[g], advantages[g], kl_betas, aggregation)]
+        samples = [s for g in part for s in _weighted(groups[g], advantages[g], kl_betas)]
         if samples:
             steps.append(pack_step(samples, ranks=ranks, micro_tokens=micro_tokens, attention_span=attention_span))
     return steps
 
 
-def _weighted(
-    group: Group, advantages: NDArray, kl_betas: Mapping[str, float], aggregation: Aggregation
-) -> list[WeightedSample]:
+def _weighted(group: Group, advantages: NDArray, kl_betas: Mapping[str, float]) -> list[WeightedSample]:
     if len(advantages) != len(group.scored):
         raise ValueError(
             f"pack: prompt {group.prompt.id} has {len(advantages)} advantages for {len(group.scored)} samples"
@@ -165,73 +167,106 @@ def _weighted(
     if group.prompt.domain not in kl_betas:
         raise ValueError(f"pack: no kl_beta is given for domain {group.prompt.domain} of prompt {group.prompt.id}")
     kl_beta = kl_betas[group.prompt.domain]
-    weighted = []
-    for scored, advantage in zip(group.scored, advantages, strict=True):
-        for sequence in scored.sample.sequences:
-            if sequence.num_sampled:
-                share = sequence.num_sampled / scored.sample.num_generated
-                scale = share if aggregation == Aggregation.sequence_mean else 1.0
-                weighted.append(
-                    WeightedSample(
-                        sample=sequence, advantage=float(advantage) * scale, kl_beta=kl_beta * scale, share=share
-                    )
-                )
-    return weighted
+    return [
+        WeightedSample(sample=scored.sample, advantage=float(advantage), kl_beta=kl_beta)
+        for scored, advantage in zip(group.scored, advantages, strict=True)
+        if scored.sample.num_generated
+    ]
 
 
 def pack_step(
     samples: Sequence[WeightedSample], *, ranks: int, micro_tokens: int, attention_span: float = ATTENTION_SPAN
 ) -> Minibatch:
-    """Packs the samples of one optimizer step so that all ranks have about as much to compute, in every round."""
-    rounds = _deal(_rows(samples, ranks, micro_tokens, attention_span), ranks)
+    """Packs the samples of one optimizer step so that all ranks have about as much to compute, in every round.
+
+    Sequences without a sampled token are left out; every sample has one with some.
+    """
+    units = [unit for number, weighted in enumerate(samples) for unit in _units(number, weighted, micro_tokens)]
+    rounds = _deal(_rows(units, ranks, micro_tokens, attention_span), ranks)
     return Minibatch(
-        num_samples=round(sum(weighted.share for weighted in samples)),
-        num_tokens=sum(weighted.sample.num_sampled for weighted in samples),
-        num_positions=sum(len(weighted.sample) for weighted in samples),
+        num_samples=len(samples),
+        num_tokens=sum(weighted.sample.num_generated for weighted in samples),
+        num_positions=sum(unit.tokens for unit in units),
         ranks=tuple(
-            tuple(_concatenate(row.samples) if row.samples else idle() for row in rank)
+            tuple(_concatenate(row.parts) if row.parts else idle() for row in rank)
             for rank in zip(*rounds, strict=True)
+        ),
+        open_rounds=tuple(
+            number for number, rows in enumerate(rounds) if any(part.undecided for row in rows for part in row.parts)
         ),
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One sequence, and the episode it is of."""
+
+    sample: Sample
+    episode: int
+    weighted: WeightedSample
+    undecided: bool = False  # whether its row alone cannot tell if its episode is masked as off-policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Sequences that go into the same row."""
+
+    parts: list[_Part]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(part.sample) for part in self.parts)
+
+    def cost(self, span: float) -> float:
+        return sum(cost(len(part.sample), span) for part in self.parts)
+
+
+def _units(number: int, weighted: WeightedSample, micro_tokens: int) -> list[_Unit]:
+    """An episode as one unit where a row has room for it, and otherwise each of its sequences as one."""
+    sequences = [sequence for sequence in weighted.sample.sequences if sequence.num_sampled]
+    split = len(sequences) > 1 and sum(map(len, sequences)) > micro_tokens
+    undecided = split and weighted.advantage < 0
+    parts = [_Part(sample=sequence, episode=number, weighted=weighted, undecided=undecided) for sequence in sequences]
+    return [_Unit([part]) for part in parts] if split else [_Unit(parts)]
+
+
 @dataclass(slots=True)
 class _Row:
-    """A micro-batch while it is being filled, longest sample first."""
+    """A micro-batch while it is being filled, longest unit first."""
 
-    samples: list[WeightedSample] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
     tokens: int = 0
     cost: float = 0.0
 
 
-def _rows(samples: Sequence[WeightedSample], ranks: int, micro_tokens: int, span: float) -> list[_Row]:
+def _rows(units: Sequence[_Unit], ranks: int, micro_tokens: int, span: float) -> list[_Row]:
     """As few rows as the bound on tokens allows, a multiple of ``ranks``, of about equal cost."""
-    longest_first = sorted(samples, key=lambda weighted: -len(weighted.sample))
-    tokens = sum(min(len(weighted.sample), micro_tokens) for weighted in samples)
+    longest_first = sorted(units, key=lambda unit: -unit.tokens)
+    tokens = sum(min(unit.tokens, micro_tokens) for unit in units)
     num_rounds = max(1, math.ceil(tokens / (ranks * micro_tokens)))
     while (rows := _fill(longest_first, num_rounds * ranks, micro_tokens, span)) is None:
         num_rounds += 1
     return rows
 
 
-def _fill(longest_first: Sequence[WeightedSample], num_rows: int, micro_tokens: int, span: float) -> list[_Row] | None:
-    """Each sample into the cheapest row with room for it; None where a sample finds none.
+def _fill(longest_first: Sequence[_Unit], num_rows: int, micro_tokens: int, span: float) -> list[_Row] | None:
+    """Each unit into the cheapest row with room for it; None where one finds none.
 
-    A sample longer than the bound has a row of its own.
+    A sequence longer than the bound has a row of its own.
     """
     rows = [_Row() for _ in range(num_rows)]
     by_cost = [(0.0, number) for number in range(num_rows)]
-    for weighted in longest_first:
-        length, full = len(weighted.sample), []
-        while by_cost and rows[by_cost[0][1]].tokens and rows[by_cost[0][1]].tokens + length > micro_tokens:
+    for unit in longest_first:
+        full = []
+        while by_cost and rows[by_cost[0][1]].tokens and rows[by_cost[0][1]].tokens + unit.tokens > micro_tokens:
             full.append(heapq.heappop(by_cost))
         if not by_cost:
             return None
         _, number = heapq.heappop(by_cost)
         row = rows[number]
-        row.samples.append(weighted)
-        row.tokens += length
-        row.cost += cost(length, span)
+        row.parts += unit.parts
+        row.tokens += unit.tokens
+        row.cost += unit.cost(span)
         for entry in (*full, (row.cost, number)):
             heapq.heappush(by_cost, entry)
     return rows
@@ -257,6 +292,8 @@ def idle() -> Microbatch:
     return Microbatch(
         sample_ids=("idle",),
         domains=("",),
+        episodes=np.zeros(1, np.int32),
+        episode_tokens=np.zeros(1, np.int32),
         token_ids=np.zeros(2, np.int32),
         positions=np.arange(2, dtype=np.int32),
         cu_seqlens=np.array([0, 2], np.int32),
@@ -267,22 +304,25 @@ def idle() -> Microbatch:
     )
 
 
-def _concatenate(row: list[WeightedSample]) -> Microbatch:
-    samples = [weighted.sample for weighted in row]
+def _concatenate(row: list[_Part]) -> Microbatch:
+    row = sorted(row, key=lambda part: -len(part.sample))
+    samples, weights = [part.sample for part in row], [part.weighted for part in row]
     lengths = [len(sample) for sample in samples]
     routes, routed = _join_routes(samples)
     with np.errstate(over="ignore"):  # the step that it makes infinite is skipped, and reported
-        advantages = np.array([weighted.advantage for weighted in row], np.float32)
+        advantages = np.array([weighted.advantage for weighted in weights], np.float32)
     return Microbatch(
         sample_ids=tuple(sample.id for sample in samples),
         domains=tuple(sample.prompt.domain for sample in samples),
+        episodes=np.array([part.episode for part in row], np.int32),
+        episode_tokens=np.array([weighted.sample.num_generated for weighted in weights], np.int32),
         token_ids=np.concatenate([sample.token_ids for sample in samples]).astype(np.int32, copy=False),
         positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
         cu_seqlens=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
         sampled=np.concatenate([sample.sampled for sample in samples]).astype(bool, copy=False),
         rollout_logprobs=np.concatenate([sample.rollout_logprobs for sample in samples]).astype(np.float32, copy=False),
         advantages=np.repeat(advantages, lengths),
-        kl_beta=np.repeat(np.array([weighted.kl_beta for weighted in row], np.float32), lengths),
+        kl_beta=np.repeat(np.array([weighted.kl_beta for weighted in weights], np.float32), lengths),
         routes=routes,
         routed=routed,
         selections=() if all(s.selections is None for s in samples) else tuple(s.selections for s in samples),

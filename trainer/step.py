@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rl.config import Objective
@@ -71,8 +72,9 @@ def grpo_step(
     ``index_topk`` is that of a model with an indexer, whose selections ``objective.keep_selection`` replays.
     """
     (microbatches,) = minibatch.ranks
+    drifts = summed_drifts(engine, minibatch, objective, device=device, index_topk=index_topk)
     tallies, suspects, logprobs, total = [], [], {}, 0.0
-    for micro in microbatches:
+    for number, micro in enumerate(microbatches):
         tokens = _replaying(micro, objective, device, index_topk)
         if domain_gradients is not None:
             domain_gradients.expect(micro)
@@ -92,6 +94,7 @@ def grpo_step(
             num_samples=minibatch.num_samples,
             aggregation=str(objective.aggregation),
             num_tokens=minibatch.num_tokens,
+            **whole_episodes(micro, drifts if number in minibatch.open_rounds else None, device),
         )
         if indexer_weight is not None:
             kl, indexer_tally = indexer_term(output, micro, minibatch)
@@ -113,6 +116,43 @@ def grpo_step(
         learner_logprobs=logprobs,
         seconds=engine.seconds(),
     )
+
+
+@torch.no_grad()
+def summed_drifts(
+    engine: DeepSpeedEngine,
+    minibatch: Minibatch,
+    objective: Objective,
+    *,
+    device: torch.device,
+    index_topk: int | None = None,
+) -> Tensor | None:
+    """float64 [num_samples]: sum_t(rollout - learner) of every episode in an open round, as the step will find it.
+
+    What the off-policy mask asks of episodes that no row holds whole, known before one of their sequences is trained.
+    It takes a forward pass of the open rounds, which all ranks run together; None where nothing is asked.
+    """
+    if objective.off_policy_delta is None or not minibatch.open_rounds:
+        return None
+    (microbatches,) = minibatch.ranks
+    sums = torch.zeros(minibatch.num_samples, dtype=torch.float64, device=device)
+    for micro in (microbatches[number] for number in minibatch.open_rounds):
+        tokens = _replaying(micro, objective, device, index_topk)
+        drifts = torch.tensor(micro.rollout_logprobs, device=device) - engine.run(tokens).logprobs
+        episodes = torch.tensor(np.repeat(micro.episodes, np.diff(micro.cu_seqlens)), device=device)
+        sums.index_add_(0, episodes[tokens.sampled], drifts[tokens.sampled].double())
+    dist.all_reduce(sums)
+    return sums
+
+
+def whole_episodes(micro: Microbatch, drifts: Tensor | None, device: torch.device) -> dict[str, Tensor | None]:
+    """What :func:`rl.loss.grpo_loss` is told of the episodes that a micro-batch holds sequences of.
+
+    ``drifts`` is what :func:`summed_drifts` gave, in an open round; elsewhere what decides a mask is in the row itself.
+    """
+    episodes, lengths = (torch.tensor(counts, device=device) for counts in (micro.episodes, micro.episode_tokens))
+    means = None if drifts is None else drifts[episodes] / lengths.clamp(min=1)
+    return {"episodes": episodes, "episode_tokens": lengths, "episode_drifts": means}
 
 
 def score(

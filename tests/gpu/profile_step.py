@@ -56,6 +56,8 @@ def microbatch(num_tokens: int, length: int, vocab_size: int) -> Microbatch:
     return Microbatch(
         sample_ids=tuple(map(str, range(count))),
         domains=("",) * count,
+        episodes=np.arange(count, dtype=np.int32),
+        episode_tokens=np.full(count, max(1, length // 10), np.int32),
         token_ids=generator.integers(0, vocab_size, count * length).astype(np.int32),
         positions=np.tile(np.arange(length, dtype=np.int32), count),
         cu_seqlens=np.arange(0, count * length + 1, length, dtype=np.int32),

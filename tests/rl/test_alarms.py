@@ -87,7 +87,7 @@ PATHOLOGIES = [
     (Alarm.kept, "kept/mean_size", 150.0, 1, ("from 8 to 43.5 ids", "5.44 is above alarms.kept 5")),
     (Alarm.kept, "kept/mean_size", 1.0, WINDOW, ("from 8 to 1 ids",)),
     (Alarm.entropy, "entropy", 0.002, WINDOW, ("from 0.4 to 0.002 nats", "0.005 is below alarms.entropy 0.1")),
-    (Alarm.masked, "mask/off_policy", 0.9, 3, ("69% of the sequences", "alarms.masked 0.5", "max_staleness")),
+    (Alarm.masked, "mask/off_policy", 0.9, 3, ("69% of the samples", "alarms.masked 0.5", "max_staleness")),
     (Alarm.clipped, "ratio/clipped", 0.6, 2, ("31% of the tokens", "learner.lr")),
     (Alarm.saturation, "accuracy/sums", 1.0, WINDOW, ("100.0% of the samples are right (accuracy/sums)",)),
     (Alarm.zero_variance, "groups/zero_variance", 1.0, WINDOW, ("100% of the groups", "objective.zero_variance")),
@@ -161,7 +161,7 @@ def test_alarms_that_stop_the_run(tmp_path: Path):
     assert station.alarms.stopping is None  # one is active, and not one of those
     station.feed(mask__off_policy=[0.9] * WINDOW)
     assert station.alarms.stopping is not None
-    assert station.alarms.stopping.startswith("alarm masked: the off-policy mask takes out 90% of the sequences")
+    assert station.alarms.stopping.startswith("alarm masked: the off-policy mask takes out 90% of the samples")
     assert station.alarms.stopping.endswith("; it is one of alarms.stop")
 
 

@@ -42,19 +42,25 @@ def loss_and_grad(packed, **options):
 
 
 def loop(sequences, *, clip_low, clip_high, off_policy_delta, num_samples, aggregation, num_tokens):
-    """The objective on the design page, token by token, with its derivative worked out by hand."""
+    """The objective on the design page, token by token, with its derivative worked out by hand.
+
+    Sequences with the same ``episode`` are one o_i; one without is an episode of its own.
+    """
+    episodes = {}
+    for number, seq in enumerate(sequences):
+        episodes.setdefault(seq.get("episode", f"alone {number}"), []).append(seq)
+    whole = {id(seq): drifts_of(parts) for parts in episodes.values() for seq in parts}
     loss, grad = 0.0, []
     for seq in sequences:
-        chosen = [t for t, sampled in enumerate(seq["sampled"]) if sampled]
-        drifts = [seq["rollout"][t] - seq["learner"][t] for t in chosen]
+        drifts = whole[id(seq)]
         mask = 1.0
-        if chosen and off_policy_delta is not None and seq["advantage"][chosen[0]] < 0:
+        if drifts and off_policy_delta is not None and seq["advantage"][0] < 0:
             mask = 0.0 if sum(drifts) / len(drifts) > off_policy_delta else 1.0
         for t in range(len(seq["learner"])):
-            if t not in chosen:
+            if not seq["sampled"][t]:
                 grad.append(0.0)
                 continue
-            weight = 1 / (num_samples * len(chosen)) if aggregation == "sequence_mean" else 1 / num_tokens
+            weight = 1 / (num_samples * len(drifts)) if aggregation == "sequence_mean" else 1 / num_tokens
             a, r = seq["advantage"][t], math.exp(seq["learner"][t] - seq["rollout"][t])
             bounded = min(max(r, 1 - clip_low), 1 + clip_high)
             d = seq["ref"][t] - seq["learner"][t]
@@ -62,6 +68,12 @@ def loop(sequences, *, clip_low, clip_high, off_policy_delta, num_samples, aggre
             slope = r * a if r * a <= bounded * a else 0.0
             grad.append(-weight * (slope * mask + seq["beta"][t] * r * d))
     return loss, grad
+
+
+def drifts_of(sequences):
+    """Of all sampled tokens of an episode."""
+    streams = [zip(seq["rollout"], seq["learner"], seq["sampled"], strict=True) for seq in sequences]
+    return [rollout - learner for stream in streams for rollout, learner, sampled in stream if sampled]
 
 
 def random_sequences(seed, lengths, spread=0.3):
@@ -265,6 +277,65 @@ def test_any_split_into_micro_batches_adds_up(batch, options, data):
     assert float(metrics["loss/policy"]) + float(metrics["loss/kl"]) == pytest.approx(loss, rel=1e-9, abs=1e-12)
 
 
+@given(st.tuples(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 9), min_size=1, max_size=7)), options, st.data())
+@settings(max_examples=75, deadline=None)
+def test_an_episode_is_decided_once_however_its_sequences_are_split(batch, options, data):
+    """Sequences drawn into episodes, and these into micro-batches, in any order: the loop over whole episodes."""
+    sequences = random_sequences(*batch)
+    for seq in sequences:
+        seq["episode"] = data.draw(st.integers(0, len(sequences) // 2))
+        leader = next(other for other in sequences if other.get("episode") == seq["episode"])
+        for name in ("advantage", "beta"):
+            seq[name] = leader[name][:1] * len(seq["learner"])
+    whole = {seq["episode"]: drifts_of([s for s in sequences if s["episode"] == seq["episode"]]) for seq in sequences}
+    lengths = [len(drifts) for drifts in whole.values()]
+    options = {**options, "num_samples": max(1, sum(n > 0 for n in lengths)), "num_tokens": max(1, sum(lengths))}
+    expected_loss, expected_grad = loop(sequences, **options)
+
+    of_sequences = [data.draw(st.integers(0, 2)) for _ in sequences]
+    total, grads, tallies = 0.0, {}, []
+    for micro in set(of_sequences):
+        part = [number for number, other in enumerate(of_sequences) if other == micro]
+        drifts = [whole[sequences[number]["episode"]] for number in part]
+        loss, grad, metrics = loss_and_grad(
+            pack([sequences[number] for number in part]),
+            **options,
+            episodes=torch.tensor([sequences[number]["episode"] for number in part]),
+            episode_tokens=torch.tensor([len(one) for one in drifts]),
+            episode_drifts=torch.tensor([sum(one) / max(1, len(one)) for one in drifts], dtype=F64),
+        )
+        total += loss
+        tallies.append(metrics)
+        pieces = grad.split([len(sequences[number]["learner"]) for number in part])
+        grads |= dict(zip(part, pieces, strict=True))
+    assert total == pytest.approx(expected_loss, rel=1e-10, abs=1e-12)
+    joined = torch.cat([grads[number] for number in range(len(sequences))])
+    np.testing.assert_allclose(joined.numpy(), expected_grad, rtol=1e-9, atol=1e-12)
+
+    delta, advantages = options["off_policy_delta"], {seq["episode"]: seq["advantage"] for seq in sequences}
+    masked = [
+        delta is not None and advantages[episode][0] < 0 and sum(drifts) / len(drifts) > delta
+        for episode, drifts in whole.items()
+        if drifts
+    ]
+    metrics = merge(tallies)
+    assert metrics["mask/off_policy"].total == pytest.approx(sum(masked))
+    assert metrics["mask/off_policy"].count == pytest.approx(len(masked))
+    # What is reported is what was optimised.
+    reported = float(metrics["loss/policy"]) + float(metrics["loss/kl"])
+    assert reported == pytest.approx(total, rel=1e-9, abs=1e-12)
+
+
+def test_sequences_of_one_micro_batch_share_their_mask_without_being_told():
+    one, other = TestOffPolicyMask.sequence([0.5], -1.0), TestOffPolicyMask.sequence([0.0, 0.0], -1.0)
+    packed = pack([one, other, one])
+    options = {"off_policy_delta": 0.2, "num_samples": 2, "clip_low": 0.99, "episodes": torch.tensor([7, 2, 2])}
+    _, grad, metrics = loss_and_grad(packed, **options)
+    # Alone 0.5 a token; with the first sequence's two tokens 0.17, below the bound.
+    assert (grad != 0).tolist() == [False, True, True, True]
+    assert float(metrics["mask/off_policy"]) == 0.5
+
+
 @given(batches, st.sampled_from([math.nan, math.inf, -math.inf, 1e30]), st.sampled_from([torch.float32, F64]))
 @settings(max_examples=75, deadline=None)
 def test_unsampled_positions_are_never_read(batch, garbage, dtype):
@@ -358,6 +429,7 @@ def test_low_precision_logprobs_are_summed_in_float32():
         ({"aggregation": "token_mean"}, "num_tokens"),
         ({"aggregation": "mean"}, "sequence_mean or token_mean"),
         ({"num_samples": 0}, "num_samples"),
+        ({"episodes": torch.zeros(2)}, r"episodes has shape \[2\], but cu_seqlens\[1:\] has \[1\]"),
         ({"ref_logprobs": torch.zeros(3)}, r"ref_logprobs has shape \[3\], but learner_logprobs has \[2\]"),
     ],
 )

@@ -138,21 +138,27 @@ def test_trajectories_carry_log_ratios_and_the_mask(desk: Desk):
     assert len(rows[0]["tokens"]) == 5
 
 
-def test_every_sequence_of_an_episode_has_its_own_streams_and_mask(desk: Desk):
+def test_every_sequence_of_an_episode_has_its_own_streams_and_all_have_one_mask(desk: Desk):
     before = make_sample(make_prompt("1"), 0, num_sampled=2, part=0)
     last = make_sample(make_prompt("1"), 0, earlier=(before,))
     episode = Group(
         prompt=last.prompt, scored=(Scored(sample=last, reward=0.0, parts={"evenness": 0.0}), scored("1", 1, 1.0))
     )
-    shift = {"sums/1#0.0": 0.3, "sums/1#0": 0.1, "sums/1#1": 0.0}
+    # By itself the earlier sequence would be masked; over all five tokens the mean is 0.24, below 0.25.
+    shift = {"sums/1#0.0": 0.45, "sums/1#0": 0.1, "sums/1#1": 0.0}
     samples = {"sums/1#0.0": before, "sums/1#0": last, "sums/1#1": episode.scored[1].sample}
     logprobs = {name: np.where(s.sampled, s.rollout_logprobs - shift[name], 0) for name, s in samples.items()}
     desk.step([episode], advantages=[np.array([-1.0, 1.0])], logprobs=logprobs)
     row, _ = read_lines(desk.run.samples / "step_3.jsonl")
     (earlier,) = row["earlier"]
-    assert (earlier["masked"], row["masked"]) == (True, False)
-    assert earlier["log_ratios"] == pytest.approx([0, 0, -0.3, -0.3], abs=1e-3)
+    assert (earlier["masked"], row["masked"]) == (False, False)
+    assert earlier["log_ratios"] == pytest.approx([0, 0, -0.45, -0.45], abs=1e-3)
     assert len(earlier["tokens"]) == 4 and len(row["tokens"]) == 5
+
+    logprobs["sums/1#0.0"] = np.where(before.sampled, before.rollout_logprobs - 0.55, 0)  # 0.28 over all
+    desk.step([episode], step=4, advantages=[np.array([-1.0, 1.0])], logprobs=logprobs)
+    row, sibling = read_lines(desk.run.samples / "step_4.jsonl")
+    assert (row["earlier"][0]["masked"], row["masked"], sibling["masked"]) == (True, True, False)
 
 
 def test_nothing_is_masked_when_the_mask_is_off(tmp_path: Path):

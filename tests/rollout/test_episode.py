@@ -177,7 +177,8 @@ def check_against_trace(sequence: Sample, trace: list[tuple[Request, Completion]
 
 def check_against_learner(sequence: Sample, model, temperature: float) -> None:
     """Whose indexer has other weights: what the engine selected takes its place."""
-    (micro,) = pack_step([WeightedSample(sample=sequence)], ranks=1, micro_tokens=1000).ranks[0]
+    alone = WeightedSample(sample=replace(sequence, earlier=()))
+    (micro,) = pack_step([alone], ranks=1, micro_tokens=1000).ranks[0]
     assert sequence.routed is not None and (sequence.kept is None or sequence.kept.sizes[sequence.sampled].all())
     assert not (micro.context & ~sequence.routed).any()
     top_k = model.config.index_topk

@@ -179,5 +179,29 @@ def groups_of(
     return groups
 
 
+SHIFTS = ((0.5, 0.1), (0.4, 0.0, 0.0), (0.0,), (0.3, 0.3), (2.0, 2.0))
+EPISODE_ADVANTAGES = np.array([-1.0, -0.5, 0.8, -0.4, 1.1])
+MASKED_EPISODES = (True, False, False, True, False)
+"""Of :func:`episodes_of`, at an ``off_policy_delta`` of 0.2."""
+
+
+def episodes_of(model: LanguageModel) -> Group:
+    """Siblings of one to three sequences, whose engine liked every token by ``SHIFTS`` more than ``model``.
+
+    By themselves one sequence of the first episode would be trained, and one of the second masked.
+    """
+    rng, prompt = np.random.default_rng(5), Prompt(id="math/0", domain="math", token_ids=np.zeros(1, np.int32))
+    scored = []
+    for index, shifts in enumerate(SHIFTS):
+        parts = [roll_out(model, rng, prompt=prompt, index=index, length=14) for _ in shifts]
+        parts = [
+            with_logprobs(part, part.rollout_logprobs + np.where(part.sampled, shift, 0))
+            for part, shift in zip(parts, shifts, strict=True)
+        ]
+        earlier = tuple(dataclasses.replace(part, part=place) for place, part in enumerate(parts[:-1]))
+        scored.append(Scored(sample=dataclasses.replace(parts[-1], earlier=earlier), reward=0.0))
+    return Group(prompt=prompt, scored=tuple(scored))
+
+
 def advantages_of(groups: Sequence[Group]) -> list[NDArray]:
     return [group.rewards - group.rewards.mean() for group in groups]

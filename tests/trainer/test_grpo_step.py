@@ -18,9 +18,12 @@ from rl.metrics import values
 from rl.sample import Group, Sample
 from tests.trainer.conftest import MakeRank
 from tests.trainer.samples import (
+    EPISODE_ADVANTAGES,
+    MASKED_EPISODES,
     TEMPERATURE,
     advantages_of,
     brute_logprobs,
+    episodes_of,
     groups_of,
     live_weights,
     tiny_recipe,
@@ -41,8 +44,14 @@ class GradientOnly:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.num_runs = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.policy(*args, **kwargs)
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_runs += 1
         return self.policy(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> bool:
@@ -225,6 +234,44 @@ def test_off_policy_sequences_with_negative_advantage_leave_the_loss(model: Lang
     without = [WeightedSample(sample=drifted[0], advantage=0.0), *samples[1:]]
     _, expected = run(model, pack_step(without, ranks=1, micro_tokens=64))
     assert_close(gradient, expected, 1e-5)
+
+
+@pytest.mark.parametrize(("micro_tokens", "num_open"), [(1000, 0), (30, 2), (20, 7)])
+def test_an_episode_is_masked_as_a_whole_wherever_its_sequences_lie(
+    sole_rank: MakeRank, model: LanguageModel, micro_tokens: int, num_open: int
+):
+    sole_rank(tiny_recipe())  # a process group, over which episodes are summed
+    episodes = episodes_of(model)
+    (minibatch,) = pack(
+        [episodes],
+        [EPISODE_ADVANTAGES],
+        kl_betas={"math": 0.0},
+        ranks=1,
+        minibatches=1,
+        micro_tokens=micro_tokens,
+        rng=np.random.default_rng(0),
+    )
+    engine: Any = GradientOnly(Policy(model, temperature=TEMPERATURE))
+    model.zero_grad()
+    step = grpo_step(engine, minibatch, Objective(off_policy_delta=0.2, clip_low=0.99), device=CPU)
+    gradient = gradients(model)
+    assert engine.num_runs == len(minibatch.open_rounds) == num_open <= len(minibatch.ranks[0])
+    assert values(step.metrics)["mask/off_policy"] == pytest.approx(sum(MASKED_EPISODES) / len(MASKED_EPISODES))
+
+    model.zero_grad()
+    total = torch.zeros(())
+    members = zip(samples_of([episodes]), EPISODE_ADVANTAGES, MASKED_EPISODES, strict=True)
+    for sample, advantage, masked in members:
+        learner = torch.cat([brute_logprobs(model, part)[part.sampled] for part in sample.sequences])
+        rollout = torch.tensor(np.concatenate([part.rollout_logprobs[part.sampled] for part in sample.sequences]))
+        assert masked == (advantage < 0 and float((rollout - learner).detach().mean()) > 0.2)
+        ratio = (learner - rollout).exp()
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.01, 1.2) * advantage)
+        total = total - surrogate.mean() / len(MASKED_EPISODES) * (not masked)
+    total.backward()
+    assert step.loss == pytest.approx(total.item(), rel=1e-4)
+    assert values(step.metrics)["loss/policy"] == pytest.approx(total.item(), rel=1e-4)
+    assert_close(gradient, gradients(model), 1e-4)
 
 
 def test_the_kl_is_to_the_reference_with_its_own_routes_over_the_same_kept_sets(model: LanguageModel, model_dir: Path):

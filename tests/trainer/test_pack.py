@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rl.config import Aggregation
 from rl.loss import grpo_loss
+from rl.metrics import merge
 from rl.sample import Group, Kept, Prompt, Sample, Scored
 from rl.selections import Selections
 from trainer.pack import Microbatch, Minibatch, WeightedSample, pack, pack_step
@@ -233,53 +234,111 @@ def test_context_is_what_a_later_sampled_token_looks_back_on():
     assert contexts == {"p#0": [True, True, True, False, False, False], "idle": [False, False]}
 
 
+def random_episode(rng: np.random.Generator, prompt: Prompt, index: int, lengths: list[int]) -> Sample:
+    parts = [random_sample(rng, prompt, index, length) for length in lengths]
+    earlier = tuple(dataclasses.replace(part, part=place) for place, part in enumerate(parts[:-1]))
+    return dataclasses.replace(parts[-1], earlier=earlier)
+
+
+episode_lengths = st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=4), min_size=1, max_size=8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(episode_lengths, st.integers(1, 3), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_an_episode_lies_in_one_row_or_its_rounds_are_open(lengths, ranks, micro_tokens, seed):
+    rng = np.random.default_rng(seed)
+    prompt = Prompt(id="p", domain="a", token_ids=np.zeros(1, np.int32))
+    episodes = [random_episode(rng, prompt, index, each) for index, each in enumerate(lengths)]
+    episodes = [sample for sample in episodes if sample.num_generated]
+    advantages = rng.choice([-1.0, 0.0, 1.0], len(episodes))
+    weighted = [WeightedSample(sample=s, advantage=a) for s, a in zip(episodes, advantages, strict=True)]
+    step = pack_step(weighted, ranks=ranks, micro_tokens=micro_tokens)
+    assert step.num_samples == len(episodes)
+    rows = [
+        (number, micro)
+        for rank in step.ranks
+        for number, micro in enumerate(rank)
+        if micro.sampled.any()
+    ]  # fmt: skip
+    for _, micro in rows:
+        assert len(micro) <= micro_tokens or len(micro.sample_ids) == 1
+    is_open = set()
+    for number, (sample, advantage) in enumerate(zip(episodes, advantages, strict=True)):
+        parts = {part.id for part in sample.sequences if part.num_sampled}
+        holders = [(place, micro) for place, micro in rows if number in micro.episodes]
+        held = [name for _, micro in holders for name in np.array(micro.sample_ids)[micro.episodes == number]]
+        assert sorted(held) == sorted(parts)
+        assert all((m.episode_tokens[m.episodes == number] == sample.num_generated).all() for _, m in holders)
+        size = sum(len(part) for part in sample.sequences if part.num_sampled)
+        assert (len(holders) == 1) == (size <= micro_tokens or len(parts) == 1)
+        if len(holders) > 1 and advantage < 0:
+            is_open |= {place for place, _ in holders}
+    assert set(step.open_rounds) == is_open
+    assert step.share(0).open_rounds == step.open_rounds
+
+
 @pytest.mark.parametrize("aggregation", list(Aggregation))
-def test_an_episode_in_several_sequences_counts_once(aggregation):
-    """The packed loss against the objective written out over episodes, for episodes of one to three sequences."""
+@pytest.mark.parametrize("micro_tokens", [25, 1000], ids=["apart", "together"])
+def test_an_episode_in_several_sequences_counts_once(aggregation, micro_tokens):
+    """The packed loss against the objective written out over episodes of one to three sequences, mask included."""
     rng = np.random.default_rng(3)
     prompt = Prompt(id="p", domain="a", token_ids=np.zeros(1, np.int32))
-    episodes = []
-    for index, count in enumerate((1, 2, 3)):
-        parts = [random_sample(rng, prompt, index, int(rng.integers(5, 30))) for _ in range(count)]
-        earlier = tuple(dataclasses.replace(part, part=place) for place, part in enumerate(parts[:-1]))
-        episodes.append(dataclasses.replace(parts[-1], earlier=earlier))
-    advantages = np.array([1.0, -0.5, 0.7])
+    # Nats a token, by sequence. Alone, one of the second episode would be trained, and one of the fourth masked.
+    shifts = ((9.0,), (0.5, 0.1), (9.0, 9.0, 9.0), (0.0, 0.0, 0.4), (0.3, 0.3))
+    advantages = np.array([1.0, -0.5, 0.7, -0.8, -0.2])
+    episodes = [random_episode(rng, prompt, index, [20] * len(each)) for index, each in enumerate(shifts)]
     group = Group(prompt=prompt, scored=tuple(Scored(sample=sample, reward=0.0) for sample in episodes))
     (step,) = pack(
-        [group], [advantages], kl_betas={"a": 0.3}, ranks=2, minibatches=1, micro_tokens=25, rng=rng,
-        aggregation=aggregation,
-    )  # fmt: skip
+        [group], [advantages], kl_betas={"a": 0.3}, ranks=2, minibatches=1, micro_tokens=micro_tokens, rng=rng
+    )
     names = {part.id for sample in episodes for part in sample.sequences}
-    assert len(names) == 6 and set(step.sample_ids) == names and step.num_samples == 3
+    assert len(names) == 11 and set(step.sample_ids) == names and step.num_samples == 5
+    assert bool(step.open_rounds) == (micro_tokens == 25)
 
-    learner = {part.id: rng.normal(-1, 0.3, len(part)) for sample in episodes for part in sample.sequences}
-    total = 0.0
+    learner = {
+        part.id: part.rollout_logprobs - shift + rng.normal(0, 0.01, len(part))
+        for sample, each in zip(episodes, shifts, strict=True)
+        for part, shift in zip(sample.sequences, each, strict=True)
+    }
+    drifts = [
+        float(np.concatenate([(s.rollout_logprobs - learner[s.id])[s.sampled] for s in sample.sequences]).mean())
+        for sample in episodes
+    ]
+    total, masks = 0.0, []
     for micro in microbatches([step]):
-        if not micro.sampled.any():
-            continue
-        loss, _ = grpo_loss(
-            torch.tensor(np.concatenate([learner[name] for name in micro.sample_ids])),
+        loss, metrics = grpo_loss(
+            torch.tensor(np.concatenate([learner.get(name, np.zeros(2)) for name in micro.sample_ids])),
             torch.tensor(micro.rollout_logprobs),
             torch.tensor(micro.advantages),
             torch.tensor(micro.sampled),
             torch.tensor(micro.cu_seqlens),
-            ref_logprobs=torch.tensor(np.concatenate([learner[name] + 0.1 for name in micro.sample_ids])),
+            ref_logprobs=torch.tensor(
+                np.concatenate([learner.get(name, np.zeros(2)) + 0.1 for name in micro.sample_ids])
+            ),
             kl_beta=torch.tensor(micro.kl_beta),
             num_samples=step.num_samples,
             num_tokens=step.num_tokens,
             aggregation=str(aggregation),
+            off_policy_delta=0.2,
+            episodes=torch.tensor(micro.episodes),
+            episode_tokens=torch.tensor(micro.episode_tokens),
+            episode_drifts=torch.tensor([drifts[number] for number in micro.episodes]) if step.open_rounds else None,
         )
         total += float(loss)
+        masks.append(metrics)
 
     expected = 0.0
-    for sample, advantage in zip(episodes, advantages, strict=True):
+    for sample, advantage, masked in zip(episodes, advantages, (False, True, False, False, True), strict=True):
+        assert masked == (advantage < 0 and drifts[sample.index] > 0.2)
         terms = []
         for part in sample.sequences:
             ratio = np.exp(learner[part.id] - part.rollout_logprobs)[part.sampled]
-            surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+            surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage) * (not masked)
             terms += (0.3 * ratio * (np.exp(0.1) - 0.1 - 1) - surrogate).tolist()
-        expected += sum(terms) / (3 * len(terms) if aggregation == Aggregation.sequence_mean else step.num_tokens)
+        expected += sum(terms) / (5 * len(terms) if aggregation == Aggregation.sequence_mean else step.num_tokens)
     assert total == pytest.approx(expected, rel=1e-5)
+    rate = merge(masks)["mask/off_policy"]
+    assert (rate.total, rate.count) == (pytest.approx(2), pytest.approx(5))
 
 
 def test_mismatches_are_named():

@@ -25,7 +25,10 @@ from tests.small_disk import full_disk
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks
 from tests.trainer.samples import (
+    EPISODE_ADVANTAGES,
+    MASKED_EPISODES,
     advantages_of,
+    episodes_of,
     groups_of,
     live_weights,
     tiny_recipe,
@@ -129,6 +132,40 @@ def test_two_ranks_give_the_loss_and_the_weights_of_one(
     if indexer == IndexerTraining.frozen:
         frozen |= {name for name in start if ".indexer." in name}
     assert moved == start.keys() - frozen
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_decide_together_about_an_episode_that_they_share(
+    pair: Ranks, sole_rank: MakeRank, model_dir: Path, stage: int
+):
+    """Against one rank with room for whole episodes, which has nothing to look up before."""
+    model = load_model(model_dir)
+
+    def step_of(ranks: int, micro_tokens: int) -> Minibatch:
+        (step,) = pack(
+            [episodes_of(model)],
+            [EPISODE_ADVANTAGES],
+            kl_betas={"math": 0.0},
+            ranks=ranks,
+            minibatches=1,
+            micro_tokens=micro_tokens,
+            rng=np.random.default_rng(0),
+        )
+        return step
+
+    apart, together = step_of(2, 20), step_of(1, 1000)
+    holders = [{name.split(".")[0] for micro in rank for name in micro.sample_ids} for rank in apart.ranks]
+    assert holders[0] & holders[1] and apart.open_rounds and not together.open_rounds
+    objective = Objective(off_policy_delta=0.2, clip_low=0.99)
+    results = pair(train, tiny_recipe(zero_stage=stage, objective=objective), model_dir, [apart])
+    (expected,), weights = train(sole_rank, tiny_recipe(objective=objective), model_dir, [together])
+    shares = [ran[0] for ran, _ in results]
+    assert sum(share.loss for share in shares) == pytest.approx(expected.loss, rel=1e-4)
+    assert shares[0].outcome.grad_norm == pytest.approx(expected.outcome.grad_norm, rel=1e-4)
+    masked = merge(share.metrics for share in shares)["mask/off_policy"]
+    assert float(masked) == pytest.approx(sum(MASKED_EPISODES) / len(MASKED_EPISODES))
+    for name, tensor in weights.items():
+        assert float((results[0][1][name] - tensor).abs().max()) <= 3e-5, name
 
 
 @pytest.mark.parametrize(("stage", "what"), [(0, "loss"), (1, "gradient"), (2, "loss"), (3, "gradient")])
