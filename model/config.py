@@ -8,6 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+CONFIG_JSON_DEFAULTS: Mapping[str, Any] = {
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 163840,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+"""What transformers' DeepseekV32Config takes for a key that config.json leaves out: the published model's values, where
+`ModelConfig` by itself begins with those of a small one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class YarnScaling:
@@ -73,6 +84,8 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "first_k_dense_replace" else 1
+            if value is None and "None" not in str(field.type):
+                raise ValueError(f"model config: {field.name} must not be null")
             if field.type == "int" and (type(value) is not int or value < least):
                 raise ValueError(f"model config: {field.name} must be a whole number from {least} on, not {value!r}")
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.index_head_dim:
@@ -109,13 +122,15 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+    def from_dict(cls, values: Mapping[str, Any], *, defaults: Mapping[str, Any] = CONFIG_JSON_DEFAULTS) -> ModelConfig:
         """Reads the contents of a config.json; keys that do not shape the model are passed over.
 
-        RoPE may stand under `rope_scaling` and `rope_theta` or under `rope_parameters`. Raises ValueError naming the
-        key that is missing or that asks for something this architecture does not have.
+        `defaults` stand for keys that are absent, before the constructor's own. RoPE may stand under `rope_scaling` and
+        `rope_theta` or under `rope_parameters`. Raises ValueError naming the key that is missing or that asks for
+        something this architecture does not have.
         """
         _refuse_foreign(values)
+        values = {**defaults, **values}
         known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
         absent = [
             field.name
@@ -126,13 +141,14 @@ class ModelConfig:
             raise ValueError(f"model config: {', '.join(absent)} missing from config.json")
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         known["rope_theta"] = float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)
-        known["rope_scaling"] = _yarn(rope, int(values.get("max_position_embeddings") or 4096))
+        known.pop("rope_scaling", None)
         kinds = known["mlp_layer_types"] = tuple(known.get("mlp_layer_types") or ()) or None
         if kinds is not None and len(kinds) == known["num_hidden_layers"]:
             num_dense = known["first_k_dense_replace"] = kinds.count("dense")
             if kinds == ("dense",) * num_dense + ("sparse",) * (len(kinds) - num_dense):
                 known["mlp_layer_types"] = None
-        return cls(**known)
+        config = cls(**known)
+        return dataclasses.replace(config, rope_scaling=_yarn(rope, config.max_position_embeddings))
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that transformers and vLLM read; `from_dict` gives back an equal ModelConfig."""

@@ -66,7 +66,7 @@ def _read(values: Mapping[str, Any]) -> ModelConfig:
     for key in values:
         if key not in (*known, "model_type"):
             raise RecipeError(f"model.init has no key '{key}'; {did_you_mean(key, known)}")
-    return ModelConfig.from_dict(values)
+    return ModelConfig.from_dict(values, defaults={})  # sizes of a small model where none are given
 
 
 def _read_foreign(values: Mapping[str, Any]) -> PretrainedConfig:

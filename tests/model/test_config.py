@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+from transformers import DeepseekV32Config
 
 from model import ModelConfig, YarnScaling
 from model.rope import softmax_scale
-from tests.model.shapes import BASE, make_config
+from tests.model.shapes import BASE, SHAPES, make_config
 
 # The rope and routing part of DeepSeek-V3.2's public config.json, as that file spells it.
 PUBLIC: dict[str, Any] = {
@@ -48,6 +50,28 @@ def test_the_public_spelling_is_read() -> None:
     assert config.moe_layers == [1, 2]
 
 
+OPTIONAL = [field.name for field in dataclasses.fields(ModelConfig) if field.default is not dataclasses.MISSING]
+
+
+@pytest.mark.parametrize("left_out", [*OPTIONAL, "all of them"])
+def test_a_key_that_is_left_out_means_what_it_means_to_transformers(left_out: str) -> None:
+    full = make_config(**SHAPES["yarn"], n_routed_experts=64, n_group=16, topk_group=8).to_dict()
+    gone = OPTIONAL if left_out == "all of them" else [left_out]
+    values = {key: value for key, value in full.items() if key not in gone}
+    ours, theirs = ModelConfig.from_dict(values), DeepseekV32Config.from_dict(dict(values))
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in ("rope_theta", "rope_scaling", "mlp_layer_types"):
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+    kinds = ["sparse" if layer in ours.moe_layers else "dense" for layer in range(ours.num_hidden_layers)]
+    assert kinds == theirs.mlp_layer_types
+    rope: Any = theirs.rope_parameters
+    assert ours.rope_theta == rope["rope_theta"]
+    assert (ours.rope_scaling is None) == (rope["rope_type"] == "default")
+    if ours.rope_scaling is not None:
+        scaling = dataclasses.asdict(ours.rope_scaling)
+        assert all(scaling[key] == value for key, value in rope.items() if key in scaling)
+
+
 def test_scale_of_the_public_model() -> None:
     """192 ** -0.5 * 1.87385, the number of the reference implementation."""
     config = make_config(
@@ -72,6 +96,7 @@ def test_scale_of_the_public_model() -> None:
         ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "RoPE type 'linear' is not supported"),
         ({"q_lora_rank": None}, "q_lora_rank missing"),
+        ({"routed_scaling_factor": None}, "routed_scaling_factor must not be null"),
         ({"kv_lora_rank": 0}, "kv_lora_rank must be a whole number from 1 on, not 0"),
         ({"vocab_size": "64k"}, "vocab_size must be a whole number from 1 on, not '64k'"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number from 0 on"),
