@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import time
@@ -21,9 +20,17 @@ TIMED = ("time/", "speed/", "memory/", "checkpoint/", "tokens_per_s")
 
 
 def run_until(
-    moment: Callable[[Run], bool], folder: Path, *overrides: str, sign: int = signal.SIGKILL, delay_s: float = 0.0
+    moment: Callable[[Run], bool],
+    folder: Path,
+    *overrides: str,
+    sign: int = signal.SIGKILL,
+    delay_s: float = 0.0,
+    amid: bool = False,
 ) -> tuple[int, str]:
-    """Starts the tiny recipe and sends the signal ``delay_s`` after ``moment``; its exit code and what it printed."""
+    """Starts the tiny recipe and sends the signal ``delay_s`` after ``moment``; its exit code and what it printed.
+
+    ``amid`` a moment is where it has not passed when the signal comes.
+    """
     run = Run(folder / "runs" / "tiny")
     log = folder / "log.txt"
     with open(log, "w") as output:
@@ -36,7 +43,7 @@ def run_until(
         )
         try:
             ends = time.monotonic() + PATIENCE_S
-            while not moment(run):
+            while not (moment(run) and (not amid or _is_held(process, lambda: moment(run)))):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < ends, log.read_text()
                 time.sleep(POLL_S)
@@ -46,6 +53,31 @@ def run_until(
         finally:
             process.kill()
             process.wait()
+
+
+def _is_held(process: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
+    """Leaves the process stopped where that was in time, and lets it go on otherwise."""
+    process.send_signal(signal.SIGSTOP)
+    while any(_state(thread) not in "TZX" for thread in Path(f"/proc/{process.pid}/task").iterdir()):
+        time.sleep(POLL_S)
+    if moment():
+        return True
+    process.send_signal(signal.SIGCONT)
+    return False
+
+
+def _state(thread: Path) -> str:
+    """``T`` is stopped, by proc(5)."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def after(seconds: float) -> Callable[[Run], bool]:
+    """The moment so long after this call."""
+    at = time.monotonic() + seconds
+    return lambda run: time.monotonic() >= at
 
 
 def logged(step: int) -> Callable[[Run], bool]:
@@ -58,26 +90,18 @@ def learned(step: int) -> Callable[[Run], bool]:
     return lambda run: any(f'"step": {step},' in line for line in _lines(run.path / "supervised.jsonl"))
 
 
-def saving(step: int, stage: str = ".") -> Callable[[Run], bool]:
-    """The moment when the checkpoint of a step, or a later one, is being written; in ``cold_start`` one of its own."""
-
-    def begun(run: Run) -> bool:
-        partials = _partials(run.path / "checkpoints" / stage)
-        return any(int(name.split("_")[1].split(".")[0]) >= step for name in partials)
-
-    return begun
+def saving(step: int) -> Callable[[Run], bool]:
+    """The moment when the checkpoint of a step, or a later one, is being written."""
+    return lambda run: any(partial >= step for partial in half_saved(run))
 
 
-def _partials(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if name.endswith(".partial")] if folder.exists() else []
+def half_saved(run: Run) -> list[int]:
+    """Steps with a checkpoint that is being written, or never was to its end."""
+    return [int(path.name.split("_")[1].split(".")[0]) for path in (run.path / "checkpoints").glob(".step_*.partial")]
 
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
-
-
-def some_seconds(rng: random.Random, most: float) -> float:
-    return rng.random() * most
 
 
 def assert_same_run(one: Run, other: Run, *, steps: int) -> None:

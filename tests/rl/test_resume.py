@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import shutil
 import signal
 import threading
 import time
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import rl.train
 from model import load_model
-from rl.checkpoint import newest
+from rl.checkpoint import Saved, newest
 from rl.doctor import LEARNERS_OWN
 from rl.resume import Resumption
 from rl.saver import Saver
 from rl.timeline import Timeline
 from rl.utilization import Utilization
-from tests.rl.killed_runs import assert_same_run, learned, logged, run_until, saving, some_seconds
+from tests.rl.killed_runs import after, assert_same_run, half_saved, learned, logged, run_until, saving
 from tests.rl.tiny_runs import REWARDS, Run, assert_one_sentence, read_lines, run_here
 from tests.small_disk import full_disk
 from trainer.learner import Learner
@@ -51,28 +53,35 @@ def straight(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(
-    straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ):
-    rng = random.Random(0)
-    code, said = run_until(learned(3), tmp_path, *LOCKSTEP, sign=signal.SIGTERM, delay_s=some_seconds(rng, 0.1))
+    """By a signal in its cold start, at a moment of which nothing is known, and while it saves."""
+    seed = secrets.randbits(32)
+    rng, run = random.Random(seed), Run(tmp_path / "runs" / "tiny")
+    code, said = run_until(learned(3), tmp_path, *LOCKSTEP, sign=signal.SIGTERM, delay_s=rng.uniform(0, 0.1))
     assert code == 130, said
-    cold = newest(tmp_path / "runs" / "tiny" / "checkpoints").found
-    assert cold is not None and cold.cold_start and f"interrupted; cold start step {cold.step} is saved" in said
-    place = f"cold start step {cold.step} of {COLD_STEPS}"
-    for moment in (saving(35, "cold_start"), saving(4)):
-        code, said = run_until(moment, tmp_path, *LOCKSTEP, delay_s=some_seconds(rng, 0.3))
-        assert code == -signal.SIGKILL
-        assert f"tiny: goes on after {place}" in said
-        left = newest(tmp_path / "runs" / "tiny" / "checkpoints").found
-        assert left is not None
-        place = f"{left.moment} of {COLD_STEPS if left.cold_start else STEPS}"
-    assert not left.cold_start and 3 <= left.step < STEPS
-    assert not (tmp_path / "runs" / "tiny" / "checkpoints" / "cold_start").exists()
+    cold = saved_last(run)
+    assert cold.cold_start and f"interrupted; cold start step {cold.step} is saved" in said
+
+    took = datetime.fromisoformat(straight.status["ended"]) - datetime.fromisoformat(straight.status["started"])
+    seconds = rng.uniform(0, took.total_seconds())
+    killed, late = after(seconds), logged(STEPS - 2)  # the next one is killed while it saves what is left
+    code, said = run_until(lambda run: killed(run) or late(run), tmp_path, *LOCKSTEP)
+    assert code == -signal.SIGKILL, said
+    left = saved_last(run)
+    moments = f"seed {seed}: killed after {seconds:.2f} s, or at step {STEPS - 2}, with {left.moment} saved\n"
+    request.node.add_report_section("call", "moments", moments)
+
+    code, said = run_until(saving(4), tmp_path, *LOCKSTEP, amid=True)
+    assert code == -signal.SIGKILL, said
+    assert f"tiny: goes on after {place(left)}" in said
+    left = saved_last(run)
+    (half,) = half_saved(run)
+    assert not left.cold_start and half == left.step + 1 and 4 <= half <= STEPS
 
     capsys.readouterr()
-    code, run = run_here(tmp_path, *LOCKSTEP)
-    assert code == 0
-    assert f"tiny: goes on after {place}" in capsys.readouterr().out
+    assert run_here(tmp_path, *LOCKSTEP)[0] == 0
+    assert f"tiny: goes on after {place(left)}" in capsys.readouterr().out
     assert_same_run(straight, run, steps=STEPS)
     supervised = [read_lines(one.path / "supervised.jsonl") for one in (run, straight)]
     assert [row["step"] for row in supervised[0]] == list(range(1, COLD_STEPS + 1))
@@ -90,6 +99,17 @@ def test_a_run_that_is_killed_at_any_moment_and_resumed_is_the_same_run(
     assert {path.name for path in (run.path / "checkpoints").iterdir()} == {f"step_{step}" for step in (7, 8, 9)}
 
 
+def saved_last(run: Run) -> Saved:
+    found = newest(run.path / "checkpoints").found
+    assert found is not None
+    return found
+
+
+def place(saved: Saved) -> str:
+    """As the run that goes on there says it."""
+    return f"{saved.moment} of {COLD_STEPS if saved.cold_start else STEPS}"
+
+
 def test_with_generation_ahead_every_prompt_is_trained_once(cluster: None, tmp_path: Path):
     # Six steps of four prompts are the 24 prompts of the recipe, each once.
     settings = ("steps=6", "rollout={max_staleness: 2, engines: 2, max_num_seqs: 4}", "log_samples=1000")
@@ -97,7 +117,7 @@ def test_with_generation_ahead_every_prompt_is_trained_once(cluster: None, tmp_p
     assert code == 130, said
     run = Run(tmp_path / "runs" / "tiny")
     assert run.status["reason"] == "interrupted"
-    assert newest(run.path / "checkpoints").found.step == run.rows[-1]["step"]  # pyright: ignore[reportOptionalMemberAccess]
+    assert saved_last(run).step == run.rows[-1]["step"]
     assert f"step {run.rows[-1]['step']} is saved, and the same command goes on" in said
 
     code, _ = run_until(logged(4), tmp_path, *settings, "checkpoint.every=1", delay_s=0.1)
@@ -114,7 +134,7 @@ def test_with_generation_ahead_every_prompt_is_trained_once(cluster: None, tmp_p
 def test_a_finished_run_goes_on_with_more_steps_on_other_ranks(
     straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """And after a step, when an alarm has stopped it, once more."""
+    """And where an alarm has stopped it, another run begins."""
     shutil.copytree(straight.path, tmp_path / "runs" / "tiny")
     assert run_here(tmp_path, *LOCKSTEP)[0] == 1
     assert (
@@ -127,16 +147,20 @@ def test_a_finished_run_goes_on_with_more_steps_on_other_ranks(
     assert "tiny: from here on with " in said.out and "learner.ranks 1 -> 2, learner.zero_stage 2 -> 3" in said.out
     assert_one_sentence(said.err, "alarm truncated: ", f"; step {STEPS + 1} is saved, and the same command goes on")
     assert run.status["reason"] in said.err
-    assert newest(run.path / "checkpoints").found.step == STEPS + 1  # pyright: ignore[reportOptionalMemberAccess]
+    assert saved_last(run).step == STEPS + 1
     assert run.trajectories(STEPS + 1) and (run.path / "report.html").exists()
 
-    code, run = run_here(tmp_path, *more, "alarms={window: 1, truncated: 0}")
+    calm = ("alarms={window: 1, truncated: 0}", f"resume={run.path}")
+    code, branch = run_here(tmp_path, *more, *calm, name="branch")
     assert code == 0
     said = capsys.readouterr().out
-    assert f"tiny: goes on after step {STEPS + 1} of {STEPS + 2}" in said and "alarms.stop ['truncated'] -> []" in said
-    assert [row["step"] for row in run.rows] == list(range(STEPS + 3))
+    assert f"branch: starts after step {STEPS + 1} of {saved_last(run).path}" in said
+    assert "alarms.stop ['truncated'] -> []" in said
+    assert [row["step"] for row in [*run.rows, *branch.rows]] == list(range(STEPS + 3))
     assert run.rows[: STEPS + 1] == straight.rows
-    assert all(row["sync/verified"] == 1 and row["ratio/clipped"] < 0.5 for row in run.steps)
+    assert all(row["sync/verified"] == 1 and row["ratio/clipped"] < 0.5 for row in [*run.steps, *branch.steps])
+    saved = sorted(path.name for path in (branch.path / "checkpoints").iterdir())
+    assert saved == [f"step_{STEPS + 1}", f"step_{STEPS + 2}"]
 
 
 @pytest.mark.parametrize(
