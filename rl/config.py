@@ -466,7 +466,8 @@ class Recipe:
     runs: str = "runs"
     resume: str = RESUME_AUTO
     """What becomes of a run that the directory already holds: ``auto`` goes on with it unless it is finished, ``never``
-    refuses. Or a path: another run's directory or checkpoint that this one starts from, or an earlier one of its own.
+    refuses. Or a path: another run's directory or checkpoint that this one starts from, or an earlier one of its own;
+    once the run has begun there, that means ``auto``.
     """
     seed: int = 0
     steps: int = 100

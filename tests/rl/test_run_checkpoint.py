@@ -44,6 +44,7 @@ from rl.saver import Saver
 from rl.selections import Selections
 from tests.rl.test_rollouts import PROMPTS, Rig
 from tests.rl.tiny_runs import REWARDS, make_prompt, make_sample, tiny_recipe
+from tests.small_disk import full_disk
 from trainer.checkpoint_writer import CheckpointWriter
 
 
@@ -131,6 +132,18 @@ def test_a_checkpoint_with_files_that_could_hold_code_is_refused(tmp_path: Path,
         with pytest.raises(DataError, match="which Keel does not write: its checkpoints are JSON and safetensors"):
             read()
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_branch_shares_files_where_the_disk_can(tmp_path: Path):
+    saved = checkpoint.read(write(tmp_path, 4, {"eval/math": 0.5}))
+    with full_disk(tmp_path / "disk", num_bytes=1 << 20) as other_disk:
+        for folder in (tmp_path / "branch", other_disk):
+            checkpoint.adopt(saved, folder, {"steps": 12})
+            own = checkpoint.read(folder / "checkpoints" / "step_4")
+            assert own == replace(saved, path=own.path, recipe={"steps": 12})
+            assert checkpoint.metrics_of(own.path) == {"eval/math": 0.5}
+            shared = [name for name in os.listdir(own.path) if (own.path / name).samefile(saved.path / name)]
+            assert sorted(shared) == ([] if folder is other_disk else ["groups.safetensors", "rank_00000.safetensors"])
 
 
 def test_what_a_network_disk_shows_late_does_no_harm(tmp_path: Path):
