@@ -373,7 +373,7 @@ class Wandb:
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """The generative reward model that ``rubric`` and the proof rewards ask: an endpoint (``url``) or a model that the
-    run serves itself (``path``)."""
+    run serves itself (``path``, or ``init`` to try a recipe out)."""
 
     url: Optional[str] = None
     """Base of an OpenAI-compatible endpoint, such as ``http://judge:8000/v1``."""
@@ -382,9 +382,11 @@ class Judge:
     api_key: Optional[str] = None
     """Name of the environment variable that holds the endpoint's key."""
     structured: bool = True
-    """Whether verdicts are asked for by JSON schema; turn it off for an endpoint that refuses ``response_format``."""
+    """Whether verdicts must follow their JSON schema; turn it off for an endpoint that refuses ``response_format``."""
     path: Optional[str] = None
     """A Hugging Face directory, served by engines of its own."""
+    init: Optional[dict[str, Any]] = None
+    """config.json keys of a judge with random weights, to try a recipe out: its verdicts are well-formed and random."""
     engine: EngineKind = EngineKind.torch
     engines: int = 1
     tensor_parallel: int = 1

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def initial_config(init: Mapping[str, Any], max_context: int) -> ModelConfig | PretrainedConfig:
-    """Reads ``model.init``: config.json's keys, of deepseek_v32 unless ``model_type`` names another architecture.
+def initial_config(
+    init: Mapping[str, Any], max_context: int, *, place: str = "model.init"
+) -> ModelConfig | PretrainedConfig:
+    """Reads ``init``: config.json's keys, of deepseek_v32 unless ``model_type`` names another architecture.
 
+    ``place`` is where the recipe has them.
     The vocabulary is the byte tokenizer's. Raises RecipeError naming the key at fault.
     """
     tokenizer = build_byte_tokenizer()
@@ -33,15 +36,15 @@ def initial_config(init: Mapping[str, Any], max_context: int) -> ModelConfig | P
         **init,
     }
     try:
-        config = _read(values) if init.get("model_type", DEEPSEEK_V32) == DEEPSEEK_V32 else _read_foreign(values)
+        config = _read(values, place) if init.get("model_type", DEEPSEEK_V32) == DEEPSEEK_V32 else _read_foreign(values)
     except RecipeError:
         raise
     except (ValueError, TypeError) as error:
-        raise RecipeError(f"model.init: {error}") from error
+        raise RecipeError(f"{place}: {error}") from error
     vocab_size: int = config.vocab_size  # pyright: ignore[reportAttributeAccessIssue]
     if vocab_size < BYTE_VOCAB_SIZE:
         raise RecipeError(
-            f"model.init: vocab_size ({vocab_size}) is too small for the byte tokenizer, "
+            f"{place}: vocab_size ({vocab_size}) is too small for the byte tokenizer, "
             f"which has {BYTE_VOCAB_SIZE} tokens; leave it out"
         )
     return config
@@ -61,11 +64,11 @@ def create_initial_model(config: ModelConfig | PretrainedConfig, path: Path, *, 
     build_byte_tokenizer().save_pretrained(path)
 
 
-def _read(values: Mapping[str, Any]) -> ModelConfig:
+def _read(values: Mapping[str, Any], place: str) -> ModelConfig:
     known = [field.name for field in dataclasses.fields(ModelConfig)]
     for key in values:
         if key not in (*known, "model_type"):
-            raise RecipeError(f"model.init has no key '{key}'; {did_you_mean(key, known)}")
+            raise RecipeError(f"{place} has no key '{key}'; {did_you_mean(key, known)}")
     return ModelConfig.from_dict(values, defaults={})  # sizes of a small model where none are given
 
 

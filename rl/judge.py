@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from model.tokenizer import load_tokenizer
 from rewards.judge import JudgeAddress
@@ -27,10 +31,13 @@ from rl.config import Judge, Model, Placement, Recipe, Sampling
 from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
 from rl.fault_log import FaultLog
+from rl.initial_model import create_initial_model, initial_config
+from rl.placement import serves_judge
 from rl.recipe import load_recipe
-from rl.sample import Prompt, Status
+from rl.sample import NDArray
 from rl.secrets import redact
 from rollout.conversation import Conversation, split_reply
+from rollout.engine import Finish, Request, check_window
 from rollout.pool import EnginePool
 
 LARGEST_REQUEST = 16 << 20
@@ -49,8 +56,11 @@ class Completion:
     completion_tokens: int
 
 
-Complete = Callable[[Sequence[Mapping[str, Any]], int], Awaitable[Completion]]
-"""(messages, seed) to the reply. Raises ValueError for messages that cannot be answered."""
+Schema = Mapping[str, Any]
+"""A JSON schema."""
+
+Complete = Callable[[Sequence[Mapping[str, Any]], int, Schema | None], Awaitable[Completion]]
+"""(messages, seed, the reply's schema) to the reply. Raises ValueError for messages that cannot be answered."""
 
 
 @asynccontextmanager
@@ -65,18 +75,35 @@ async def start_judge(
     if judge.url is not None:
         yield endpoint(judge)
         return
-    if judge.path is None:
+    if not serves_judge(recipe):
         yield None
         return
-    pool = await EnginePool.start(
-        _judging(recipe), judge.path, faults=faults, settled=settled, called="the judge's engine"
-    )
-    try:
-        conversation = Conversation(load_tokenizer(judge.path))
-        async with serve(_completer(judge, pool, conversation), host=host) as (url, token):
-            yield _address(judge, url=url, model=Path(judge.path).name, api_key=token, structured=False)
-    finally:
-        pool.close()
+    with _model_directory(recipe) as path:
+        served = _judging(recipe, path)
+        pool = await EnginePool.start(
+            served, path, faults=faults, settled=settled, called="the judge's engine", structured=judge.structured
+        )
+        try:
+            conversation = Conversation(load_tokenizer(path))
+            async with serve(Completer(judge, pool, conversation), host=host) as (url, token):
+                yield _address(judge, url=url, model=path.name, api_key=token)
+        finally:
+            pool.close()
+
+
+@contextlib.contextmanager
+def _model_directory(recipe: Recipe) -> Iterator[Path]:
+    """The judge's model; one with random weights is there for as long as the block runs."""
+    judge = recipe.judge
+    if judge.init is None:
+        assert judge.path is not None
+        yield Path(judge.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="keel-judge-") as folder:
+        path = Path(folder) / "judge"
+        config = initial_config(judge.init, judge.max_context, place="judge.init")
+        create_initial_model(config, path, seed=recipe.seed)
+        yield path
 
 
 def endpoint(judge: Judge) -> JudgeAddress:
@@ -85,15 +112,15 @@ def endpoint(judge: Judge) -> JudgeAddress:
     if judge.api_key is not None and judge.api_key not in os.environ:
         raise RecipeError(f"judge.api_key: the environment has no variable {judge.api_key}; export it")
     key = os.environ[judge.api_key] if judge.api_key is not None else ""
-    return _address(judge, url=judge.url, model=judge.model or "", api_key=key, structured=judge.structured)
+    return _address(judge, url=judge.url, model=judge.model or "", api_key=key)
 
 
-def _address(judge: Judge, *, url: str, model: str, api_key: str, structured: bool) -> JudgeAddress:
+def _address(judge: Judge, *, url: str, model: str, api_key: str) -> JudgeAddress:
     return JudgeAddress(
         url=url,
         model=model,
         api_key=api_key,
-        structured=structured,
+        structured=judge.structured,
         temperature=judge.temperature,
         max_tokens=judge.max_tokens,
         timeout_s=judge.timeout_s,
@@ -104,12 +131,12 @@ def _address(judge: Judge, *, url: str, model: str, api_key: str, structured: bo
     )
 
 
-def _judging(recipe: Recipe) -> Recipe:
+def _judging(recipe: Recipe, path: Path) -> Recipe:
     """The recipe as the judge's engines read it."""
     judge = recipe.judge
     return replace(
         recipe,
-        model=Model(path=judge.path, dtype=judge.dtype, max_context=judge.max_context),
+        model=Model(path=str(path), dtype=judge.dtype, max_context=judge.max_context),
         sampling=Sampling(temperature=judge.temperature, top_p=1.0, max_tokens=judge.max_tokens),
         rollout=replace(
             recipe.rollout,
@@ -125,21 +152,51 @@ def _judging(recipe: Recipe) -> Recipe:
     )
 
 
-def _completer(judge: Judge, pool: EnginePool, conversation: Conversation) -> Complete:
-    sampling = Sampling(temperature=judge.temperature, top_p=1.0, max_tokens=judge.max_tokens)
+class Completer:
+    """Replies of the judge's engines. A schema binds the reply, and not the thought before it."""
 
-    async def complete(messages: Sequence[Mapping[str, Any]], seed: int) -> Completion:
-        prompt = Prompt(id="judge", domain="judge", messages=tuple(messages), thinking=judge.thinking)
-        token_ids = conversation.encode(messages, thinking=judge.thinking)
-        (sample,) = await pool.generate_group(prompt, token_ids, sampling, [seed])
+    def __init__(self, judge: Judge, pool: EnginePool, conversation: Conversation) -> None:
+        self._thinking = judge.thinking
+        self._structured = judge.structured
+        self._sampling = Sampling(temperature=judge.temperature, top_p=1.0, max_tokens=judge.max_tokens)
+        self._pool = pool
+        self._conversation = conversation
+        self._numbers = itertools.count()
+
+    async def __call__(self, messages: Sequence[Mapping[str, Any]], seed: int, schema: Schema | None) -> Completion:
+        prompt = self._conversation.encode(messages, thinking=self._thinking)
+        check_window("what the judge is asked", len(prompt), self._pool.max_context)
+        name, end = f"the judge's reply {next(self._numbers)}", self._conversation.end_of_thought
+        bound = schema is not None and self._structured and not (self._thinking and end is None)
+        request = self._request(name, prompt, seed)
+        with self._pool.seat(1) as complete:
+            if bound and self._thinking:
+                assert end is not None
+                thinking = replace(request, id=f"{name}: thought", stop_token_ids=(*request.stop_token_ids, end))
+                thought = (await complete(thinking)).token_ids
+                num_spent = len(thought)
+                if not self._leaves_room(prompt, thought, end):
+                    return Completion(text="", finished=False, prompt_tokens=len(prompt), completion_tokens=num_spent)
+                left = replace(self._sampling, max_tokens=self._sampling.max_tokens - num_spent)
+                request = replace(request, token_ids=np.concatenate([prompt, thought]), sampling=left)
+            reply = await complete(replace(request, schema=json.dumps(schema) if bound else None))
+        text = self._conversation.decode(reply.token_ids)
         return Completion(
-            text=split_reply(sample.reply, thinking=judge.thinking).answer,
-            finished=sample.status is Status.FINISHED,
-            prompt_tokens=len(token_ids),
-            completion_tokens=sample.num_sampled,
+            text=text if bound else split_reply(text, thinking=self._thinking).answer,
+            finished=reply.finish is Finish.STOP,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(request.token_ids) - len(prompt) + len(reply.token_ids),
         )
 
-    return complete
+    def _request(self, name: str, token_ids: NDArray, seed: int) -> Request:
+        stops = self._conversation.stop_token_ids
+        return Request(id=name, token_ids=token_ids, sampling=self._sampling, seed=seed, stop_token_ids=stops)
+
+    def _leaves_room(self, prompt: NDArray, thought: NDArray, end: int) -> bool:
+        """Whether a thought is closed, and a reply can follow it."""
+        num_tokens = len(prompt) + len(thought)
+        room = len(thought) < self._sampling.max_tokens and num_tokens < self._pool.max_context
+        return room and len(thought) > 0 and thought[-1] == end
 
 
 @asynccontextmanager
@@ -183,7 +240,7 @@ async def _answer(reader: asyncio.StreamReader, complete: Complete, token: str) 
         return 413, _error("the request is too large")
     try:
         asked = json.loads(await reader.readexactly(size))
-        said = await complete(asked["messages"], int(asked.get("seed") or 0) & _SEED)
+        said = await complete(asked["messages"], int(asked.get("seed") or 0) & _SEED, _schema_of(asked))
     except (ValueError, LookupError, TypeError) as error:  # DataError is a ValueError
         return 400, _error(str(error))
     finish = "stop" if said.finished else "length"
@@ -194,6 +251,11 @@ async def _answer(reader: asyncio.StreamReader, complete: Complete, token: str) 
     }
 
 
+def _schema_of(asked: Mapping[str, Any]) -> Schema | None:
+    given = asked.get("response_format") or {}
+    return given["json_schema"]["schema"] if given.get("type") == "json_schema" else None
+
+
 def _error(message: str) -> dict[str, Any]:
     return {"error": {"message": message}}
 
@@ -202,7 +264,7 @@ async def _serve_until_interrupted(arguments: Sequence[str]) -> None:
     if not arguments:
         raise RecipeError("name a recipe: python -m rl.judge RECIPE.yaml [key.path=value ...]")
     recipe = load_recipe(arguments[0], list(arguments[1:]))
-    if recipe.judge.path is None:
+    if not serves_judge(recipe):
         raise RecipeError("judge.path names no model to serve")
     join_cluster(recipe)
     _cancel_on_sigterm()

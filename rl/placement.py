@@ -37,8 +37,13 @@ class Seats:
 def threads_needed(recipe: Recipe) -> int:
     """CPU threads that the actors of a run ask Ray for: learner ranks, engines, and the judge's engines, if any."""
     learner, rollout, judge = recipe.learner, recipe.rollout, recipe.judge
-    judging = judge.engines * judge.threads if judge.path is not None else 0
+    judging = judge.engines * judge.threads if serves_judge(recipe) else 0
     return learner.ranks * learner.threads + rollout.engines * rollout.threads + judging
+
+
+def serves_judge(recipe: Recipe) -> bool:
+    """Whether the run has a judge of its own, on engines of its own."""
+    return recipe.judge.path is not None or recipe.judge.init is not None
 
 
 def gpu_shares(recipe: Recipe, num_gpus: float) -> GpuShares:

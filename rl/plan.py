@@ -22,7 +22,7 @@ from rl.errors import RecipeError
 from rl.hardware import GIB, LOCAL_BYTES_PER_S, Hardware
 from rl.initial_model import initial_config
 from rl.learner_memory import Item, RankMemory, element_bytes, rank_memory
-from rl.placement import engines_sleep
+from rl.placement import engines_sleep, serves_judge
 from rl.selections import bytes_per_token
 
 GPUS_PER_NODE = 8
@@ -102,7 +102,7 @@ def gpus_needed(recipe: Recipe, *, on_gpus: bool = True) -> int:
 def judge_gpus(recipe: Recipe) -> int:
     """GPUs of the engines that serve the run's own judge."""
     judge = recipe.judge
-    served = judge.url is None and judge.path is not None and judge.engine == EngineKind.vllm
+    served = judge.url is None and serves_judge(recipe) and judge.engine == EngineKind.vllm
     return judge.engines * judge.tensor_parallel if served else 0
 
 

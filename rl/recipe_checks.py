@@ -271,7 +271,8 @@ def _sharding_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
 
 def _judge_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     judge = recipe.judge
-    yield "judge", judge.url is None or judge.path is None, "give either judge.url or judge.path, not both"
+    given = [key for key in ("url", "path", "init") if getattr(judge, key) is not None]
+    yield "judge", len(given) < 2, "give one of judge.url, judge.path and judge.init, not " + " and ".join(given)
     yield (
         "judge.url",
         judge.url is None or judge.url.startswith(("http://", "https://")),
@@ -289,7 +290,7 @@ def _judge_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     )
     yield (
         "judge.max_tokens",
-        judge.path is None or judge.max_tokens < judge.max_context,
+        judge.url is not None or judge.max_tokens < judge.max_context,
         f"judge.max_tokens is {judge.max_tokens}, which leaves no room for what is judged in judge.max_context "
         f"{judge.max_context}",
     )

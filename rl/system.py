@@ -30,7 +30,7 @@ from rl.fault_log import FaultLog
 from rl.fit import ESTIMATE_SLACK, check_plan
 from rl.initial_model import create_initial_model, initial_config
 from rl.judge import start_judge
-from rl.placement import seats, shared_gpus
+from rl.placement import seats, serves_judge, shared_gpus
 from rl.plan import Plan
 from rl.sample import NDArray, Prompt, Sample
 from rl.sync import Publisher, Sync, transport_for
@@ -132,6 +132,8 @@ def check_model(recipe: Recipe) -> None:
             Conversation(load_tokenizer(recipe.judge.path))
         except ValueError as error:
             raise RecipeError(f"judge.path: {error}") from error
+    if recipe.judge.init is not None:
+        initial_config(recipe.judge.init, recipe.judge.max_context, place="judge.init")
     if recipe.model.init is not None:
         config = initial_config(recipe.model.init, recipe.model.max_context)
         _check_indexer(recipe, has_indexer=isinstance(config, ModelConfig))
@@ -237,7 +239,7 @@ def check_plugins(recipe: Recipe) -> None:
     for name, domain in recipe.domains.items():
         check_names(name, domain)
         for use in domain.rewards:
-            if use.use in JUDGED and recipe.judge.url is None and recipe.judge.path is None:
+            if use.use in JUDGED and recipe.judge.url is None and not serves_judge(recipe):
                 raise RecipeError(f"domains.{name}: the reward {use.use} needs a judge; set judge.url or judge.path")
         if domain.environment is not None:
             try:

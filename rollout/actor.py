@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from model.hf import load_model
+from model.tokenizer import load_tokenizer
 from rl.errors import DataError
 from rollout.engine import Completion, EngineStats, Request
+from rollout.schema import SchemaReader
 from rollout.torch_engine import Finished, TorchEngine
 
 
@@ -37,9 +39,11 @@ class EngineActor:
         threads: int,
         version: int = 0,
         record_selections: bool = False,
+        structured: bool = False,
     ) -> None:
         """Loads a Hugging Face directory; `dtype` is a torch dtype's name, `threads` counts CPU threads.
 
+        `structured`: whether requests may have a schema.
         Raises DataError for a checkpoint that cannot be read, naming the tensor where it is one.
         """
         torch.set_num_threads(threads)
@@ -53,6 +57,7 @@ class EngineActor:
             max_context=max_context,
             version=version,
             record_selections=record_selections,
+            schemas=SchemaReader(load_tokenizer(model_path), module.outline.vocab_size) if structured else None,
         )
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -93,6 +93,8 @@ class Conversation:
         self._token_ids = known
         self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
         """Tokens that end a reply."""
+        self.end_of_thought: int | None = known.get(END_THINK)
+        """The token of ``</think>``; None where it is spelled in several."""
         self._plain = _without_special_tokens(backend)
 
     def encode(

@@ -44,6 +44,7 @@ class Request:
     seed: int  # any integer; its low 64 bits count
     stop_token_ids: tuple[int, ...] = ()
     urgent: bool = False  # goes before requests that wait for a place
+    schema: str | None = None  # JSON schema that the completion follows from its first token on
 
     def __post_init__(self) -> None:
         if len(self.token_ids) == 0:

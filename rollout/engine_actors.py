@@ -9,7 +9,7 @@ import ray
 
 from rl.config import Dsa, EngineKind, Recipe
 from rl.errors import RecipeError
-from rl.placement import engines_sleep, gpu_shares, threads_needed
+from rl.placement import engines_sleep, gpu_shares, serves_judge, threads_needed
 from rollout.actor import EngineActor
 from rollout.engine import truncates
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
@@ -21,16 +21,21 @@ Maker = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def engine_makers(
-    recipe: Recipe, device: str, actor_options: Sequence[Mapping[str, Any]], gpus: Sequence[str | None]
+    recipe: Recipe,
+    device: str,
+    actor_options: Sequence[Mapping[str, Any]],
+    gpus: Sequence[str | None],
+    *,
+    structured: bool = False,
 ) -> list[Maker]:
     """One an engine; see :meth:`rollout.pool.EnginePool.start`. Raises RecipeError where there is no room for them."""
     _check_room(recipe)
     if recipe.rollout.engine == EngineKind.vllm:
-        return _vllm_engines(recipe, actor_options, gpus)
-    return _torch_engines(recipe, device)
+        return _vllm_engines(recipe, actor_options, gpus, structured=structured)
+    return _torch_engines(recipe, device, structured=structured)
 
 
-def _torch_engines(recipe: Recipe, device: str) -> list[Maker]:
+def _torch_engines(recipe: Recipe, device: str, *, structured: bool) -> list[Maker]:
     """Embedded engines."""
     rollout, model = recipe.rollout, recipe.model
     actor = ray.remote(EngineActor).options(
@@ -43,12 +48,13 @@ def _torch_engines(recipe: Recipe, device: str) -> list[Maker]:
         "max_context": model.max_context,
         "threads": rollout.threads,
         "record_selections": recipe.objective.keep_selection,
+        "structured": structured,
     }
     return [(actor.remote, arguments) for _ in range(rollout.engines)]
 
 
 def _vllm_engines(
-    recipe: Recipe, actor_options: Sequence[Mapping[str, Any]], gpus: Sequence[str | None]
+    recipe: Recipe, actor_options: Sequence[Mapping[str, Any]], gpus: Sequence[str | None], *, structured: bool
 ) -> list[Maker]:
     """vLLM engines."""
     rollout, model = recipe.rollout, recipe.model
@@ -68,6 +74,7 @@ def _vllm_engines(
             batch_invariant=rollout.batch_invariant,
             kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
             sleeps=engines_sleep(recipe),
+            structured=structured,
             seed=recipe.seed + index,  # engines of one seed would draw the same for requests without one
             gpus=gpus[index] if gpus else None,
         )
@@ -93,7 +100,9 @@ def _check_room(recipe: Recipe) -> None:
     room = ray.cluster_resources().get("CPU", 0)
     if needed > room:
         judge = recipe.judge
-        judging = "" if judge.path is None else f", judge.engines {judge.engines} with judge.threads {judge.threads}"
+        judging = (
+            "" if not serves_judge(recipe) else f", judge.engines {judge.engines} with judge.threads {judge.threads}"
+        )
         raise RecipeError(
             f"rollout.engines {rollout.engines} with rollout.threads {rollout.threads} and learner.ranks "
             f"{learner.ranks} with learner.threads {learner.threads}{judging} need {needed} CPUs, but the Ray cluster "

@@ -99,17 +99,18 @@ class EnginePool:
         faults: FaultLog | None = None,
         settled: Callable[[], Awaitable[None]] | None = None,
         called: str = "engine",
+        structured: bool = False,
     ) -> EnginePool:
         """Starts `rollout.engines` engines that generate with the weights and the tokenizer in `model_path`.
 
         `device` is the torch engine's. Of a vLLM engine, `actor_options` say where Ray puts it, and `gpus` which GPUs
         it takes where Ray does not assign them (`rl.placement`); both have one entry an engine or none. `called` is
-        what sentences about an engine call it.
+        what sentences about an engine call it; `structured`: whether requests may have a schema.
 
         Raises EngineDied for an engine that does not come up within `doctor.first_s`, unless the doctor only looks on.
         """
         conversation = Conversation(load_tokenizer(model_path))
-        makers = engine_makers(recipe, device, actor_options, gpus)
+        makers = engine_makers(recipe, device, actor_options, gpus, structured=structured)
         timeline = timeline or Timeline()
         engines = [
             EngineHandle(

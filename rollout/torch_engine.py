@@ -17,6 +17,7 @@ from rollout.engine import Completion, EngineStats, Finish, Request, check_windo
 from rollout.freed_memory import release_freed_memory
 from rollout.prefix import PrefixIndex
 from rollout.sampler import sample
+from rollout.schema import SchemaGuide, SchemaReader
 from rollout.slots import SlotTable
 
 Finished = list[tuple[str, Completion]]
@@ -55,8 +56,12 @@ class TorchEngine:
         version: int = 0,
         prefill_tokens: int = PREFILL_TOKENS,
         record_selections: bool = False,
+        schemas: SchemaReader | None = None,
     ) -> None:
-        """`record_selections`: whether completions tell what sparse attention kept (Keep Selection)."""
+        """`record_selections`: whether completions tell what sparse attention kept (Keep Selection).
+
+        `schemas`: reads the schemas of requests that have one; without it there may be none.
+        """
         outline = module.outline
         self.module = module.eval().requires_grad_(False)
         self.max_num_seqs = max_num_seqs
@@ -73,6 +78,8 @@ class TorchEngine:
             num_experts=outline.num_experts,
             selection_shape=_selection_shape(module, max_context) if record_selections else None,
         )
+        self._schemas = schemas
+        self._guides: dict[str, SchemaGuide] = {}  # of requests that have a schema, by their ids
         self._prefill_tokens = prefill_tokens
         self._free = deque(range(max_num_seqs))  # the slot idle for longest comes first
         self._waiting: deque[Request] = deque()
@@ -102,15 +109,17 @@ class TorchEngine:
         """Queues requests, all of them or none.
 
         Raises DataError, naming the request, for a prompt that does not fit the window or holds ids that the
-        vocabulary lacks, and ValueError for an id that is in use.
+        vocabulary lacks, or a schema that cannot be followed, and ValueError for an id that is in use.
         """
         for request in requests:
             self._check(request)
+        guides = {request.id: self._guide(request) for request in requests if request.schema is not None}
         names = [request.id for request in requests]
         for name in names:
             if name in self._ids or names.count(name) > 1:
                 raise ValueError(f"request {name}: the id is in use")
         self._ids.update(names)
+        self._guides.update(guides)
         self._waiting.extendleft(request for request in reversed(requests) if request.urgent)
         self._waiting.extend(request for request in requests if not request.urgent)
 
@@ -142,7 +151,8 @@ class TorchEngine:
         named = self._ids.copy() if request_ids is None else self._ids.intersection(request_ids)
         ended = [(r.id, self._table.never_started(r)) for r in self._waiting if r.id in named]
         self._waiting = deque(r for r in self._waiting if r.id not in named)
-        self._ids.difference_update(name for name, _ in ended)
+        for name, _ in ended:
+            self._forget(name)
         slots = [slot for slot in np.flatnonzero(self._table.active).tolist() if self._table.request(slot).id in named]
         return ended + self._release([(slot, Finish.ABORT) for slot in slots])
 
@@ -226,6 +236,15 @@ class TorchEngine:
                 f"request {request.id}: token id {request.token_ids[foreign][0]} is outside the model's vocabulary of "
                 f"{vocab_size}; the tokenizer and the model do not belong together"
             )
+
+    def _guide(self, request: Request) -> SchemaGuide:
+        assert request.schema is not None
+        if self._schemas is None:
+            raise DataError(f"request {request.id}: the engine was started without schemas, but the request has one")
+        try:
+            return self._schemas.guide(request.schema)
+        except ValueError as error:
+            raise DataError(f"request {request.id}: {error}") from error
 
     def _admit(self) -> Finished:
         newcomers: list[tuple[int, bytes]] = []
@@ -339,9 +358,21 @@ class TorchEngine:
         return self.module.lm_head(padded)[:num_rows].float().cpu().numpy()
 
     def _draw(self, slots: NDArray, logits: NDArray) -> Finished:
+        guided = self._guided(slots)
+        for row, guide in guided:
+            guide.forbid(logits[row])
         draws = sample(logits, self._table.sampling.take(slots), self._table.lengths[slots])
+        for row, guide in guided:
+            guide.take(int(draws.token_ids[row]))
         self._num_generated += len(slots)
         return self._release(self._table.append(slots, draws, self.version))
+
+    def _guided(self, slots: NDArray) -> list[tuple[int, SchemaGuide]]:
+        """The rows of `slots` whose requests have a schema, and their guides."""
+        if not self._guides:
+            return []
+        guides = (self._guides.get(self._table.request(slot).id) for slot in slots.tolist())
+        return [(row, guide) for row, guide in enumerate(guides) if guide is not None]
 
     def _release(self, ended: Sequence[tuple[int, Finish]]) -> Finished:
         finished = []
@@ -349,8 +380,12 @@ class TorchEngine:
             name = self._table.request(slot).id
             finished.append((name, self._table.release(slot, finish)))
             self._free.append(slot)
-            self._ids.remove(name)
+            self._forget(name)
         return finished
+
+    def _forget(self, name: str) -> None:
+        self._ids.remove(name)
+        self._guides.pop(name, None)
 
     def _copy_prompt(self, source: int, targets: Sequence[int], num_tokens: int) -> None:
         """Gives the slots `targets` what slot `source` holds of its first `num_tokens` tokens."""

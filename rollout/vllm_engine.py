@@ -57,6 +57,7 @@ class EngineSettings:
     batch_invariant: bool = False  # whether a reply's bits are the same in any company; sparse models need keel_dsa
     kept: bool = True  # whether requests get their kept sets
     sleeps: bool = False  # whether its memory can be given up between updates
+    structured: bool = False  # whether requests may have a schema, for which vLLM needs the model's tokenizer
     seed: int = 0  # a different one for every engine
     gpus: str | None = None  # CUDA_VISIBLE_DEVICES where Ray did not assign them; those of the ranks it shares with
 
@@ -197,10 +198,12 @@ class VllmEngineActor:
 
     async def _generate(self, request: Request) -> Completion:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams  # pyright: ignore[reportMissingImports]
 
         sampling = SamplingParams(
-            **sampling_arguments(request, self._recording), output_kind=RequestOutputKind.FINAL_ONLY
+            **sampling_arguments(request, self._recording),
+            structured_outputs=None if request.schema is None else StructuredOutputsParams(json=request.schema),
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": request.token_ids.tolist()}
         self._enter(request.id)
@@ -282,7 +285,7 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "model": model_path,
         "load_format": "safetensors",  # others are pickles
         "trust_remote_code": False,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not settings.structured,
         "generation_config": "vllm",  # the directory's own would add stop tokens
         "dtype": settings.dtype,
         "hf_overrides": _ROUTER if model.architecture in _CONFIGURED_ROUTERS else {},

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rewards import judge
 from rewards.judge import JudgeAddress, appoint
-from rl.judge import Completion, serve
+from rl.judge import Completion, Schema, serve
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def with_judge(says: Callable[[Form], str], body: Callable[[Asked], Awaitable[T]
     """Runs `body` where `says` is the judge."""
     asked = Asked()
 
-    async def complete(messages: Sequence[Mapping[str, Any]], seed: int) -> Completion:
+    async def complete(messages: Sequence[Mapping[str, Any]], seed: int, schema: Schema | None) -> Completion:
         form = Form.read(messages, seed)
         asked.forms.append(form)
         asked.systems.append(messages[0]["content"])

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rewards.judge import Judge as JudgeClient
-from rewards.judge import JudgeFailed
+from rewards.judge import JudgeFailed, Spent
 from rl.config import Judge, Model, Recipe
 from rl.errors import RecipeError
 from rl.initial_model import create_initial_model, initial_config
@@ -20,10 +20,16 @@ def test_a_model_of_ones_own_answers_as_an_endpoint_does(tmp_path, cluster):
     create_initial_model(initial_config(RECIPE["model"]["init"], 128), tmp_path / "judge", seed=0)
     judge = Judge(path=str(tmp_path / "judge"), dtype="float32", max_context=128, max_tokens=12, temperature=0.8)
     recipe = Recipe(name="judged", model=Model(path="policy"), judge=judge)
+    wanted = {
+        "type": "object",
+        "properties": {"a": {"enum": [0, 0.5, 1]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
 
     async def ask() -> None:
         async with start_judge(recipe) as address:
-            assert address is not None and not address.structured
+            assert address is not None and address.structured
             client = JudgeClient(address)
             messages = [{"role": "user", "content": "2+2?"}]
             first, spent = await client.ask(messages, seed=1)
@@ -31,12 +37,37 @@ def test_a_model_of_ones_own_answers_as_an_endpoint_does(tmp_path, cluster):
             others = [(await client.ask(messages, seed=seed))[0] for seed in range(2, 6)]
             assert first == again and set(others) != {first}
             assert spent.calls == 1 and 4 < spent.tokens <= 128
+            asked = (client.ask(messages, seed=seed, schema=wanted) for seed in range(32))
+            assert {json.loads(said)["a"] for said, _ in await asyncio.gather(*asked)} == {0, 0.5, 1}
             with pytest.raises(JudgeFailed, match="refused with status 400"):
                 await client.ask([{"role": "user", "content": "x" * 500}], seed=1)
             with pytest.raises(JudgeFailed, match="refused with status 400"):
                 await client.ask([{"role": "judge", "content": "x"}], seed=1)
+            with pytest.raises(JudgeFailed, match=r"refused with status 400.*the JSON schema cannot be followed"):
+                await client.ask(messages, seed=1, schema={"type": "number", "minimum": 1, "maximum": 0})
 
     asyncio.run(ask())
+
+
+def test_a_judge_thinks_freely_and_judges_by_the_schema(cluster):
+    """Of random weights some thoughts end; what comes then is a verdict, and those that do not are no reply."""
+    judge = Judge(
+        init=RECIPE["model"]["init"], dtype="float32", max_context=512, max_tokens=400, thinking=True, temperature=0.8
+    )
+    recipe = Recipe(name="judged", model=Model(path="policy"), judge=judge)
+    messages = [{"role": "user", "content": "2+2?"}]
+
+    async def ask() -> list[tuple[str, Spent]]:
+        async with start_judge(recipe) as address:
+            assert address is not None
+            client = JudgeClient(address)
+            return await asyncio.gather(*(client.ask(messages, seed=seed, schema={"enum": [7]}) for seed in range(16)))
+
+    replies = asyncio.run(ask())
+    assert {said for said, _ in replies} == {"7", ""}
+    assert (
+        all(spent.tokens < 400 for said, spent in replies if said) and max(spent.tokens for _, spent in replies) > 400
+    )
 
 
 def test_a_run_learns_what_its_judge_likes(tmp_path, cluster, monkeypatch):
@@ -81,7 +112,8 @@ def test_an_endpoint_and_its_key(monkeypatch):
 @pytest.mark.parametrize(
     ("block", "problem"),
     [
-        ("{url: http://x, path: y, model: m}", "either judge.url or judge.path"),
+        ("{url: http://x, path: y, model: m}", "not url and path"),
+        ("{init: {}, path: y}", "not path and init"),
         ("{url: http://x}", "judge.model is missing"),
         ("{url: 'judge:8000/v1', model: m}", "judge.url is judge:8000/v1; it must begin with http"),
         ("{path: x, max_tokens: 16384}", "leaves no room"),

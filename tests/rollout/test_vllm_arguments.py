@@ -58,6 +58,11 @@ def test_whose_attention_a_sparse_model_gets():
     assert name in {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
 
 
+def test_vllm_has_a_tokenizer_only_for_replies_by_a_schema():
+    plain, structured = (engine_arguments("m", DENSE, replace(SETTINGS, structured=given)) for given in (False, True))
+    assert plain.pop("skip_tokenizer_init") and not structured.pop("skip_tokenizer_init") and plain == structured
+
+
 def test_workers_are_this_processs_own():
     """In a placement group vLLM would otherwise take Ray's executor, which asks for GPUs a second time."""
     wide = replace(SETTINGS, tensor_parallel=4, expert_parallel=True)
