@@ -38,6 +38,7 @@ STARTING = ("start", "load")
 LEARNERS_OWN = (
     *("begin", "load", "step", "supervised step", "canary", "sync", "checksums", "checkpoint", "save", "wake", "sleep"),
 )
+_UNKNOWN = "cannot be looked at"
 _ANSWER_S = 10.0
 """Seconds that a process, or its host, may take to say something about itself."""
 
@@ -54,6 +55,11 @@ class Suspect:
     @property
     def runs(self) -> bool:
         return self.stack.startswith(("runs", "sleeps"))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it could be looked at."""
+        return not self.stack.startswith(_UNKNOWN)
 
 
 class Doctor:
@@ -139,7 +145,8 @@ class Doctor:
         index, pool = _number(span), self._system.pool
         if not suspects:
             return f"{span.actor} is being started"
-        if span.phase == REQUEST and await self._is_making_progress(index):
+        may_run = any(one.runs or not one.is_known for one in suspects)
+        if span.phase == REQUEST and may_run and await self._is_making_progress(index):
             for one in self._timeline.open:
                 one.counts = one.counts or (one.actor, one.phase) == (span.actor, REQUEST)
             return f"{span.actor} goes on generating and is left alone"
@@ -234,7 +241,7 @@ class Doctor:
         try:
             return await on_host(where.host, stack_of, where, timeout_s=_ANSWER_S)
         except Exception as error:
-            return f"cannot be looked at: {type(error).__name__} on {where.host}"
+            return f"{_UNKNOWN}: {type(error).__name__} on {where.host}"
 
     def _note(self, sentence: str, suspects: Sequence[Suspect]) -> None:
         if self._notes is not None:
