@@ -1,8 +1,14 @@
-"""The recipes of recipes/tiny, each run for one step through the real actors, with the data that ship."""
+"""The recipes of recipes/tiny, each run for one step through the real actors, with the data that ship.
+
+KEEL_TWINS_IN_FULL=1 python -m pytest tests/rl/test_tiny_recipes.py -k as_typed     # each of them as it is, timed
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +17,10 @@ import pytest
 
 from rl.recipe import load_recipe
 from rl.train import main
-from tests.rewards.judges import Form, judge_elsewhere
 from tests.rl.test_shipped_recipes import DOMAINS
-from tests.rl.tiny_runs import REPOSITORY, Run
+from tests.rl.tiny_runs import REPOSITORY, Run, environment
 
 TINY = {path.stem: path for path in sorted((REPOSITORY / "recipes/tiny").glob("*.yaml"))}
-
-
-@pytest.fixture(scope="module")
-def judge() -> Iterator[tuple[str, str]]:
-    """URL and key of a judge that likes answers with an even number of characters."""
-
-    def says(form: Form) -> str:
-        even = len(form.quoted["answer"]) % 2 == 0
-        return form.verdict(lambda what, most: most if even and "ends with" not in what else 0)
-
-    with judge_elsewhere(says) as found:
-        yield found
 
 
 def run_tiny(folder: Path, name: str, *overrides: str) -> Run:
@@ -39,7 +32,7 @@ def test_every_recipe_has_a_twin_with_its_rewards():
     assert set(TINY) == DOMAINS
     for name, path in TINY.items():
         twin, real = load_recipe(path).domains, load_recipe(REPOSITORY / f"recipes/{name}.yaml").domains
-        assert set(twin) <= set(real)
+        assert set(twin) == set(real)
         for domain, settings in twin.items():
             ours, theirs = ([use.use for use in one.rewards] for one in (settings, real[domain]))
             # Without reasoning there is none whose language could be judged.
@@ -49,7 +42,7 @@ def test_every_recipe_has_a_twin_with_its_rewards():
             assert (tools and tools.use) == (meant and meant.use)
 
 
-@pytest.mark.parametrize("name", sorted(DOMAINS - {"general_qa", "mixed"}))
+@pytest.mark.parametrize("name", sorted(DOMAINS - {"mixed"}))
 def test_a_twin_runs(name: str, cluster: None, tmp_path: Path):
     cold = ["supervised.steps=3", "supervised.demonstrations.size=16"] if name == "programming" else []
     run = run_tiny(tmp_path, name, *cold)
@@ -65,22 +58,16 @@ def test_a_twin_runs(name: str, cluster: None, tmp_path: Path):
         assert row["reward/agentic_coding/test_suite/not_run"] == 0
         assert row["reward/agentic_coding/test_suite/pass_to_pass"] == 1
         assert row["reward/agentic_coding/test_suite/fail_to_pass"] == 0
-
-
-def test_open_questions_are_judged(cluster: None, tmp_path: Path, judge: tuple[str, str], monkeypatch):
-    url, key = judge
-    monkeypatch.setenv("KEEL_TEST_JUDGE", key)
-    run = run_tiny(tmp_path, "general_qa", f"judge={{url: '{url}', model: m, api_key: KEEL_TEST_JUDGE}}")
-    (row,) = run.steps
-    assert row["samples/failed"] == 0 and row["reward/general_qa/rubric/judge_calls"] > 0
-    assert row["reward/general_qa/rubric/tripped"] == row["reward/general_qa/rubric/disagreement"] == 0
-    assert {trajectory["reward"] for trajectory in run.trajectories(1)} == {0.0, 1.0}
+    if name == "general_qa":  # what the judge says is a verdict, though a random one
+        assert row["reward/general_qa/rubric/judge_calls"] > 0 == row["reward/general_qa/rubric/unreadable"]
+        assert len({trajectory["reward"] for trajectory in run.trajectories(1)}) > 2
 
 
 def test_one_stage_over_all_domains(cluster: None, tmp_path: Path):
     run = run_tiny(tmp_path, "mixed", "rollout.max_staleness=0")
     domains = load_recipe(TINY["mixed"]).domains
     (row,) = run.steps
+    assert row["samples/failed"] == 0
     groups: dict[str, list[dict[str, Any]]] = {}
     for trajectory in run.trajectories(1):
         groups.setdefault(trajectory["prompt"], []).append(trajectory)
@@ -93,3 +80,23 @@ def test_one_stage_over_all_domains(cluster: None, tmp_path: Path):
         assert len(members) == domain.group_size
         np.testing.assert_allclose(advantages, domain.advantage_scale * (rewards - rewards.mean()), atol=1e-9)
     assert {name for name in domains if f"reward/{name}" in row and f"accuracy/{name}" in row} == set(domains)
+
+
+@pytest.mark.skipif("KEEL_TWINS_IN_FULL" not in os.environ, reason="KEEL_TWINS_IN_FULL=1 runs every twin to its end")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_a_twin_as_typed_takes_less_than_two_minutes(name: str, tmp_path: Path):
+    """On two cores that have nothing else to do, starting Ray and Python included."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "rl.train", f"recipes/tiny/{name}.yaml", f"runs={tmp_path}"],
+        cwd=REPOSITORY,
+        env=environment(),
+        timeout=600,
+    )
+    seconds = time.monotonic() - began
+    run = Run(tmp_path / f"tiny_{name}")
+    print(f"{name}: {seconds:.0f} s at a load of {os.getloadavg()[0]:.1f}")
+    assert done.returncode == 0 and len(run.steps) == load_recipe(TINY[name]).steps
+    assert all(row["samples/failed"] == 0 for row in run.steps)
+    assert seconds < 120
