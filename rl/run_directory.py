@@ -305,7 +305,8 @@ def _write_status(path: Path, status: RunStatus) -> None:
 def write_trajectories(path: Path, step: int, trajectories: Iterable[Trajectory]) -> None:
     """One record a line; values JSON does not know (in an answer) are written as their ``str``."""
     lines = (json.dumps(_jsonable({"step": step} | one.record()), ensure_ascii=False) for one in trajectories)
-    write_whole(path, "".join(line + "\n" for line in lines))
+    # A lone surrogate, say in a file's name in an environment's state, becomes JSON's own escape for it.
+    write_whole(path, "".join(line + "\n" for line in lines).encode(errors="backslashreplace").decode())
 
 
 def _number(name: str, value: Any) -> float | int | None:

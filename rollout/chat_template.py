@@ -6,7 +6,6 @@ while the template runs: a special string in a message is replaced by private-us
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from model.tokenizer import END_THINK, THINK
 from rl.errors import DataError
 from rl.sample import ToolCall
-from rollout.dsml import MalformedReply, Part, Reply, read_call
+from rollout.dsml import MalformedReply, Part, Reply, read_call, read_value
 
 # Characters of a private-use area that stand for a special string while a chat template runs over a message.
 _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
@@ -195,7 +194,7 @@ class ChatTemplate:
 
 def _read_json(text: str) -> ToolCall:
     try:
-        call = json.loads(text)
+        call = read_value(text)
     except (ValueError, RecursionError) as error:
         raise MalformedReply(f"the tool call is not JSON ({error})", in_calls=True) from error
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -215,7 +214,7 @@ def _read_pairs(text: str) -> ToolCall:
         if key.strip() in arguments:
             raise MalformedReply(f"the parameter '{key.strip()}' is given twice", in_calls=True)
         try:
-            arguments[key.strip()] = json.loads(value)
+            arguments[key.strip()] = read_value(value)
         except (ValueError, RecursionError):
             arguments[key.strip()] = value
     return ToolCall(name=name.strip(), arguments=arguments)

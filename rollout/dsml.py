@@ -11,7 +11,7 @@ Format and fixed texts are those of `encoding/encoding_dsv32.py` in deepseek-ai/
 a checkpoint was trained on exactly these words, with the empty lines that SGLang's and vLLM's copies of them lack. The
 parser reads and refuses what the official one does, and refuses three things more: a block without a call or without
 its end (which the official parser demands only of a reply that ended); a name with a quotation mark; and a parameter
-that says it is JSON and is not, or is so only together with the next one.
+that says it is JSON and is not, is so only together with the next one, or holds half of a surrogate pair.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ Here are the functions available in JSONSchema format:
 """
 _RESPONSE_FORMAT = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 _STRUCTURE = re.compile(f"({DSML}|{THINK}|{END_THINK})")
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
 _FORBIDDEN = (BEGIN_OF_SENTENCE, END_OF_SENTENCE, THINK, END_THINK, DSML)
 
 # Each lets one more line break pass at its end, as the official parser does, whose patterns end in `$`.
@@ -105,7 +106,7 @@ def read_call(call: Any) -> ToolCall:
     name, arguments = function.get("name"), function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = _whole(arguments, json.loads(arguments))
         except ValueError as error:
             raise DataError(f"the arguments of a tool call are not JSON ({error})") from error
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
@@ -222,9 +223,21 @@ def _until(text: str, *stops: str) -> tuple[str, str, str]:
     return text[:place], stop, text[place + len(stop) :]
 
 
+def read_value(text: str) -> Any:
+    """A JSON value of a reply. Raises ValueError or RecursionError for anything else, NaN and infinities included."""
+    return _whole(text, json.loads(text, parse_constant=_no_number))
+
+
+def _whole(text: str, value: Any) -> Any:
+    """The value, read from this JSON. Raises ValueError for half of a surrogate pair, which no text can hold."""
+    if "\\ud" in text.lower() and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("it holds half of a surrogate pair, which is no character")
+    return value
+
+
 def _parsed(name: str, value: str) -> Any:
     try:
-        return json.loads(value, parse_constant=_no_number)
+        return read_value(value)
     except (ValueError, RecursionError):
         raise MalformedReply(
             f"the parameter '{name}' says it is not a string, but its value is not JSON", in_calls=True

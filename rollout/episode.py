@@ -22,7 +22,7 @@ from rl.sample import NDArray, Prompt, Sample, Status, ToolCall, ToolResult, Tur
 from rollout.context import SUMMARY_HEADING, SUMMARY_REQUEST, num_dropped, rounds_of
 from rollout.conversation import Conversation, MalformedReply, Message, Reply, split_reply
 from rollout.engine import Completion, Finish, Request, check_window
-from rollout.environments.protocol import Environment, EnvironmentFailed, answer
+from rollout.environments.protocol import Environment, EnvironmentFailed, answer, encodable
 from rollout.token_stream import TokenStream
 
 Complete = Callable[[Request], Awaitable[Completion]]
@@ -152,6 +152,7 @@ class Episode:
     async def _hear(self, text: str, reply: Reply) -> bool:
         """The user's word on a final answer starts another sequence, without the reasoning so far."""
         said = await self._limited(self._environment.next_user_message(reply.answer))
+        said = None if said is None else encodable(said)
         self._record(text, user=said or "")
         if said is None:
             return False

@@ -26,6 +26,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Union, get_args, get_origin
 
 from rl.plugin import describe
@@ -159,13 +160,19 @@ def as_result(value: Any) -> ToolResult:
 async def answer(environment: Environment, call: ToolCall) -> ToolResult:
     """The environment's result for a call, with what it raised turned into a result that says so."""
     try:
-        return as_result(await environment.call(call))
+        result = as_result(await environment.call(call))
+        return replace(result, text=encodable(result.text))
     except ToolError as error:
-        return ToolResult(text=f"error: {error}", failed=True)
+        return ToolResult(text=encodable(f"error: {error}"), failed=True)
     except EnvironmentFailed:
         raise
     except Exception as error:
-        return ToolResult(text=f"error: {describe(error)}", failed=True)
+        return ToolResult(text=encodable(f"error: {describe(error)}"), failed=True)
+
+
+def encodable(text: str) -> str:
+    r"""The text with lone surrogates, which names of files and JSON may hold, spelled out: ``\ud83d``."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _marked(environment: Environment) -> dict[str, Callable[..., Any]]:

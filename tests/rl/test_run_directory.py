@@ -134,6 +134,16 @@ def test_an_explicit_end_stands(tmp_path):
     assert status(run)["reason"] == "enough"
 
 
+def test_half_a_character_in_a_state_is_kept(tmp_path):
+    """As a file's name may hold, which Python reads with a lone surrogate."""
+    run = RunDirectory.create(tmp_path / "a", recipe="")
+    sample = make_sample(final_state={"files": ["\udce9.txt"]})
+    views = [SequenceView(sample=sample, token_texts=["a", "b", "c", "d"])]
+    run.log_samples(1, [Trajectory(scored=Scored(sample=sample, reward=0.5), sequences=views, advantage=0.0)])
+    (record,) = lines(run.samples / "step_1.jsonl")
+    assert record["final_state"] == {"files": ["\udce9.txt"]}
+
+
 def test_trajectories_keep_every_tokens_numbers(tmp_path):
     run = RunDirectory.create(tmp_path / "a", recipe="")
     earlier = make_sample(part=0, kept=None)

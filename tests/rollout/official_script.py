@@ -45,6 +45,7 @@ REASONS = {
     "no-call": "a block of calls without a call is no call",
     "no-end": "a block of calls may end without its closing tag where the end-of-sentence token is missing too",
     "quoted-name": "a name with a quotation mark cannot be written back",
+    "half-character": "a JSON parameter holds half of a surrogate pair, which no text can hold",
     "not-json": "a parameter says that it is JSON and is not, or is so only together with the next one",
 }
 """What the script lets through and this project refuses, with a sentence, in conversations and in replies."""
@@ -190,6 +191,9 @@ def parsing_reasons(case: Reply, calls: list[tuple[str, str]]) -> list[str]:
         "no-call": bool(block[0]) and not calls,
         "no-end": bool(block[0]) and f"</{DSML}function_calls>" not in block[1],
         "quoted-name": any('"' in name for name in names),
+        "half-character": any(
+            re.search("[\ud800-\udfff]", json.dumps(pairs, ensure_ascii=False)) for pairs in arguments
+        ),
         "not-json": None in arguments or num_read != num_parameters,
     }
     return [reason for reason, holds in found.items() if holds]

@@ -35,6 +35,9 @@ _NAMES = (
     "f", "get_weather", "search", "データ", "a b", "x-1", "", "id", "snake_case_name", "café", "null", "n\n", "<v>",
 )  # fmt: skip
 _EMPTY = ("\n", "\n", "")  # what stands between the tags of a call without parameters
+_ODD_VALUES = (
+    '1, "b": 2', '1, "a": 2', '{"x": 1', "2}", " 1\n", "01", "[1,]", "'a'", "True", r'"\ud83d"', r'{"\uDE42": 1}',
+)  # fmt: skip
 _UNSPEAKABLE = ('say "hi"', '"', f"{DSML}f", f'f"><{DSML}')
 _SCALARS = (None, True, False, 0, 1, -7, 10**20, 1.0, -0.0, 1e-7, 2.5e300, float("nan"), float("inf"), "", "3", "true")
 
@@ -247,7 +250,7 @@ def _parameter(dice: _Dice) -> str:
     is_text = isinstance(value, str) and not dice.chance(0.05)
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=dice.chance(0.5))
     if dice.chance(0.03):
-        written = dice.pick(('1, "b": 2', '{"x": 1', "2}", " 1\n", "01", "[1,]", "'a'", "True", '1, "a": 2'))
+        written = dice.pick(_ODD_VALUES)
     kind = "true" if is_text else "false"
     return f'<{DSML}parameter name="{_spoken(dice)}" string="{kind}">{written}</{DSML}parameter>\n'
 

@@ -187,6 +187,10 @@ def test_a_tokenizer_with_neither_is_refused():
         ([{**FIRST, "tool_calls": [{}]}], "message 0: only an assistant message has tool_calls"),
         ([FIRST, {**CALL, "tool_calls": [{}]}, SECOND], "message 1: a tool call needs a name"),
         ([FIRST, {**CALL, "tool_calls": [{"name": "f", "arguments": "{"}]}, SECOND], "message 1: .* are not JSON"),
+        (
+            [FIRST, {**CALL, "tool_calls": [{"name": "f", "arguments": r'{"a": "\ud83d"}'}]}, SECOND],
+            "half of a surrogate",
+        ),
         ([FIRST, {**CALL, "tool_calls": [{"name": 'f"'}]}, SECOND], "cannot be the name of a tool"),
         ([{"role": "developer", "content": ""}], "message 0: a developer message must say something"),
         ([{"role": "developer", "content": "x"}, SECOND], "message 0: in thinking mode a developer message must be"),

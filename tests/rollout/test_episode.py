@@ -313,6 +313,19 @@ def test_a_reply_that_never_closes_its_thought_is_the_last_one(conversation):
     assert sample.status == Status.FINISHED and "never closes" in sample.turns[0].malformed
 
 
+def test_half_a_character_ends_no_episode(conversation):
+    """Half of a surrogate pair: in a parameter it is no JSON, in what an environment says it is spelled out."""
+    half = '<｜DSML｜parameter name="a" string="false">"\\ud83d"</｜DSML｜parameter>\n'
+    script = Script(conversation, call("f").replace("\n\n</", f"\n{half}</"), call("g"), "R</think>A1", "R</think>A2")
+    world = World(lambda call: "found \ud83d", users=["and \ude42"])
+    sample = episode(world, script, conversation)
+    assert "its value is not JSON" in sample.turns[0].malformed
+    assert [called.name for called in world.called] == ["g"]
+    assert sample.turns[1].results == (ToolResult(text="found \\ud83d"),)
+    assert sample.turns[2].user == "and \\ude42"
+    assert sample.status == Status.FINISHED
+
+
 def test_calls_of_one_reply_run_at_the_same_time(conversation):
     running = []
 

@@ -306,6 +306,7 @@ def test_templates_of_two_call_formats_are_read_and_others_refused(chatml):
     for text, reason in [
         ("<tool_call>{", "not closed"),
         ("<tool_call>{</tool_call>", "not JSON"),
+        (r'<tool_call>{"name": "f", "arguments": {"a": "\ud83d"}}</tool_call>', "half of a surrogate pair"),
         ("<tool_call>[1]</tool_call>", "must be an object"),
         ('<tool_call>{"name": "f", "arguments": 1}</tool_call>', "must be an object"),
         ('<tool_call>{"name": "f"}</tool_call> so', "stands behind"),
