@@ -2,6 +2,9 @@
 
 A model that was trained to reason and, apart from that, to use tools does both at once only when it is asked to, and
 then only sometimes. These messages ask; the replies that succeed are what reinforcement learning starts from.
+
+A call stands behind a closed thought, and its result opens the next one: DeepSeek-V3.2's encoding has no calls inside a
+thought and its parser refuses them (`rollout.dsml`), though the report's own words are "inside <think></think>".
 """
 
 from __future__ import annotations
@@ -11,24 +14,23 @@ from typing import Any
 
 from rl.config import PromptStyle
 
-MAX_CALLS = 20
-
 _REASONING = (
     "You are an expert at the task below. Think it through first, inside <think></think>: try ideas, check them, and "
     "correct yourself. Write your final answer after </think>, so that it can be understood without your thoughts."
 )
 _TOOLS = (
     "You are an assistant with tools. Call them whenever they help: what a program computes or a search finds is worth "
-    "more than a guess. Programs run in a stateful session, one call may take up to 120 seconds, and the user sees "
-    "neither your calls nor their results, so repeat in your final answer whatever matters. Always write calls in "
-    "exactly the format that is described with the tools."
+    "more than a guess. The user sees neither your calls nor their results, so repeat in your final answer whatever "
+    "matters. Always write calls in exactly the format that is described with the tools. You have {replies} replies "
+    "in all, those that call tools and the final answer."
 )
 _THINKING_TOOLS = (
-    "You are an expert at the task below. Think it through inside <think></think>, and call your tools while you "
-    f"think: as early as they can help, and at most {MAX_CALLS} times. Prefer a short program or a search to long "
-    "reasoning by hand, read what comes back, and think on. Always write calls in exactly the format that is described "
-    "with the tools. Your final answer comes after the last thought, calls no tool, and can be understood without your "
-    "thoughts."
+    "You are an expert at the task below. Think inside <think></think>, and use your tools in between: as soon as one "
+    "can help, close the thought with </think>, write the call behind it, never inside the thought, and end your reply "
+    "there. The result is shown to you, and you think on with all your thoughts so far before you. Call early, and "
+    "prefer a short program or a search to long reasoning by hand. Always write calls in exactly the format that is "
+    "described with the tools. You have {replies} replies in all, those that call tools and the final answer. Your "
+    "final answer comes after the last thought, calls no tool, and can be understood without your thoughts."
 )
 _MESSAGES = {
     PromptStyle.reasoning: _REASONING,
@@ -37,11 +39,15 @@ _MESSAGES = {
 }
 
 
-def styled(messages: Sequence[Mapping[str, Any]], style: PromptStyle) -> tuple[Mapping[str, Any], ...]:
-    """The messages with the style's system message in front; one that is there already follows it."""
+def styled(messages: Sequence[Mapping[str, Any]], style: PromptStyle, *, replies: int) -> tuple[Mapping[str, Any], ...]:
+    """The messages with the style's system message in front; one that is there already follows it.
+
+    ``replies``: how many an episode may have (``environment.max_turns``), which the styles with tools tell the policy.
+    """
     text = _MESSAGES.get(style)
     if text is None:
         return tuple(messages)
+    text = text.format(replies=replies)
     first, rest = messages[0], messages[1:]
     if first["role"] == "system":
         return ({**first, "content": f"{text}\n\n{first.get('content') or ''}"}, *rest)

@@ -283,7 +283,9 @@ def _prompt(name: str, domain: Domain, prefix: str, row: _Row) -> Prompt:
     return Prompt(
         id=f"{prefix}/{row.id}",
         domain=name,
-        messages=styled(messages, domain.prompt_style),
+        messages=styled(
+            messages, domain.prompt_style, replies=domain.environment.max_turns if domain.environment else 1
+        ),
         tools=row.tools,
         answer=row.answer,
         thinking=domain.thinking,
