@@ -76,7 +76,7 @@ class Insistent(Environment):
 
 
 class Light(Environment):
-    """A tool in the driver's own process; prompts named ``hang`` and ``break`` meet a bad one."""
+    """A tool in the driver's own process; prompts named ``hang`` and ``break`` meet a bad one, ``doze`` a slow one."""
 
     isolated = False
     open_now = 0
@@ -95,7 +95,7 @@ class Light(Environment):
             await asyncio.sleep(600)
         if self.mood == "break":
             raise EnvironmentFailed("the lights went out")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3 if self.mood.startswith("doze") else 0.01)
         return "answered"
 
     async def close(self) -> None:

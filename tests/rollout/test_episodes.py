@@ -92,16 +92,18 @@ def generate(*names: str, group: int, seats: Seats | None = None, **use: Any) ->
     return done
 
 
-def test_thousands_of_episodes_share_one_loop_and_bounded_places():
+@pytest.mark.parametrize(("places", "number"), [(500, 60), (2000, 200)])
+def test_thousands_of_episodes_share_one_loop_and_bounded_places(places, number):
+    """All of them are open at the same time where there are places enough."""
     threads = threading.active_count()
-    groups = generate(*[f"p{number}" for number in range(200)], group=10, concurrency=500)
+    groups = generate(*[f"doze{prompt}" for prompt in range(number)], group=10, concurrency=places)
     samples = [sample for group in groups for sample in group]
-    assert len(samples) == 2000
+    assert len(samples) == 10 * number
     assert {(sample.status, len(sample.turns), sample.reply) for sample in samples} == {
         (Status.FINISHED, 3, "R</think>42")
     }
-    assert [[sample.index for sample in group] for group in groups] == [list(range(10))] * 200
-    assert Light.most_open == 500
+    assert [[sample.index for sample in group] for group in groups] == [list(range(10))] * number
+    assert Light.most_open == places
     assert threading.active_count() <= threads + 2
 
 
