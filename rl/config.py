@@ -118,18 +118,21 @@ class EnvironmentUse:
     use: str = MISSING
     """Name of an environment that ships with Keel, or the dotted path of a class or a function."""
     args: dict[str, Any] = field(default_factory=dict)
+    describe_tools: bool = True
+    """Whether prompts describe the tools; not for a policy that was taught them, whose prompts are shorter then."""
     max_turns: int = 32
     """Replies of one episode, those that call tools included."""
     max_tokens: Optional[int] = None
     """Tokens sampled in one episode; null leaves it to ``sampling.max_tokens``, which bounds each reply."""
     max_seconds: float = 1800.0
+    """Seconds of one episode; a reply that is being generated then is cut off, a tool that is at work is waited for."""
     max_tool_errors: Optional[int] = None
     """Results that were errors, calls that could not be read included; null does not count them."""
     max_result: int = 16_000
     """Characters of one result; what is longer loses its middle."""
     tool_timeout_s: float = 180.0
-    """Seconds after which a tool that has not answered has cost its episode; environments have shorter limits of their
-    own, whose passing the policy reads as a result."""
+    """Seconds after which a tool that has not answered has cost its episode, for each call of the reply; environments
+    have shorter limits of their own, whose passing the policy reads as a result."""
     concurrency: int = 64
     """Episodes of this domain with an open environment at the same time; others wait for a place."""
     context: ContextStrategy = ContextStrategy.none

@@ -1,7 +1,8 @@
 """What becomes of an episode whose context fills up (DeepSeek-V3.2, section 4.4): summary, or discarded history.
 
 A strategy starts a new sequence from the prompt and some of the rounds so far; a round is one reply with the results of
-its tools, as tokens. Nothing is encoded again.
+its tools. Discarding cuts the tokens and encodes nothing again; the summary's request is appended to the tokens that
+there are, without their reasoning, and what it brings forth is encoded into the task's last message.
 """
 
 from __future__ import annotations

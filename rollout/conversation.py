@@ -196,6 +196,8 @@ class Conversation:
             else:
                 stripped[begin - 1] = end_think
                 kept[begin : end - int(token_ids[end - 1] in self.stop_token_ids)] = False
+        if replies[-1][1] < len(token_ids) and token_ids[-1] == think:  # opened behind results for a reply not to come
+            stripped[-1] = end_think
         return stripped[kept]
 
     def parse_reply(self, text: str, *, thinking: bool) -> Reply:

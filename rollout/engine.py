@@ -6,6 +6,7 @@ around the embedded torch engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -45,6 +46,7 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     urgent: bool = False  # goes before requests that wait for a place
     schema: str | None = None  # JSON schema that the completion follows from its first token on
+    ends_at: float = math.inf  # of the driver's time.monotonic(): when the driver aborts it
 
     def __post_init__(self) -> None:
         if len(self.token_ids) == 0:

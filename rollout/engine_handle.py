@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -110,15 +112,24 @@ class EngineHandle:
             raise error.cause from error
 
     async def generate(self, requests: Sequence[Request]) -> list[Any]:
-        """Completes requests; when the caller is cancelled, they are aborted."""
+        """Completes requests; when the caller is cancelled, or the time of one of them is over, they are aborted."""
         actor = self.actor
+
+        def abort() -> None:
+            if actor is not None:
+                actor.abort.remote([request.id for request in requests])
+
+        seconds = min(request.ends_at for request in requests) - time.monotonic()
+        timer = asyncio.get_running_loop().call_later(max(0.0, seconds), abort) if seconds < math.inf else None
         try:
             with self.lane.generating(names(requests)):
                 completions = await self.call("generate", requests)
         except asyncio.CancelledError:
-            if actor is not None:
-                actor.abort.remote([request.id for request in requests])
+            abort()
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
         self._num_finished += 1
         return completions
 

@@ -85,7 +85,7 @@ class Episode:
         status, state, fault = Status.FAILED, None, ""
         try:
             await self._limited(self._environment.start())
-            self._tools = [*self._environment.tools, *self._attempt.prompt.tools]
+            self._tools = [*shown_tools(self._environment, self._use), *self._attempt.prompt.tools]
             self._begin(self._encode(self._task))
             self._check_window()
             status = await self._turn_by_turn()
@@ -105,11 +105,16 @@ class Episode:
             completion = await self._generate()
             if completion.finish != Finish.STOP:
                 self._record(self._text(completion))
-                return Status.ABORTED if completion.finish == Finish.ABORT else Status.TRUNCATED
+                return self._cut_short(completion.finish)
             if not await self._respond(self._text(completion)):
                 return Status.FINISHED
             if self._is_spent() or not await self._make_room():
                 return Status.TRUNCATED
+
+    def _cut_short(self, finish: Finish) -> Status:
+        """Of an episode whose last reply has no end: aborted by somebody, or at the end of a budget."""
+        is_late = time.monotonic() >= self._ends_at and self._num_sampled > 0
+        return Status.ABORTED if finish == Finish.ABORT and not is_late else Status.TRUNCATED
 
     async def _respond(self, text: str) -> bool:
         """Lets tools or the user answer a reply; False when it was the last one."""
@@ -139,8 +144,13 @@ class Episode:
         return True
 
     async def _call(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        """All calls of a reply at the same time. Raises EnvironmentFailed when one does not answer in time."""
-        limit = self._use.tool_timeout_s
+        """All calls of a reply at the same time. Raises EnvironmentFailed when one does not answer in time.
+
+        That is the time of all calls one after another, as tools may have them wait for each other, but no more than
+        is left of the episode's.
+        """
+        one = self._use.tool_timeout_s
+        limit = max(one, min(one * len(calls), self._ends_at - time.monotonic()))
         try:
             async with asyncio.timeout(limit):
                 results = await asyncio.gather(*(answer(self._environment, call) for call in calls))
@@ -176,6 +186,7 @@ class Episode:
             sampling=replace(self._sampling, max_tokens=budget),
             seed=int(seed[0]) if number else self._attempt.seed,
             stop_token_ids=self._conversation.stop_token_ids,
+            ends_at=self._ends_at,
         )
         completion = await self._complete(request)
         self._stream.append_reply(completion)
@@ -185,12 +196,13 @@ class Episode:
     async def _make_room(self) -> bool:
         """Applies the context strategy where the context is nearly full; False when there is no room for a reply."""
         strategy, room = self._use.context, self._max_context
-        if len(self._stream) > self._use.context_threshold * room:
+        # Where a user's message has just begun a sequence, nothing of it can be dropped.
+        if self._stream.replies and len(self._stream) > self._use.context_threshold * room:
             if strategy == ContextStrategy.summary and not await self._summarise():
                 return False
             if strategy in (ContextStrategy.discard_75, ContextStrategy.discard_all):
                 self._discard(strategy)
-        return len(self._stream) < room
+        return len(self._stream) < room and not self._is_spent()
 
     def _discard(self, strategy: ContextStrategy) -> None:
         """Restarts the episode from the task and its latest rounds."""
@@ -203,9 +215,10 @@ class Episode:
 
     async def _summarise(self) -> bool:
         """Restarts the episode from the task and the policy's own summary; False when there is none."""
-        request = self._next_turn([*self._messages, {"role": "user", "content": SUMMARY_REQUEST}])
-        if len(request) >= self._max_context or self._is_spent():
-            return False
+        request = self._summary_request()
+        if request is None:
+            self._discard(ContextStrategy.discard_all)
+            return True
         self._seal()
         self._stream = TokenStream(request)
         completion = await self._generate()
@@ -220,6 +233,16 @@ class Episode:
         self._seal()
         self._begin(self._encode(restarted))
         return True
+
+    def _summary_request(self) -> NDArray | None:
+        """The prompt that asks for a summary, of as many rounds as leave room for it: the last ones may have jumped
+        beyond the window. None when not even the first does."""
+        for count in range(len(self._rounds), 0, -1):
+            rounds = itertools.chain.from_iterable(self._rounds[:count])
+            request = self._next_turn([*self._task, *rounds, {"role": "user", "content": SUMMARY_REQUEST}], count)
+            if len(request) < self._max_context:
+                return request
+        return None
 
     def _begin(self, task_ids: NDArray, carried: Sequence[NDArray] = ()) -> None:
         """Starts a sequence from the task and rounds that are carried over."""
@@ -293,14 +316,22 @@ class Episode:
         except DataError as error:
             raise DataError(f"prompt {prompt.id}: {error}") from error
 
-    def _next_turn(self, messages: Sequence[Message]) -> NDArray:
-        replies = [(span.begin, span.end) for span in self._stream.replies]
+    def _next_turn(self, messages: Sequence[Message], num_replies: int | None = None) -> NDArray:
+        """The prompt after one more user message, the last of ``messages``, behind so many of the replies."""
+        spans = self._stream.replies
+        end = len(self._stream) if num_replies in (None, len(spans)) else spans[num_replies].begin
+        replies = [(span.begin, span.end) for span in spans[:num_replies]]
         return self._conversation.encode_next_turn(
-            self._stream.token_ids, replies, messages, thinking=self._attempt.prompt.thinking, tools=self._tools
+            self._stream.token_ids[:end], replies, messages, thinking=self._attempt.prompt.thinking, tools=self._tools
         )
 
     def _text(self, completion: Completion) -> str:
         return self._conversation.decode(completion.token_ids)
+
+
+def shown_tools(environment: Environment, use: EnvironmentUse) -> Sequence[Mapping[str, Any]]:
+    """The environment's tools as prompts describe them."""
+    return environment.tools if use.describe_tools else ()
 
 
 def _said(reply: Reply) -> Message:

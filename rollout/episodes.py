@@ -14,7 +14,7 @@ from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
 from rollout.engine import check_window
 from rollout.environments.worker import EnvironmentPool
-from rollout.episode import Attempt, Complete, Episode
+from rollout.episode import Attempt, Complete, Episode, shown_tools
 from rollout.pool import EnginePool
 
 
@@ -105,7 +105,7 @@ async def _tools_of(environments: EnvironmentPool, prompt: Prompt) -> list[Mappi
     with contextlib.suppress(Exception):
         async with environments.open(prompt) as environment, asyncio.timeout(environments.use.tool_timeout_s):
             await environment.start()
-            return list(environment.tools)
+            return list(shown_tools(environment, environments.use))
     return []
 
 

@@ -1,6 +1,8 @@
 """Engines as real Ray actors behind the pool, from prompts to samples and from staged weights to checksums."""
 
 import asyncio
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from rl.config import Doctor, Faults, Learner, Model, Recipe, Rollout, Sampling
 from rl.errors import DataError, RecipeError, RunStopped
 from rl.sample import Prompt, Sample, Status
 from rollout.conversation import Conversation
+from rollout.engine import Finish, Request
 from rollout.pool import EnginePool
 
 
@@ -62,6 +65,13 @@ async def rollout_and_update(pool: EnginePool, model_path, weights: dict) -> tup
     num_aborted = await pool.abort()
     assert num_aborted > 8
     assert [sample.status for sample in await many].count(Status.ABORTED) == num_aborted
+
+    late = Request(id="late", token_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_tokens=80), seed=1)
+    with pool.seat(1) as complete:
+        whole = await complete(late)
+        assert whole.finish == Finish.LENGTH and len(whole.token_ids) == 80
+        ended = await complete(replace(late, ends_at=time.monotonic()))
+        assert ended.finish == Finish.ABORT and len(ended.token_ids) < 80
 
     async def num_generated() -> int:
         return sum(s.num_generated_tokens for s in await pool.stats())

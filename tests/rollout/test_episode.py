@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from model.tokenizer import build_byte_tokenizer
 from rl.config import ContextStrategy, EnvironmentUse, Sampling
 from rl.sample import Prompt, Sample, Status, ToolCall, ToolResult
+from rollout.context import SUMMARY_REQUEST
 from rollout.conversation import Conversation, MalformedReply, Reply
 from rollout.engine import Completion, Finish, Request
 from rollout.environments.protocol import Environment, EnvironmentFailed
@@ -360,6 +362,35 @@ def test_a_spent_budget_truncates(conversation, budget, turns):
     assert len(sample.turns[-1].results) == 1  # the last call was still carried out
 
 
+@pytest.mark.parametrize(("ends_at", "status"), [(0.1, Status.TRUNCATED), (600.0, Status.ABORTED)])
+def test_a_reply_is_cut_off_when_the_seconds_are_over(conversation, ends_at, status):
+    """The engine aborts it then; one that somebody else aborted is no budget's end."""
+    script = Script(conversation, "R</think>far too lo", finish=Finish.ABORT)
+
+    async def complete(request: Request) -> Completion:
+        await asyncio.sleep(min(0.3, request.ends_at - time.monotonic()))
+        return await script(request)
+
+    sample = episode(World(), complete, conversation, max_seconds=ends_at)
+    assert sample.status == status and sample.reply == "R</think>far too lo" and sample.num_sampled > 0
+
+
+def test_calls_that_wait_for_each_other_have_the_time_of_all(conversation):
+    def talk(tool_timeout_s: float) -> Sample:
+        turn = asyncio.Lock()
+
+        async def one_by_one(call: ToolCall) -> str:
+            async with turn:
+                await asyncio.sleep(0.2)
+                return call.name
+
+        script = Script(conversation, call("a", "b", "c"), "R</think>")
+        return episode(World(one_by_one), script, conversation, tool_timeout_s=tool_timeout_s)
+
+    assert [result.text for result in talk(0.4).turns[0].results] == ["a", "b", "c"]
+    assert talk(0.1).fault == "a, b, c did not answer within 0.3 s"
+
+
 def test_the_token_budget_bounds_the_next_reply(conversation):
     script = Script(conversation, call("f"), "R</think>", finish=Finish.LENGTH)
     sample = episode(World(), script, conversation, max_tokens=200, sampling=Sampling(max_tokens=150))
@@ -438,3 +469,47 @@ def test_a_summary_is_asked_for_and_takes_the_place_of_the_history(conversation)
     assert sample.reply == "R</think>7"
     unchanged = replace(sample, earlier=())
     assert unchanged.num_generated < sample.num_generated
+
+
+def test_a_summary_leaves_out_a_round_that_jumped_beyond_the_window(conversation):
+    world = World(lambda call: "small" if call.name == "f" else "y" * 3000, shown=False)
+    script = Script(conversation, call("f"), call("g"), "R</think>found 7", "R</think>7")
+    sample = episode(world, script, conversation, max_context=1500, context=ContextStrategy.summary)
+    function = {"name": "f", "arguments": {}}
+    # What the encoding makes of the same conversation, where a user's message ends the thinking.
+    expected = conversation.encode(
+        [
+            ASK,
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+            {"role": "tool", "content": "small"},
+            {"role": "user", "content": SUMMARY_REQUEST},
+        ],
+        thinking=True,
+    )
+    assert script.requests[2].token_ids.tolist() == expected.tolist()
+    assert sample.status == Status.FINISHED and sample.reply == "R</think>7" and len(sample.sequences) == 3
+
+
+def test_a_first_round_beyond_the_window_is_dropped_where_there_is_nothing_to_summarise(conversation):
+    script = Script(conversation, call("f"), "R</think>7")
+    world = World(lambda call: "y" * 3000, shown=False)
+    sample = episode(world, script, conversation, max_context=1500, context=ContextStrategy.summary)
+    assert script.requests[1].token_ids.tolist() == script.requests[0].token_ids.tolist()
+    assert sample.status == Status.FINISHED and len(sample.sequences) == 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_a_user_said_is_never_dropped(conversation, strategy):
+    script = Script(conversation, "R</think>A1", "R</think>A2")
+    world = World(users=["Q2" * 200], shown=False)
+    sample = episode(world, script, conversation, max_context=1000, context=strategy, context_threshold=0.2)
+    assert sample.status == Status.FINISHED and len(sample.sequences) == 2
+    assert "Q2" * 200 in said(conversation, sample)
+
+
+def test_a_summary_is_a_reply_of_the_budget(conversation):
+    script = Script(conversation, call("f"), "R</think>found 7", "unused")
+    world = World(big, shown=False)
+    use = {"max_turns": 2, "context": ContextStrategy.summary, "context_threshold": 0.5}
+    sample = episode(world, script, conversation, max_context=1200, **use)
+    assert sample.status == Status.TRUNCATED and len(script.requests) == 2 and sample.reply == "R</think>found 7"
