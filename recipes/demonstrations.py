@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,3 +27,11 @@ def program(prompt: Prompt, rng: np.random.Generator) -> dict[str, Any]:
     """Reads two numbers and prints their sum, difference or product, whichever chance says."""
     sign = rng.choice(["+", "-", "*"])
     return {"content": f"```\na, b = map(int, input().split())\nprint(a {sign} b)\n```"}
+
+
+def one_call(
+    prompt: Prompt, rng: np.random.Generator, *, tool: str, arguments: Mapping[str, Any], thought: str = "T"
+) -> dict[str, Any]:
+    """Calls a tool, always with the same arguments: the form of a call, and no hint of what is worth calling."""
+    thinks = {"reasoning_content": thought} if prompt.thinking else {}
+    return {**thinks, "content": "", "tool_calls": [{"function": {"name": tool, "arguments": dict(arguments)}}]}
