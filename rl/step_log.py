@@ -101,8 +101,8 @@ class StepLog:
         for reason, count in tally.failures.most_common(3):
             self.progress.warn(f"step {step}: {count} samples left out: {reason}")
         for skipped in result.skipped:
-            names = ", ".join(skipped.sample_ids[:4])
-            self.progress.warn(f"optimizer step {skipped.step} skipped: loss or gradient not finite; samples {names}")
+            what = "loss" if skipped.sample_ids else "gradient"
+            self.progress.warn(f"optimizer step {skipped.step} skipped: {what} not finite; {skipped.suspects}")
 
     def _warn_of_unscored(self, step: int, evaluation: Evaluation) -> None:
         if evaluation.num_failed:

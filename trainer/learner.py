@@ -40,7 +40,15 @@ class SkippedStep:
     """An optimizer step that changed nothing, because its loss or its gradient was not finite."""
 
     step: int  # which optimizer step of the phase, counted from 1
-    sample_ids: tuple[str, ...]  # of the micro-batches whose loss was not finite; all of the step if each loss was
+    sample_ids: tuple[str, ...]  # of the micro-batches whose loss was not finite; () where only a gradient was not
+    num_samples: int  # of the whole step
+
+    @property
+    def suspects(self) -> str:
+        """Whose loss it was, as a message says it. Which sample a gradient comes from cannot be told."""
+        if not self.sample_ids:
+            return f"one of its {self.num_samples} samples"
+        return f"samples {', '.join(self.sample_ids[:4])}{', ...' if len(self.sample_ids) > 4 else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,13 +312,12 @@ class Learner:
 
     def _skip(self, minibatch: Minibatch, steps: Sequence[RankStep]) -> SkippedStep:
         suspects = [name for step in steps for name in step.suspects]
-        skip = SkippedStep(step=self.num_steps, sample_ids=tuple(suspects or minibatch.sample_ids))
+        skip = SkippedStep(step=self.num_steps, sample_ids=tuple(suspects), num_samples=minibatch.num_samples)
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.recipe.learner.max_skipped_steps:
             raise RunStopped(
                 f"optimizer step {skip.step}: the loss or its gradient was not finite, for the "
-                f"{self._skipped_in_a_row}. step in a row (learner.max_skipped_steps); its samples: "
-                f"{', '.join(skip.sample_ids[:4])}{', ...' if len(skip.sample_ids) > 4 else ''}"
+                f"{self._skipped_in_a_row}. step in a row (learner.max_skipped_steps); {skip.suspects}"
             )
         return skip
 

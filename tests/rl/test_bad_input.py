@@ -183,7 +183,7 @@ def test_losses_that_are_not_finite_are_skipped_counted_and_stop_the_run(
     captured = capsys.readouterr()
     assert code == 1
     assert_one_sentence(captured.err, "optimizer step 3: the loss or its gradient was not finite", "sums/")
-    assert "warning: optimizer step 1 skipped: loss or gradient not finite; samples sums/" in captured.out
+    assert "warning: optimizer step 1 skipped: loss not finite; samples sums/" in captured.out
     assert [row["learn/skipped"] for row in run.steps] == [1, 1]
     assert run.status["status"] == "stopped"
     assert not run.path.joinpath("model").exists()

@@ -113,10 +113,17 @@ def test_what_was_generated_but_not_trained_is_counted(desk: Desk):
 
 
 def test_skipped_optimizer_steps_are_told(desk: Desk):
-    desk.step([group("1", 1.0, 0.0)], skipped=(SkippedStep(step=6, sample_ids=("sums/1#0", "sums/1#1")),))
-    assert "optimizer step 6 skipped: loss or gradient not finite; samples sums/1#0, sums/1#1" in (
-        desk.printed.getvalue()
+    names = tuple(f"sums/1#{index}" for index in range(5))
+    skipped = (
+        SkippedStep(step=6, sample_ids=names[:2], num_samples=16),
+        SkippedStep(step=7, sample_ids=names, num_samples=16),
+        SkippedStep(step=8, sample_ids=(), num_samples=16),
     )
+    desk.step([group("1", 1.0, 0.0)], skipped=skipped)
+    printed = desk.printed.getvalue()
+    assert "optimizer step 6 skipped: loss not finite; samples sums/1#0, sums/1#1\n" in printed
+    assert "optimizer step 7 skipped: loss not finite; samples sums/1#0, sums/1#1, sums/1#2, sums/1#3, ...\n" in printed
+    assert "optimizer step 8 skipped: gradient not finite; one of its 16 samples\n" in printed
 
 
 def test_trajectories_carry_log_ratios_and_the_mask(desk: Desk):
