@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import torch
 
 from model import LanguageModel, load_model
 from model.moe import Experts
-from rl.config import IndexerTraining, Objective
+from rl.config import IndexerTraining, Objective, Sampling
 from rl.metrics import values
-from rl.sample import Group, Sample
+from rl.sample import Group, Prompt, Sample
+from rollout.engine import Request
+from rollout.samples import to_sample
+from rollout.torch_engine import TorchEngine
 from tests.trainer.conftest import MakeRank
 from tests.trainer.samples import (
     EPISODE_ADVANTAGES,
@@ -101,12 +104,14 @@ def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], relative: float) -> None:
+    """Each tensor to ``relative`` of its own largest entry, and the rounding of sums in fp32."""
     assert actual.keys() == expected.keys()
     scale = max(float(tensor.abs().max()) for tensor in expected.values())
     assert scale > 1e-3, "a gradient of zero proves nothing"
     for name, tensor in expected.items():
+        own = float(tensor.abs().max())
         difference = float((actual[name] - tensor).abs().max())
-        assert difference <= relative * scale, f"{name}: {difference} of {scale}"
+        assert difference <= relative * own + 1e-7 * scale, f"{name}: {difference} of {own}"
 
 
 def perturb(model: LanguageModel, size: float) -> LanguageModel:
@@ -212,6 +217,55 @@ def test_replayed_routes_are_the_experts_used_and_live_ones_differ_after_the_wei
     recorded = np.sort(micro.routes[micro.routed], axis=-1)
     np.testing.assert_array_equal(np.sort(replayed[micro.routed], axis=-1), recorded)
     assert (np.sort(live[micro.routed], axis=-1) != recorded).mean() > 0.05
+
+
+def experts_used(model: LanguageModel) -> list[list[torch.Tensor]]:
+    """What each layer's experts are given from now on, [layers][calls] of int64 [tokens, top_k]."""
+    layers = [module for module in model.modules() if isinstance(module, Experts)]
+    used: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def record(calls: list[torch.Tensor]) -> Callable[..., None]:
+        return lambda _, inputs: calls.append(inputs[1].clone())
+
+    for module, calls in zip(layers, used, strict=True):
+        module.register_forward_pre_hook(record(calls))
+    return used
+
+
+def test_the_learner_uses_the_experts_that_the_engine_used(model: LanguageModel, model_dir: Path):
+    """From what the engine's experts were really given, by its recording, Sample and pack, to the learner's experts."""
+    engine = TorchEngine(load_model(model_dir), max_num_seqs=1, max_context=64)
+    sampling, rng = Sampling(temperature=TEMPERATURE, top_p=0.9, max_tokens=18), np.random.default_rng(0)
+    in_engine = experts_used(engine.module)
+    samples, chosen = [], {}
+    for index, length in enumerate((5, 12, 9)):
+        token_ids = rng.integers(0, 48, length).astype(np.int32)
+        prompt = Prompt(id="math/0", domain="math", token_ids=token_ids)
+        request = Request(id=str(index), token_ids=token_ids, sampling=sampling, seed=index)
+        (completion,) = engine.generate([request])
+        sample = to_sample(prompt, index, request, completion, "")
+        # The prompt's forward, and then one for each token but the last; the engine fills its rows up.
+        rows = [torch.cat([first[:length], *(call[:1] for call in later)]) for first, *later in in_engine]
+        chosen[sample.id] = torch.stack(rows, dim=1)
+        assert len(chosen[sample.id]) == len(sample) - 1
+        samples.append(sample)
+        for calls in in_engine:
+            calls.clear()
+
+    perturb(model, 0.1)
+    (micro,) = pack_step([WeightedSample(sample=sample) for sample in samples], ranks=1, micro_tokens=1000).ranks[0]
+    in_learner = experts_used(model)
+    policy, tokens = Policy(model, temperature=TEMPERATURE), PackedTokens.of(micro, CPU)
+    with torch.no_grad():
+        policy(tokens)
+        policy(tokens, replay_routes=False)
+    replayed, live = (torch.stack([calls[run] for calls in in_learner], dim=1).sort(-1)[0] for run in (0, 1))
+    changed = 0
+    for name, start, end in zip(micro.sample_ids, micro.cu_seqlens[:-1], micro.cu_seqlens[1:], strict=True):
+        wanted = chosen[name].sort(-1)[0]
+        assert torch.equal(replayed[start : end - 1], wanted)
+        changed += int((live[start : end - 1] != wanted).any(-1).sum())
+    assert changed > 10
 
 
 def test_the_gate_keeps_its_gradient_under_replay(model: LanguageModel):
