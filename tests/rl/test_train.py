@@ -17,6 +17,7 @@ from model import load_deepseek_v32, load_model
 from rl.errors import RunStopped
 from rl.recipe import load_recipe, to_yaml
 from rl.train import beside, first_error, is_due, main
+from tests.model.test_parity import lowest_index_topk
 from tests.rl.metric_page import unexplained
 from tests.rl.tiny_runs import REWARDS, Run, read_lines, run_command, run_here, tiny_recipe
 
@@ -158,9 +159,11 @@ def test_the_model_that_comes_out_loads_in_transformers_and_here(full: tuple[Run
     tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
     ids = torch.tensor([tokenizer.encode("1+1=2, 2+2=4, 3+3=6", add_special_tokens=False)])
     assert tokenizer.decode(ids[0]) == "1+1=2, 2+2=4, 3+3=6"
-    # Beyond index_topk the two may choose differently among keys that an indexer of two heads scores alike.
-    ids = ids[:, : ours.config.index_topk]
-    with torch.no_grad():
+    assert ids.shape[1] > ours.config.index_topk
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        # An indexer of two heads scores many keys alike, among which transformers would choose any.
+        patch.setattr(torch, "topk", lowest_index_topk)
+        patch.setattr(torch.Tensor, "topk", lowest_index_topk)
         torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
