@@ -61,7 +61,7 @@ def main(seeds: list[int]) -> int:
             broken = list(broken_promises(run, seconds))
             print(
                 f"seed {seed}: {accuracies[0]:.1%} -> {accuracies[-1]:.1%} in {seconds:.0f} s, "
-                f"{masked:.2%} of the sequences masked; {'; '.join(broken) or 'all held'}",
+                f"{masked:.2%} of the samples masked; {'; '.join(broken) or 'all held'}",
                 flush=True,
             )
             status |= bool(broken)

@@ -193,7 +193,7 @@ def test_an_episode_reads_as_a_conversation(page: Browser, demo: RunDirectory):
     assert "search(pattern=total_pages, path=.)" in parts[4][1] and "shelf.py:3" in parts[4][1]
     assert parts[-1][1].endswith("The slice skipped the first book; it is gone.<｜end▁of▁sentence｜>")
     assert texts(page, ".comment") == ["rubric saysMended, but untested."]
-    assert "1 of 2 sequences masked as off-policy" in texts(page, ".pane h3 .pill")
+    assert "masked as off-policy" in texts(page, ".pane h3 .pill")
     page.hover(".message.thinking .token.warm, .message.thinking .token.cool")
     page.wait("[...document.querySelectorAll('.tip')].some((tip) => tip.textContent.includes('learner − rollout'))")
     page.choose("select[aria-label=colour]", "routed")

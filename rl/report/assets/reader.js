@@ -223,13 +223,8 @@ class Reader {
     if (whole.answer !== null && !long) facts.push(["expected answer", whole.answer]);
     const answer = long ? element("details", { class: "raw" }, element("summary", {}, "Expected answer"), element("pre", {}, whole.answer)) : "";
     const cells = facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
-    const flags = t.flags.map((flag) => element("span", { class: `pill ${flag === "masked" ? "bad" : ""}` }, flag === "masked" ? this.maskedText(whole) : flag));
+    const flags = t.flags.map((flag) => element("span", { class: `pill ${flag === "masked" ? "bad" : ""}` }, flag === "masked" ? "masked as off-policy" : flag));
     return [element("h3", {}, t.id, ...flags), element("dl", { class: "facts-row" }, ...cells), this.siblings(t), this.parts(whole), this.comments(whole), answer];
-  }
-
-  maskedText({ sequences }) {
-    const masked = sequences.filter((sequence) => sequence.masked).length;
-    return sequences.length === 1 ? "masked as off-policy" : `${masked} of ${sequences.length} sequences masked as off-policy`;
   }
 
   // The samples of the same prompt, those of the same step first: what earned more, what less.
