@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rewards.protocol import part_name
-from rl.config import Alarm, Recipe
+from rl.choices import Alarm
+from rl.config import Recipe
 from rl.progress import Progress
 from rl.run_directory import RunDirectory
 

@@ -7,86 +7,25 @@ Defaults live here and nowhere else. A value that engine and learner share exist
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
 from typing import Any, Optional
+
+from rl.choices import (
+    Aggregation,
+    Alarm,
+    ContextStrategy,
+    DoctorAct,
+    Dsa,
+    EngineKind,
+    IndexerTraining,
+    Offload,
+    Placement,
+    PromptStyle,
+    WandbMode,
+    ZeroVariance,
+)
 
 MISSING = "???"
 RESUME_NEVER, RESUME_AUTO = "never", "auto"
-
-
-class EngineKind(StrEnum):
-    torch = "torch"
-    vllm = "vllm"
-
-
-class Dsa(StrEnum):
-    vllm = "vllm"
-    keel = "keel"
-
-
-class Placement(Enum):
-    split = "split"
-    shared = "shared"
-
-
-class Aggregation(StrEnum):
-    sequence_mean = "sequence_mean"
-    token_mean = "token_mean"
-
-
-class ZeroVariance(Enum):
-    keep = "keep"
-    replace = "replace"
-
-
-class IndexerTraining(StrEnum):
-    frozen = "frozen"
-    kl = "kl"
-
-
-class Offload(StrEnum):
-    none = "none"
-    cpu = "cpu"
-
-
-class DoctorAct(StrEnum):
-    none = "none"
-    warn = "warn"
-    recover = "recover"
-    stop = "stop"
-
-
-class WandbMode(StrEnum):
-    online = "online"
-    offline = "offline"
-
-
-class PromptStyle(StrEnum):
-    none = "none"
-    reasoning = "reasoning"
-    tools = "tools"
-    thinking_tools = "thinking_tools"
-
-
-class ContextStrategy(StrEnum):
-    none = "none"
-    summary = "summary"
-    discard_75 = "discard_75"
-    discard_all = "discard_all"
-
-
-class Alarm(StrEnum):
-    mismatch = "mismatch"
-    replay = "replay"
-    kept = "kept"
-    entropy = "entropy"
-    masked = "masked"
-    clipped = "clipped"
-    saturation = "saturation"
-    zero_variance = "zero_variance"
-    dominance = "dominance"
-    length = "length"
-    truncated = "truncated"
 
 
 @dataclass(frozen=True, kw_only=True)

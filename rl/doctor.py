@@ -21,9 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from rl.choices import DoctorAct
 from rl.cluster import on_host
 from rl.config import Doctor as Settings
-from rl.config import DoctorAct
 from rl.errors import RunStopped
 from rl.secrets import redact
 from rl.system import System

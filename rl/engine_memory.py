@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from model.costs import ModelCosts
-from rl.config import Dsa, Recipe
+from rl.choices import Dsa
+from rl.config import Recipe
 from rl.hardware import GIB
 from rl.learner_memory import Item, element_bytes
 

@@ -27,8 +27,9 @@ import numpy as np
 
 from rewards.pool import RewardPool
 from rewards.protocol import part_name
+from rl.choices import ContextStrategy
 from rl.cluster import join_cluster
-from rl.config import ContextStrategy, Recipe
+from rl.config import Recipe
 from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
 from rl.prompts import load_split

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from model.costs import ModelCosts
-from rl.config import EngineKind, Offload, Placement, Recipe
+from rl.choices import EngineKind, Offload, Placement
+from rl.config import Recipe
 from rl.errors import RecipeError
 from rl.hardware import GIB, Hardware
 from rl.placement import engines_sleep

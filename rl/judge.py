@@ -26,8 +26,9 @@ import numpy as np
 
 from model.tokenizer import load_tokenizer
 from rewards.judge import JudgeAddress
+from rl.choices import Placement
 from rl.cluster import join_cluster, settled
-from rl.config import Judge, Model, Placement, Recipe, Sampling
+from rl.config import Judge, Model, Recipe, Sampling
 from rl.environ import conceal_environment
 from rl.errors import RecipeError, UserError
 from rl.fault_log import FaultLog

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from model.costs import ModelCosts
-from rl.config import Offload, Recipe
+from rl.choices import Offload
+from rl.config import Recipe
 from rl.hardware import GIB
 
 MASTER_AND_MOMENTS = 12

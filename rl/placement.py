@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rl.config import EngineKind, Placement, Recipe
+from rl.choices import EngineKind, Placement
+from rl.config import Recipe
 from rl.errors import RecipeError
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from model.costs import ModelCosts, model_costs
-from rl.config import EngineKind, Placement, Recipe
+from rl.choices import EngineKind, Placement
+from rl.config import Recipe
 from rl.engine_memory import ASLEEP_BYTES, WorkerMemory, worker_memory
 from rl.errors import RecipeError
 from rl.hardware import GIB, LOCAL_BYTES_PER_S, Hardware

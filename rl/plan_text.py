@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 
-from rl.config import Placement, Recipe
+from rl.choices import Placement
+from rl.config import Recipe
 from rl.fit import check_plan, problems
 from rl.hardware import GIB
 from rl.learner_memory import Item

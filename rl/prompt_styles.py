@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl.config import PromptStyle
+from rl.choices import PromptStyle
 
 _REASONING = (
     "You are an expert at the task below. Think it through first, inside <think></think>: try ideas, check them, and "

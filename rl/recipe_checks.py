@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from rl.choices import Dsa, EngineKind, Offload, Placement, PromptStyle
 from rl.config import (
     Alarms,
     Canary,
     Checkpoint,
     Doctor,
     Domain,
-    Dsa,
-    EngineKind,
     EnvironmentUse,
     Evaluation,
     Faults,
@@ -22,9 +21,6 @@ from rl.config import (
     Learner,
     Model,
     Objective,
-    Offload,
-    Placement,
-    PromptStyle,
     Recipe,
     RewardUse,
     Rollout,

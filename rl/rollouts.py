@@ -11,7 +11,8 @@ from typing import Any
 
 from rewards.pool import Failure
 from rl.buffer import GroupBuffer, Ticket
-from rl.config import Recipe, ZeroVariance
+from rl.choices import ZeroVariance
+from rl.config import Recipe
 from rl.errors import RunStopped
 from rl.metrics import Mean
 from rl.prompts import PromptStream

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from model.transport import abandon
-from rl.config import EngineKind, Placement, Recipe
+from rl.choices import EngineKind, Placement
+from rl.config import Recipe
 from rl.errors import RunStopped, UserError
 from rl.timeline import Timeline
 from rollout.engine import EngineDied

@@ -22,8 +22,9 @@ from model.tokenizer import load_tokenizer
 from rewards.pool import RewardPool
 from rewards.protocol import JUDGED, check_names
 from rewards.sandbox import Sandbox
+from rl.choices import EngineKind, IndexerTraining, Placement
 from rl.cluster import address_for_workers, cluster_hardware, join_cluster, settled
-from rl.config import EngineKind, IndexerTraining, Placement, Recipe, Sampling
+from rl.config import Recipe, Sampling
 from rl.environ import chosen_variables
 from rl.errors import DataError, RecipeError
 from rl.fault_log import FaultLog

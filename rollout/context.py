@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from rl.config import ContextStrategy
+from rl.choices import ContextStrategy
 from rl.sample import NDArray
 from rollout.token_stream import TokenStream
 

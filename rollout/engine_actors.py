@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from rl.config import Dsa, EngineKind, Recipe
+from rl.choices import Dsa, EngineKind
+from rl.config import Recipe
 from rl.errors import RecipeError
 from rl.placement import engines_sleep, gpu_shares, serves_judge, threads_needed
 from rollout.actor import EngineActor

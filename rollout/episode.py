@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rl.config import ContextStrategy, EnvironmentUse, Sampling
+from rl.choices import ContextStrategy
+from rl.config import EnvironmentUse, Sampling
 from rl.errors import DataError
 from rl.sample import NDArray, Prompt, Sample, Status, ToolCall, ToolResult, Turn
 from rollout.context import SUMMARY_HEADING, SUMMARY_REQUEST, num_dropped, rounds_of

@@ -19,7 +19,8 @@ import numpy as np
 import ray
 
 from model.tokenizer import load_tokenizer
-from rl.config import DoctorAct, EngineKind, Recipe, Sampling
+from rl.choices import DoctorAct, EngineKind
+from rl.config import Recipe, Sampling
 from rl.errors import RunStopped
 from rl.fault_log import FaultLog
 from rl.placement import engines_sleep

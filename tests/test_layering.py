@@ -11,10 +11,10 @@ import kernels
 ROOT = Path(__file__).parents[1]
 
 LEAVES = {
-    "advantage", "allowance", "buffer", "config", "demonstrations", "durable", "environ", "errors", "fault_log",
-    "junit", "loss", "metrics", "placement", "plugin", "printable", "procedural", "prompt_styles", "prompts", "recipe",
-    "recipe_checks", "recipe_schema", "recipe_source", "records", "sample", "saved_groups", "secrets", "selections",
-    "timeline", "whereabouts",
+    "advantage", "allowance", "buffer", "choices", "config", "demonstrations", "durable", "environ", "errors",
+    "fault_log", "junit", "loss", "metrics", "placement", "plugin", "printable", "procedural", "prompt_styles",
+    "prompts", "recipe", "recipe_checks", "recipe_schema", "recipe_source", "records", "sample", "saved_groups",
+    "secrets", "selections", "timeline", "whereabouts",
 }  # fmt: skip
 """Modules of rl/ that hold vocabulary and mathematics. Every other one there is a driver."""
 

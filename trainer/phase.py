@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 from model import LanguageModel
-from rl.config import IndexerTraining, Recipe
+from rl.choices import IndexerTraining
+from rl.config import Recipe
 from trainer.deepspeed_engine import Optimization
 
 

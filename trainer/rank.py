@@ -17,7 +17,8 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 
 from model.checksum import Checksums
 from model.transport import open_store
-from rl.config import Offload, Placement, Recipe
+from rl.choices import Offload, Placement
+from rl.config import Recipe
 from rl.durable import FileRecord
 from rl.errors import DataError, RecipeError
 from rl.sample import NDArray

@@ -29,7 +29,8 @@ import torch
 
 from model import ModelOutline, load_model, outline
 from model.tokenizer import load_tokenizer
-from rl.config import Dsa, EngineKind, Recipe
+from rl.choices import Dsa, EngineKind
+from rl.config import Recipe
 from rl.recipe import load_recipe
 from rl.system import prepare_model, start
 from rollout.conversation import Conversation

@@ -21,8 +21,9 @@ import torch
 
 from model import save_model
 from model.tokenizer import save_byte_tokenizer
+from rl.choices import Placement
 from rl.config import Learner as LearnerSettings
-from rl.config import Model, Placement, Recipe, Rollout, Sampling
+from rl.config import Model, Recipe, Rollout, Sampling
 from rl.fault_log import FaultLog
 from rl.placement import shared_gpus
 from rl.sample import Prompt, Sample

@@ -21,7 +21,8 @@ import kernels
 from kernels import reference
 from model import DeepseekV32, ModelConfig, save_model
 from model.costs import model_costs
-from rl.config import Domain, Learner, Model, Offload, Recipe
+from rl.choices import Offload
+from rl.config import Domain, Learner, Model, Recipe
 from rl.durable import FileRecord
 from rl.hardware import peak_flops
 from rl.sample import Prompt, Sample

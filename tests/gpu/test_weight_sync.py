@@ -27,8 +27,9 @@ import torch
 from model import DeepseekV32, checksums, save_model
 from model.tokenizer import save_byte_tokenizer
 from model.transport import BroadcastGroup, open_store
+from rl.choices import Placement
 from rl.config import Learner as LearnerSettings
-from rl.config import Model, Placement, Recipe, Rollout, Sampling
+from rl.config import Model, Recipe, Rollout, Sampling
 from rl.sync import publish, transport_for
 from rl.system import reserve
 from rollout.engine import Finish, Request

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from rl.alarms import Alarms
-from rl.config import Alarm, Domain, RewardUse
+from rl.choices import Alarm
+from rl.config import Domain, RewardUse
 from rl.progress import Progress
 from rl.reward_shares import reward_shares
 from rl.run_directory import RunDirectory

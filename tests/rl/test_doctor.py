@@ -17,8 +17,8 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from rl.choices import DoctorAct
 from rl.config import Doctor as Settings
-from rl.config import DoctorAct
 from rl.doctor import Doctor
 from rl.errors import RunStopped
 from rl.fault_log import FaultLog

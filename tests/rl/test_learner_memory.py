@@ -14,7 +14,8 @@ from torch import nn
 
 from model.costs import ModelCosts, costs_of
 from model.outline import ModelOutline, TensorSpec
-from rl.config import Domain, Learner, Model, Offload, Recipe
+from rl.choices import Offload
+from rl.config import Domain, Learner, Model, Recipe
 from rl.learner_memory import rank_memory
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks

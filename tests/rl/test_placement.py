@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from rl.config import EngineKind, Learner, Placement, Recipe, Rollout
+from rl.choices import EngineKind, Placement
+from rl.config import Learner, Recipe, Rollout
 from rl.errors import RecipeError
 from rl.placement import Bundle, GpuShares, Seats, gpu_shares, seats, shared_gpus
 from rl.system import reserve

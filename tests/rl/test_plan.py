@@ -14,7 +14,8 @@ import pytest
 
 from model.costs import ModelCosts, model_costs
 from model.tokenizer import build_byte_tokenizer
-from rl.config import EngineKind, Placement, Recipe
+from rl.choices import EngineKind, Placement
+from rl.config import Recipe
 from rl.demonstrations import load_demonstrations
 from rl.engine_memory import ASLEEP_BYTES, worker_memory, worker_weight_bytes
 from rl.errors import RecipeError

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from model.tokenizer import END_THINK, THINK, build_byte_tokenizer
-from rl.config import Domain, EnvironmentUse, PromptStyle
+from rl.choices import PromptStyle
+from rl.config import Domain, EnvironmentUse
 from rl.prompts import load_split
 from rollout.conversation import Conversation, MalformedReply
 

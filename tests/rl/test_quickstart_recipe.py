@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from model import ModelConfig
-from rl.config import Domain, EngineKind, Recipe
+from rl.choices import EngineKind
+from rl.config import Domain, Recipe
 from rl.initial_model import initial_config
 from rl.recipe import load_recipe
 from tests.rl.tiny_runs import REPOSITORY

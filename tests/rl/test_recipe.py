@@ -9,18 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rl.config import (
-    Aggregation,
-    ContextStrategy,
-    Domain,
-    EngineKind,
-    EnvironmentUse,
-    Model,
-    Recipe,
-    RewardUse,
-    Sampling,
-    ZeroVariance,
-)
+from rl.choices import Aggregation, ContextStrategy, EngineKind, ZeroVariance
+from rl.config import Domain, EnvironmentUse, Model, Recipe, RewardUse, Sampling
 from rl.errors import RecipeError
 from rl.recipe import load_recipe, to_yaml
 from rl.recipe_checks import _RANGES

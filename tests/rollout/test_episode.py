@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from model.tokenizer import build_byte_tokenizer
-from rl.config import ContextStrategy, EnvironmentUse, Sampling
+from rl.choices import ContextStrategy
+from rl.config import EnvironmentUse, Sampling
 from rl.sample import Prompt, Sample, Status, ToolCall, ToolResult
 from rollout.context import SUMMARY_REQUEST
 from rollout.conversation import Conversation, MalformedReply, Reply

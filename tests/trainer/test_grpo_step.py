@@ -13,7 +13,8 @@ import torch
 
 from model import LanguageModel, load_model
 from model.moe import Experts
-from rl.config import IndexerTraining, Objective, Sampling
+from rl.choices import IndexerTraining
+from rl.config import Objective, Sampling
 from rl.metrics import values
 from rl.sample import Group, Prompt, Sample
 from rollout.engine import Request

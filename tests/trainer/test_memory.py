@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rl.config import Offload, Recipe
+from rl.choices import Offload
+from rl.config import Recipe
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks
 from tests.trainer.samples import live_weights, tiny_recipe

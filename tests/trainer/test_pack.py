@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.config import Aggregation
+from rl.choices import Aggregation
 from rl.loss import grpo_loss
 from rl.metrics import merge
 from rl.sample import Group, Kept, Prompt, Sample, Scored

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors.numpy import load_file
 
 from model import LanguageModel, checksums, load_model
-from rl.config import IndexerTraining, Model, Objective, Recipe
+from rl.choices import IndexerTraining
+from rl.config import Model, Objective, Recipe
 from rl.durable import FileRecord
 from rl.errors import DataError, RecipeError
 from rl.metrics import merge
