@@ -27,7 +27,7 @@ from trainer.sender import Sent
 
 STANDSTILL_S = 300.0
 """How long a sender or receiver waits for the next bucket to move before it gives up."""
-SETTLE_S = 5.0
+SETTLE_S = 15.0
 """How long everybody may take to say what happened, once one of them has failed."""
 UPDATE_S = 1800.0
 """How long an update may take altogether."""

@@ -87,12 +87,14 @@ class WorkersOnly:
             asyncio.wrap_future(worker.receive.remote(trouble).future())
             for worker, trouble in zip(workers, troubles, strict=True)
         ]
-        done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
-        if any(call.exception() for call in done):
-            await asyncio.wait(calls, timeout=20)
-        for error in [call.exception() for call in calls if call.done()]:
-            if isinstance(error, RayActorError):  # a worker takes its engine along
-                raise EngineDied(f"engine {engines[0]} died during receive") from error
+        waiting = set(calls)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_EXCEPTION)
+            for error in [call.exception() for call in done]:
+                if isinstance(error, RayActorError):  # a worker takes its engine along
+                    raise EngineDied(f"engine {engines[0]} died during receive") from error
+            if not done:
+                break
         try:
             self.largest = max([await call for call in calls])
         except RayTaskError as error:
