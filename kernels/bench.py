@@ -199,6 +199,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Keel's kernels beside their peers.")
     parser.add_argument("names", nargs="*", help="only cases whose names begin with one of these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")

@@ -32,6 +32,7 @@ def _word_hash_kernel(
 
 
 def word_hash_sum(words: torch.Tensor, first: int, stride: int) -> torch.Tensor:
+    """As `kernels.checksum.word_hash_sum`: an int64 sum, whose order does not matter; words are [rows, columns]."""
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     rows, columns = words.shape
     if words.numel() == 0:

@@ -200,6 +200,10 @@ def backward(
     grad_out: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of queries [N, H, D] and keys [M, D] in their dtypes; keys are summed in fp32, in a fixed order.
+
+    indices: int32 [N, K], -1 where there is none; out and grad_out: [N, H, V]; lse: fp32 [N, H].
+    """
     num_queries, _, dim = queries.shape
     num_selected = indices.shape[1]
     grad_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)

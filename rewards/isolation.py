@@ -282,6 +282,7 @@ def _some_uid() -> int:
 
 
 def own_uid(isolation: Isolation) -> int | None:
+    """The user that programs run as, if the isolation can give them one."""
     return None if user_of(isolation) is None else _some_uid()
 
 
@@ -300,6 +301,7 @@ def _library_path() -> dict[str, str]:
 
 
 def outer_environment() -> dict[str, str]:
+    """What the jail's own launcher needs of the environment."""
     return {"PATH": os.environ.get("PATH", os.defpath), **_library_path()}
 
 

@@ -246,6 +246,8 @@ class Supervised:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
+    """Held-out prompts, and how often they are tried."""
+
     every: int = 0
     """Steps between evaluations; 0 evaluates only before the first step and after the last."""
     num_prompts: int = 0
@@ -355,6 +357,8 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
+    """When a run saves itself, and what it keeps."""
+
     every: int = 20
     """Steps between resumable checkpoints; 0 writes one after the last step only. Before the first step, and when the
     run is interrupted, there is one in any case."""

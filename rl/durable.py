@@ -60,6 +60,7 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecor
 
 
 def write_json(path: Path, value: Any) -> FileRecord:
+    """Writes a new file, as :func:`write_durably`."""
     return write_durably(path, [json.dumps(value, ensure_ascii=False).encode()])
 
 

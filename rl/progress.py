@@ -37,6 +37,8 @@ LONGEST_WARNING = 400  # characters
 
 
 class Stage(StrEnum):
+    """What a run is at."""
+
     STARTING = "starting"
     COLD_START = "cold start"
     EVALUATING = "evaluating"

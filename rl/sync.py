@@ -329,6 +329,7 @@ def _errors(tasks: Iterable[asyncio.Future[Any]]) -> list[BaseException]:
 
 
 async def memory_of(learner: Learner, pool: EnginePool) -> dict[str, float]:
+    """The most that learner ranks and engines have reserved on a GPU, in GB."""
     of_learner, of_engine = await together(learner.peak_memory_gb(), pool.peak_memory_gb())
     return {"learner": of_learner, "engine": of_engine}
 

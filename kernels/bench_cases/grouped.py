@@ -46,6 +46,7 @@ def _one_by_one(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -
 
 
 def cases() -> list[Case]:
+    """Grouped expert products: N tokens in E groups, in to out features, bf16."""
     shapes = [(32768, 64, 2048, 2816), (65536, 32, 7168, 4096), (512, 64, 2048, 2816)]
     return [
         Case(

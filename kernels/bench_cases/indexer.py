@@ -168,6 +168,7 @@ def _loss(num_tokens: int, heads: int, dim: int, sparse: bool) -> Setup:
 
 
 def cases() -> list[Case]:
+    """Preparation, scores and top-k of the lightning indexer: N queries, M keys, J heads."""
     found = [
         Case(name="indexer.prepare", shape=f"N=16384 J={heads}", build=lambda heads=heads: _prepare(16384, heads))
         for heads in (64, 1)

@@ -61,6 +61,7 @@ def _setup(num_tokens: int, dim: int, kept_size: int, *, backward: bool) -> Setu
 
 
 def cases() -> list[Case]:
+    """Log-probabilities of N tokens over the vocabulary or over kept sets, with hidden size D."""
     shapes = [(16384, 2048, 0), (16384, 2048, 32), (4096, 7168, 0)]
     return [
         Case(

@@ -86,6 +86,7 @@ def _setup(length: int, heads: int, *, masked: bool, backward: bool) -> Setup:
 
 
 def cases() -> list[Case]:
+    """Packed attention of N tokens and H heads, dense and under a token bitmask."""
     found = []
     for length, heads, masked in [(8192, 32, False), (8192, 32, True), (16384, 32, True)]:
         for backward in (False, True):

@@ -119,6 +119,7 @@ def _train(n: int, m: int, heads: int, selected: int) -> Setup:
 
 
 def cases() -> list[Case]:
+    """Sparse MLA of N queries and H heads over K of M keys: forward, decode, gradients."""
     found = []
     for n, m, heads in [(4096, 8192, 64), (4096, 8192, 128), (4096, 32768, 128), (4096, 8192, 16)]:
         shape = f"N={n} M={m} H={heads} K=2048"

@@ -86,6 +86,8 @@ def _masked(which: str, choices: Sequence[masked_mha.Tiles]) -> Setup:
 
 
 def cases() -> list[Case]:
+    """Other tile sizes of the attention kernels, each beside the one that ships."""
+
     def sparse(*sizes: tuple[int, int, int, int]) -> list[sparse_tiles.Tiles]:
         return [sparse_tiles.Tiles(heads=h, keys=k, warps=w, stages=s) for h, k, w, s in sizes]
 

@@ -7,6 +7,7 @@ import sys
 
 
 def main() -> None:
+    """Reads a call, [name, args, kwargs], and writes what `solution` returned as JSON."""
     name, args, kwargs = json.loads(sys.stdin.read())
     output = os.dup(1)
     os.dup2(2, 1)  # what the program prints is not its result

@@ -12,6 +12,7 @@ OUTPUT_BYTES = 1 << 20
 
 
 def main() -> None:
+    """Builds the program, runs it on every input, and prints what each run gave."""
     ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: the program cannot read what else it will be given
     job = json.load(sys.stdin)
     with open(os.devnull, "w+b") as null:

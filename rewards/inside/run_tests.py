@@ -10,6 +10,7 @@ import unittest
 
 
 def main() -> None:
+    """Reads a secret word and writes it when every test of tests.py has passed on `solution`."""
     word = sys.stdin.readline()
     output = os.dup(1)
     os.dup2(2, 1)

@@ -10,6 +10,7 @@ sys.path.insert(0, os.getcwd())
 
 
 def main() -> None:
+    """Reads state and answer, and writes the verdict of `verifier.verify` as JSON."""
     given = json.load(sys.stdin)
     output = os.dup(1)
     os.dup2(2, 1)

@@ -29,6 +29,7 @@ from .supervise import supervise
 
 
 def main() -> None:
+    """Enters the namespaces that its argument describes, prepares the folder, and supervises the program."""
     config: dict[str, Any] = json.loads(sys.argv[1])
     try:
         if config["namespaces"] is not None:

@@ -18,6 +18,8 @@ DOMAINS = 6  # evaluated domains with a tile of their own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
+    """A figure at the head of the page."""
+
     title: str
     value: str
     caption: str = ""

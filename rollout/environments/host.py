@@ -86,6 +86,7 @@ async def serve(source: BinaryIO, out: BinaryIO) -> None:
 
 
 def main() -> None:
+    """Serves one environment's calls over the standard streams, until they close."""
     source = os.fdopen(os.dup(0), "rb")
     out = os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDONLY)

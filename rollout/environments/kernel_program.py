@@ -78,6 +78,7 @@ class Kernel:
 
 
 def main() -> None:
+    """Runs the cells that come as lines of JSON, one answer a line."""
     commands = os.fdopen(os.dup(0), "r", encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

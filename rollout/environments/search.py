@@ -27,6 +27,8 @@ _SHIPPED = Path(__file__).parents[2] / "recipes" / "data" / "archipelago.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
+    """One entry of the corpus."""
+
     id: str
     title: str
     text: str
