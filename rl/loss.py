@@ -76,24 +76,17 @@ def grpo_loss(
     rollout = on_sampled(rollout_logprobs.detach())
     advantage = on_sampled(advantages.detach())
     beta = on_sampled(torch.as_tensor(kl_beta, device=zero.device))
+    if ref_logprobs is None and (beta.any() if isinstance(kl_beta, Tensor) else kl_beta != 0):
+        raise ValueError("grpo_loss: kl_beta is not 0, so ref_logprobs is needed")
     rows = _Episodes(cu_seqlens, sampled, episodes, episode_tokens, dtype)
 
     log_ratio = learner - rollout
     ratio = log_ratio.exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
-    masked = torch.zeros_like(rows.lengths, dtype=torch.bool)  # [S + 1], over episodes
-    if off_policy_delta is not None:
-        drift = rows.mean(-log_ratio.detach()) if episode_drifts is None else rows.spread(episode_drifts.to(dtype))
-        masked = (rows.sum(advantage) < 0) & (drift > off_policy_delta)
+    masked = rows.off_policy(advantage, log_ratio.detach(), off_policy_delta, episode_drifts)
     surrogate = torch.where(masked[rows.index], zero, surrogate)
-
-    if ref_logprobs is None and (beta.any() if isinstance(kl_beta, Tensor) else kl_beta != 0):
-        raise ValueError("grpo_loss: kl_beta is not 0, so ref_logprobs is needed")
-    kl = torch.zeros_like(beta)
-    if ref_logprobs is not None:
-        log_ref_ratio = torch.where(beta != 0, ref_logprobs.detach().to(dtype) - learner, zero)
-        kl = ratio * (log_ref_ratio.expm1() - log_ref_ratio)
+    kl = _unbiased_kl(ratio, learner, ref_logprobs, beta)
 
     weight, count = rows.weights(aggregation)
     policy_sum, kl_sum = -(weight * surrogate).sum(), (weight * beta * kl).sum()
@@ -113,6 +106,14 @@ def grpo_loss(
         }
     )
     return (policy_sum + kl_sum) / denominator, metrics
+
+
+def _unbiased_kl(ratio: Tensor, learner: Tensor, ref_logprobs: Tensor | None, beta: Tensor) -> Tensor:
+    """Eq. 7, [N]; 0 where no KL is asked for, whatever the ratio is."""
+    if ref_logprobs is None:
+        return torch.zeros_like(beta)
+    log_ref_ratio = torch.where(beta != 0, ref_logprobs.detach().to(learner.dtype) - learner, torch.zeros_like(beta))
+    return ratio * (log_ref_ratio.expm1() - log_ref_ratio)
 
 
 class _Episodes:
@@ -146,6 +147,13 @@ class _Episodes:
     def spread(self, values: Tensor) -> Tensor:
         """[S + 1] over episodes, from one value for each sequence that is the same for those of an episode."""
         return values.new_zeros(self.size).index_copy(0, self._of_sequences, values)
+
+    def off_policy(self, advantage: Tensor, log_ratio: Tensor, delta: float | None, drifts: Tensor | None) -> Tensor:
+        """Which episodes Eq. 9 leaves out, bool [S + 1]; ``drifts`` [S] where the tokens here are not all."""
+        if delta is None:
+            return torch.zeros_like(self.lengths, dtype=torch.bool)
+        drift = self.mean(-log_ratio) if drifts is None else self.spread(drifts.to(log_ratio.dtype))
+        return (self.sum(advantage) < 0) & (drift > delta)
 
     def weights(self, aggregation: str) -> tuple[Tensor, Tensor]:
         """What each token counts, [N], and how many episodes or tokens the sum is then over."""
