@@ -203,6 +203,42 @@ def test_what_was_counted_is_in_some_row_whatever_becomes_of_the_first_one():
     assert set(faults.take().values()) == {0.0}
 
 
+def told_of_four(printed: str) -> list[str]:
+    """Each of what hung is named, and what was done about it; returns all lines about what is late."""
+    warnings = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    late = [line for line in warnings if " is late: " in line]
+
+    def after(sentence: str) -> str:
+        """The next lines: who loses the process may say so before the one who ended it."""
+        return "\n".join(warnings[warnings.index(sentence) + 1 :][:3])
+
+    # On a slow machine the driver, or a start that takes long, may be told as well.
+    scoring, falling_asleep, generating, learning = (
+        next(line for line in late if what in line)
+        for what in (
+            "rewards is late: ",
+            "engine 0 is late: sleep()",
+            "engine 0 is late: request",
+            "learner is late: step",
+        )
+    )
+    assert (
+        "the driver waits (rollout of step 2); rewards is late: score of sums/" in scoring
+        and "s at most before" in scoring
+    )
+    assert "(and 3 others): the reward worker at gated of sums/" in scoring and "in gated (fragile.py:" in scoring
+    assert "is stopped by a signal" in scoring and " is killed" in after(scoring)
+    assert "cannot be looked at: LookupError on gone" in falling_asleep
+    assert "engine 0 cannot be killed (LookupError on gone)" in after(falling_asleep)
+    assert "engine 0 is late: request of sums/" in generating and "is stopped by a signal" in generating
+    assert "engine 0 is killed" in after(generating)
+    assert "learner is late: step in step 4" in learning
+    assert "learner rank 1 (process" in learning and "is stopped by a signal" in learning
+    assert "learner rank 0 (process" in learning
+    assert "learner rank 1 is killed" in after(learning)
+    return late
+
+
 def test_what_hangs_is_named_and_ended(
     cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -259,38 +295,8 @@ def test_what_hangs_is_named_and_ended(
         "; restores of the learner before that: 1 (faults.learner_restores)",
     )
     assert run.status["status"] == "stopped"
-    warnings = [line for line in output.out.splitlines() if line.startswith("warning: ")]
-    late = [line for line in warnings if " is late: " in line]
-
-    def after(sentence: str) -> str:
-        """The next lines: who loses the process may say so before the one who ended it."""
-        return "\n".join(warnings[warnings.index(sentence) + 1 :][:3])
-
-    # On a slow machine the driver, or a start that takes long, may be told as well.
-    scoring, falling_asleep, generating, learning = (
-        next(line for line in late if what in line)
-        for what in (
-            "rewards is late: ",
-            "engine 0 is late: sleep()",
-            "engine 0 is late: request",
-            "learner is late: step",
-        )
-    )
-    assert (
-        "the driver waits (rollout of step 2); rewards is late: score of sums/" in scoring
-        and "s at most before" in scoring
-    )
-    assert "(and 3 others): the reward worker at gated of sums/" in scoring and "in gated (fragile.py:" in scoring
-    assert "is stopped by a signal" in scoring and " is killed" in after(scoring)
+    late = told_of_four(output.out)
     assert sum(row["faults/reward_workers"] for row in run.steps) == 1
-    assert "cannot be looked at: LookupError on gone" in falling_asleep
-    assert "engine 0 cannot be killed (LookupError on gone)" in after(falling_asleep)
-    assert "engine 0 is late: request of sums/" in generating and "is stopped by a signal" in generating
-    assert "engine 0 is killed" in after(generating)
-    assert "learner is late: step in step 4" in learning
-    assert "learner rank 1 (process" in learning and "is stopped by a signal" in learning
-    assert "learner rank 0 (process" in learning
-    assert "learner rank 1 is killed" in after(learning)
     assert (
         "learner rank 1 died during step: " in output.out and "the run goes on after step 2 (1. restore" in output.out
     )

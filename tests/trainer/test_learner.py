@@ -129,18 +129,7 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
             assert checksums(sent.items()) == sums
             assert sums != checksums(cold.state_dict().items())
 
-            num_bytes = await learner.copy_checkpoint()
-            (tmp_path / "checkpoint").mkdir()
-            await learner.write_checkpoint(tmp_path / "checkpoint")
-            written = await learner.checkpoint_written(tmp_path / "checkpoint")
-            assert sorted(written) == ["rank_00000.safetensors", "rank_00001.safetensors"]
-            assert sum(record.bytes for record in written.values()) >= num_bytes
-            assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == written.keys()
-            after = values((await learner.step(batch(tmp_path / "cold", ranks=2, kl_beta=0.1))).metrics)
-            await learner.begin(Phase.REINFORCEMENT, tmp_path / "cold")
-            await learner.load_checkpoint(tmp_path / "checkpoint")
-            again = values((await learner.step(batch(tmp_path / "cold", ranks=2, kl_beta=0.1))).metrics)
-            assert again == after
+            await go_back(learner, tmp_path / "cold", tmp_path / "checkpoint")
 
             await learner.save_model(tmp_path / "model")
             assert await learner.checksums() == checksums(load_model(tmp_path / "model").state_dict().items())
@@ -156,6 +145,22 @@ def test_two_ranks_from_cold_start_to_publishing(model_dir: Path, tmp_path: Path
                 await waiting
 
     run(test)
+
+
+async def go_back(learner: Learner, model_dir: Path, folder: Path) -> None:
+    """A step after a checkpoint, and once more from it, are the same."""
+    num_bytes = await learner.copy_checkpoint()
+    folder.mkdir()
+    await learner.write_checkpoint(folder)
+    written = await learner.checkpoint_written(folder)
+    assert sorted(written) == ["rank_00000.safetensors", "rank_00001.safetensors"]
+    assert sum(record.bytes for record in written.values()) >= num_bytes
+    assert {path.name for path in folder.iterdir()} == written.keys()
+    after = values((await learner.step(batch(model_dir, ranks=2, kl_beta=0.1))).metrics)
+    await learner.begin(Phase.REINFORCEMENT, model_dir)
+    await learner.load_checkpoint(folder)
+    again = values((await learner.step(batch(model_dir, ranks=2, kl_beta=0.1))).metrics)
+    assert again == after
 
 
 async def lose_one_checkpoint(learner: Learner, recipe: Recipe, path: Path) -> None:
