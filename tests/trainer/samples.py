@@ -108,6 +108,19 @@ def brute_logprobs(
     return logprobs
 
 
+def brute_loss(
+    model: LanguageModel, reference: LanguageModel, sample: Sample, advantage: float, kl_beta: float
+) -> torch.Tensor:
+    """Eq. 8 of one sample by itself, clipped at 0.2 on both sides, without a mask; the reference has its own routes."""
+    learner = brute_logprobs(model, sample)[sample.sampled]
+    with torch.no_grad():
+        ref = brute_logprobs(reference, sample, replay=False)[sample.sampled]
+    ratio = (learner - torch.tensor(sample.rollout_logprobs[sample.sampled])).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    kl = ratio * ((ref - learner).exp() - (ref - learner) - 1)
+    return -(surrogate - kl_beta * kl).mean()
+
+
 def roll_out(
     model: LanguageModel, rng: np.random.Generator, *, prompt: Prompt, index: int, length: int, recorded: bool = True
 ) -> Sample:

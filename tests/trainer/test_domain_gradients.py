@@ -16,7 +16,7 @@ from rl.config import Domain, Recipe
 from rl.metrics import values
 from rl.sample import Group, NDArray, Scored
 from tests.trainer.conftest import MakeRank
-from tests.trainer.samples import TEMPERATURE, advantages_of, brute_logprobs, groups_of, tiny_config, tiny_recipe
+from tests.trainer.samples import TEMPERATURE, advantages_of, brute_loss, groups_of, tiny_config, tiny_recipe
 from trainer.domain_gradients import MAX_ROWS, DomainGradients, directions
 from trainer.pack import Minibatch, pack
 from trainer.phase import Phase
@@ -121,14 +121,7 @@ def true_norms(
             for scored, advantage in zip(group.scored, row, strict=True):
                 if group.prompt.domain != domain:
                     continue
-                sample = scored.sample
-                learner = brute_logprobs(model, sample)[sample.sampled]
-                with torch.no_grad():
-                    ref = brute_logprobs(reference, sample, replay=False)[sample.sampled]
-                ratio = (learner - torch.tensor(sample.rollout_logprobs[sample.sampled])).exp()
-                surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-                kl = ratio * ((ref - learner).exp() - (ref - learner) - 1)
-                loss = loss - (surrogate - kl_beta * kl).mean()
+                loss = loss + brute_loss(model, reference, scored.sample, advantage, kl_beta)
         if loss.requires_grad:
             loss.backward()
         squares = [float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None]

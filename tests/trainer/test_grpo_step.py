@@ -27,6 +27,7 @@ from tests.trainer.samples import (
     TEMPERATURE,
     advantages_of,
     brute_logprobs,
+    brute_loss,
     episodes_of,
     groups_of,
     live_weights,
@@ -343,14 +344,7 @@ def test_the_kl_is_to_the_reference_with_its_own_routes_over_the_same_kept_sets(
     num_samples = sum(len(group.scored) for group in groups)
     for group, advantages in zip(groups, advantages_of(groups), strict=True):
         for scored, advantage in zip(group.scored, advantages, strict=True):
-            sample = scored.sample
-            learner = brute_logprobs(model, sample)[sample.sampled]
-            with torch.no_grad():
-                ref = brute_logprobs(frozen, sample, replay=False)[sample.sampled]
-            ratio = (learner - torch.tensor(sample.rollout_logprobs[sample.sampled])).exp()
-            surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-            kl = ratio * ((ref - learner).exp() - (ref - learner) - 1)
-            total = total - (surrogate - beta * kl).mean() / num_samples
+            total = total + brute_loss(model, frozen, scored.sample, advantage, beta) / num_samples
     total.backward()
     assert step.loss == pytest.approx(total.item(), rel=1e-4)
     assert_close(gradient, gradients(model), 1e-4)
