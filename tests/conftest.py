@@ -1,7 +1,10 @@
 """What all tests share."""
 
-from hypothesis import settings
+from importlib.util import find_spec
 
-# How long an example takes says something of the machine and its other load only.
-settings.register_profile("keel", deadline=None)
-settings.load_profile("keel")
+if find_spec("hypothesis"):  # tests/gpu runs without
+    from hypothesis import settings
+
+    # How long an example takes says something of the machine and its other load only.
+    settings.register_profile("keel", deadline=None)
+    settings.load_profile("keel")

@@ -1,5 +1,6 @@
 """Everything here needs an NVIDIA GPU, and all but the tests of kernels the gpu extra; without them it is skipped."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,3 +18,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(900))
             if missing and not (gpu and item.path.stem.endswith("_kernels")):
                 item.add_marker(pytest.mark.skip(reason=f"needs {missing}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_as_asked() -> None:
+    if "KEEL_GPU_CACHE_GB" in os.environ:  # tests of kernels need no more than torch
+        from tests.gpu.selection import fix_cache_as_asked
+
+        fix_cache_as_asked()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -189,13 +190,23 @@ def mismatches(
 
 
 def fix_cache(num_bytes: int = 6 << 30) -> None:
-    """Engines made from now on get a cache of this size without measuring, so that several can start on one GPU."""
+    """Engines that this process makes from now on get a cache of this size, so that several can start on one GPU.
+
+    vLLM measures free memory otherwise, and stops when that changes meanwhile.
+    """
     arguments = vllm_engine.engine_arguments
 
     def fixed(*given: Any) -> dict[str, Any]:
-        return arguments(*given) | {"kv_cache_memory_bytes": num_bytes}
+        # The share is only what has to be free.
+        return arguments(*given) | {"kv_cache_memory_bytes": num_bytes, "gpu_memory_utilization": 0.05}
 
     vllm_engine.engine_arguments = fixed
+
+
+def fix_cache_as_asked() -> None:
+    """KEEL_GPU_CACHE_GB, for runs of pytest side by side on one GPU; in Ray's workers too, as their setup hook."""
+    if gigabytes := os.environ.get("KEEL_GPU_CACHE_GB"):
+        fix_cache(int(float(gigabytes) * 1e9))
 
 
 async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict[str, Any]) -> dict[str, Any]:

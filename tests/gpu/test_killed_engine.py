@@ -30,6 +30,7 @@ from rl.sample import Prompt, Sample
 from rl.sync import Publisher, transport_for
 from rl.system import reserve
 from rollout.pool import EnginePool
+from tests.gpu.selection import fix_cache_as_asked
 from tests.gpu.test_vllm_engine import make_module
 from trainer.learner import Learner
 
@@ -41,7 +42,8 @@ SEEDS = range(8)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as rl.system.join_cluster
-    ray.init(address="local", include_dashboard=False, num_cpus=16)
+    hook = {"worker_process_setup_hook": fix_cache_as_asked}
+    ray.init(address="local", include_dashboard=False, num_cpus=16, runtime_env=hook)
     yield
     ray.shutdown()
 

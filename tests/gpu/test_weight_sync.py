@@ -35,6 +35,7 @@ from rl.system import reserve
 from rollout.engine import Finish, Request
 from rollout.pool import EnginePool
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.selection import fix_cache_as_asked
 from tests.gpu.test_vllm_engine import CONFIG, endless, make_module, make_requests
 from trainer.learner import Learner
 from trainer.sender import Offer, Sent, WeightSender
@@ -200,6 +201,7 @@ def test_verification_is_a_small_part_of_an_update(seen: Seen):
     assert min(seen.figures[f"update_{version}"]["verify_share"] for version in (2, 3)) < 0.05
 
 
+@pytest.mark.skipif("KEEL_GPU_CACHE_GB" in os.environ, reason="others use the GPU at the same time")
 def test_sleep_frees_what_the_engine_had(seen: Seen):
     freed = seen.used_gb["awake"] - seen.used_gb["asleep"]
     assert freed > 0.8 * (seen.figures["used_gb"]["engine_reserved"])
@@ -233,7 +235,8 @@ def broadcast_seconds(rank: int, port: int, num_bytes: int) -> float | None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as rl.system.join_cluster
-    ray.init(address="local", include_dashboard=False, num_cpus=16)
+    hook = {"worker_process_setup_hook": fix_cache_as_asked}
+    ray.init(address="local", include_dashboard=False, num_cpus=16, runtime_env=hook)
     yield
     ray.shutdown()
 
