@@ -131,7 +131,8 @@ def run_experts(
     num_tokens, top_k = experts.shape
     place, ends = _places(experts.flatten(), exchange.num_experts if exchange else up_proj.shape[0])
     copies = x.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
-    routed = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, place, copies)
+    num_rows = len(copies) if torch.is_grad_enabled() else int(ends[-1])  # the latter waits for the device
+    routed = x.new_zeros(num_rows, x.shape[1]).index_copy(0, place, copies)
 
     def apply(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         return kernels.grouped_linear(activation(kernels.grouped_linear(rows, up_proj, ends)), down_proj, ends)
@@ -147,13 +148,15 @@ def _places(chosen: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch
     Without gradients an expert's rows are filled up to a multiple of ROW_MULTIPLE: on the libraries we measured a row
     of a matrix product then has the same bits whatever shares the batch, which generation relies on.
     """
-    counts = torch.bincount(chosen, minlength=num_experts)
+    in_order, order = chosen.sort(stable=True)
+    # Not torch.bincount, which waits for the device.
+    stops = torch.searchsorted(in_order, torch.arange(num_experts, device=chosen.device), right=True)
+    counts = stops.diff(prepend=stops.new_zeros(1))
     multiple = 1 if torch.is_grad_enabled() else ROW_MULTIPLE
     room = (counts + multiple - 1) // multiple * multiple
     ends = room.cumsum(0)
-    order = chosen.argsort(stable=True)
     rank = torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
-    shift = (ends - room) - (counts.cumsum(0) - counts)
+    shift = (ends - room) - (stops - counts)
     return rank + shift[chosen], ends.to(torch.int32)
 
 
