@@ -267,13 +267,12 @@ def keys_kernel(
     num_rows,
     num_keys,
     num_heads,
-    part_rows,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of keys' gradients from one part of the queries: sum of slope * w * 1[q . k > 0] * q."""
+    """A block of keys' gradients from one part of their queries: sum of slope * w * 1[q . k > 0] * q."""
     first_key = tl.program_id(0) * BLOCK
     part = tl.program_id(1)
     key = first_key + tl.arange(0, BLOCK)
@@ -284,15 +283,17 @@ def keys_kernel(
     k = tl.load(keys + source, mask=there[:, None] & inner, other=0.0)
     grad = tl.zeros([BLOCK, WIDTH], tl.float32)
     # The queries that see any of these keys lie between the first and the last that do.
-    stop = tl.minimum(part * part_rows + part_rows, num_rows)
-    low, high = stop, part * part_rows
-    for first in range(part * part_rows, stop, 1024):
+    low, high = num_rows, 0
+    for first in range(0, num_rows, 1024):
         row = first + tl.arange(0, 1024)
-        start = tl.load(starts + row, mask=row < stop, other=num_keys)
-        end = tl.load(ends + row, mask=row < stop, other=0)
+        start = tl.load(starts + row, mask=row < num_rows, other=num_keys)
+        end = tl.load(ends + row, mask=row < num_rows, other=0)
         sees = (start < first_key + BLOCK) & (end > first_key)
-        low = tl.minimum(low, tl.min(tl.where(sees, row, stop)))
+        low = tl.minimum(low, tl.min(tl.where(sees, row, num_rows)))
         high = tl.maximum(high, tl.max(tl.where(sees, row + 1, 0)))
+    each = tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(1))
+    low = low + part * each
+    high = tl.minimum(low + each, high)
     for step in range(low, high):
         row = (low * 0 + step).to(tl.int64)
         start, end = tl.load(starts + row), tl.load(ends + row)

@@ -171,8 +171,9 @@ class Attention(nn.Module):
             heads, _ = kernels.packed_attention(queries, keys, values, batch.cu_seqlens, self.scale, bitmask)
         loss = None
         if how.indexer_loss is not None and index is not None:
+            scored, spans = (index.queries, index.keys, index.weights), (batch.starts, batch.ends)
             loss = kernels.packed_indexer_loss(
-                index.queries, index.keys, index.weights, queries, keys, batch.starts, batch.ends, self.scale, selected
+                *scored, queries, keys, *spans, self.scale, selected, longest=batch.longest
             )
         return heads.unflatten(0, streams.latent.shape[:2]), loss
 

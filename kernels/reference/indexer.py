@@ -206,6 +206,7 @@ def packed_indexer_loss(
     ends: torch.Tensor,
     scale: float,
     indices: torch.Tensor | None = None,
+    longest: int | None = None,
 ) -> torch.Tensor:
     """The indexer's loss over packed sequences, a sum over queries: sum_t KL(p[t, S] || softmax(I[t, S])), fp32 [].
 
@@ -213,8 +214,10 @@ def packed_indexer_loss(
     [N, H, D], keys [M, H, D] (a stride of 0 where heads share keys) and scale make p, the heads' mean attention over
     S. S is every key in [starts[t], ends[t]) (TR Eq. 3), or with indices int [N, k], -1 for "none", the selected ones
     (Eq. 4); a query that sees nothing adds 0. Gradient flows to the index tensors only. Queries are taken in chunks,
-    so that no [N, M] matrix exists where it would be large.
+    so that no [N, M] matrix exists where it would be large. `longest` says that query t sees none but the last
+    `longest` keys up to key t, its own, which spares an implementation the others.
     """
+    del longest
     rows = max(1, _LOSS_LIMIT // max(1, keys.shape[0] * queries.shape[1]))
     tensors = (index_queries, index_keys, index_weights)
     return _IndexerLoss.apply(*tensors, queries.detach(), keys.detach(), starts, ends, scale, indices, rows)

@@ -50,6 +50,7 @@ def with_gradients(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch
     return [loss.detach(), *torch.autograd.grad(loss * 1.7, inputs)]
 
 
+@pytest.mark.parametrize("longest", [None, max(LENGTHS)], ids=["all keys", "near keys"])
 @pytest.mark.parametrize("chunk", [1 << 20, 10 * ROWS], ids=["one chunk", "chunks"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_value_and_gradients(
     main_dim: int,
     sparse: bool,
     chunk: int,
+    longest: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(triton_loss, "CHUNK_LIMIT", chunk)
@@ -78,7 +80,7 @@ def test_value_and_gradients(
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     for implementation in IMPLEMENTATIONS:
         inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-        loss = implementation(*inputs, starts, ends, scale, indices)
+        loss = implementation(*inputs, starts, ends, scale, indices, longest)
         assert loss.dtype == torch.float32 and loss.shape == ()
         found = with_gradients(loss, inputs[:3])
         errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, wanted, strict=True)]
