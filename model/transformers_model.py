@@ -259,7 +259,11 @@ def load_transformers(
             raise ValueError(f"{path}: tensor {first}{f' (and {len(others)} more)' if others else ''} is {problem}")
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    return TransformersModel(module.to(device), anatomy, attn_implementation)
+    module.to(device)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.untyped_storage().resizable():  # the checkpoint's file, mapped: an engine could not give it up
+            tensor.data = tensor.data.clone()
+    return TransformersModel(module, anatomy, attn_implementation)
 
 
 def examine(module: PreTrainedModel) -> Anatomy:

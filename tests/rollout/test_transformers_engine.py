@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from model import checksums
+from model import checksums, load_model, save_model
 from rollout.engine import Completion
 from rollout.torch_engine import TorchEngine
 from tests.model import families
@@ -84,9 +86,10 @@ def test_tokens_do_not_depend_on_company_order_or_slots(make_request, lone, fami
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_weights_change_under_transformers_names(make_request, family: str):
-    before, after = families.make(family, seed=0), families.make(family, seed=1)
-    engine = TorchEngine(before, max_num_seqs=4, max_context=80)
+def test_weights_change_under_transformers_names(make_request, tmp_path: Path, family: str):
+    save_model(families.make(family, seed=0), tmp_path / "before")
+    after = families.make(family, seed=1)
+    engine = TorchEngine(load_model(tmp_path / "before"), max_num_seqs=4, max_context=80)
     weights = dict(after.named_weights())
     assert ("lm_head.weight" in weights) == (family != "qwen3"), "tied weights travel once"
     engine.sleep()  # tied weights are given up once
