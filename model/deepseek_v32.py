@@ -196,6 +196,7 @@ class DeepseekV32(LanguageModel):
             experts_per_token=config.num_experts_per_tok if moe_layers else 0,
             tensors=tensor_specs(self),
             max_context=config.max_position_embeddings,
+            index_topk=config.index_topk,
         )
 
     def _initialise(self, module: nn.Module) -> None:

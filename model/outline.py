@@ -29,6 +29,7 @@ class ModelOutline:
     experts_per_token: int  # 0 for a dense model
     tensors: dict[str, TensorSpec]  # by in-memory name (experts stacked), in state_dict order; tied tensors once
     max_context: int | None  # positions that config.json allows; None where it says nothing
+    index_topk: int | None = None  # keys that sparse attention keeps; None where attention is dense
 
     @property
     def num_parameters(self) -> int:

@@ -314,9 +314,9 @@ def _vllm_rules(recipe: Recipe) -> Iterator[tuple[str, bool, str]]:
     )
     yield (
         "objective.keep_selection",
-        not recipe.objective.keep_selection,
-        "objective.keep_selection needs rollout.engine torch: vLLM does not return which keys it selected; set it to "
-        "false",
+        not recipe.objective.keep_selection or rollout.dsa == Dsa.keel,
+        "objective.keep_selection needs rollout.dsa keel: vLLM's own sparse attention does not return which keys it "
+        "selected; set rollout.dsa=keel",
     )
     gpus = rollout.engines * rollout.tensor_parallel
     yield (

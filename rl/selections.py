@@ -36,6 +36,12 @@ class Selections:
         np.put_along_axis(bits, keys.astype(np.int64), True, axis=2)
         return cls(top_k=top_k, recorded=recorded, rows=np.packbits(bits, axis=2, bitorder="little"))
 
+    @classmethod
+    def of_bits(cls, bits: NDArray, recorded: NDArray, top_k: int) -> Selections:
+        """From uint8 [R, layers, at least T / 8], lowest bit first, whichever form then takes less room."""
+        found = cls(top_k=top_k, recorded=recorded, rows=np.ascontiguousarray(bits[:, :, : -(-len(recorded) // 8)]))
+        return found if len(found) < 16 * top_k else cls.of(found.keys, recorded)
+
     def __len__(self) -> int:
         return len(self.recorded)
 

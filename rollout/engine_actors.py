@@ -73,6 +73,7 @@ def _vllm_engines(
             cuda_graphs=rollout.cuda_graphs,
             keel_dsa=rollout.dsa == Dsa.keel,
             batch_invariant=rollout.batch_invariant,
+            selections=recipe.objective.keep_selection,
             kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
             sleeps=engines_sleep(recipe),
             structured=structured,

@@ -10,6 +10,8 @@ ever. What is different:
   bits that do not depend on the batch. With ``VLLM_BATCH_INVARIANT=1``, which vLLM's sparse backends refuse, that goes
   for the whole model.
 * Any latent size, index size and index_topk.
+* Where the engine is to return what it selected (``additional_config``, `SELECTIONS`), every layer leaves it as bits in
+  a buffer, from which it travels with vLLM's routed experts (`RoutesAndKeys`): through prefix cache, preemption and all.
 
 Importing this module needs vLLM. vLLM decides what a decode step's CUDA graph holds: everything here, since nothing
 waits for the device and shapes follow from those of the batch.
@@ -31,7 +33,9 @@ import torch.nn.functional as F
 from torch import nn
 from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.distributed.aux_output_connector import worker as aux_worker
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.layernorm import LayerNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
@@ -51,6 +55,9 @@ import kernels
 from kernels.indexer import SCORES_LIMIT
 from model.config import ModelConfig
 from model.rope import Rope
+
+SELECTIONS = "keel_selections"
+"""The key of vLLM's ``additional_config`` that asks for them."""
 
 # Tokens of a page, for latents and index keys alike; what vLLM's own backends for this model take.
 _PAGE = 64
@@ -229,6 +236,8 @@ class Step:
     rope: Rope
     angles: tuple[torch.Tensor, torch.Tensor] | None = None
     """Cosine and sine of the batch's rows, fp32 [R, qk_rope_head_dim / 2] each."""
+    keys: torch.Tensor | None = None
+    """What the batch's rows selected, where it is to be returned: bits, int32 [R, layers, words]."""
     recorded: dict[str, list[torch.Tensor]] | None = None
     """While recording, the selections of every layer, by the layer's name: int32 [R, k] a batch."""
 
@@ -239,6 +248,7 @@ class KeelAttention(DeepseekV32Attention):
     indexer_cls = KeelIndexer
     supports_dense_mha_prefill = False
     step: Step
+    layer: int
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{**arguments, "attn_backend": LatentBackend})
@@ -295,6 +305,9 @@ class KeelAttention(DeepseekV32Attention):
             key_pages = self.indexer.k_cache.kv_cache
             kernels.store_rows(key_pages, key_rows.slots[:num_rows], index_keys[:num_rows])
             places.copy_(self._selected(index_queries[:num_rows], key_pages, index_weights[:num_rows], key_rows))
+        if self.step.keys is not None:
+            words = self.step.keys.shape[2]
+            self.step.keys[:num_rows, self.layer] = kernels.selection_bitmask(places, 32 * words)
         cache, apart = flat_kv_row_view(self.kv_cache, self.kv_cache.shape[1])
         entries = kernels.cache_rows(places, rows.block_table, rows.owners, self.kv_cache.shape[1], apart)
         attended = kernels.paged_sparse_attention(queries[:num_rows], cache, entries, self.scale, self.kv_lora_rank)
@@ -317,6 +330,28 @@ class KeelAttention(DeepseekV32Attention):
         torch.empty(SCORES_LIMIT * 3 // 2, dtype=torch.float32, device=device)
 
 
+class RoutesAndKeys(RoutedExpertsCapturer):
+    """vLLM's recorder of routed experts, whose rows go on with the bits of the selected keys: uint8 [R, layers, bytes].
+
+    A row of a layer is its experts, a byte or two each, and then `Step.keys`. Made by vLLM when the model is there.
+    """
+
+    step: ClassVar[Step]
+
+    def __init__(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
+        super().__init__(max_num_batched_tokens, vllm_config)
+        keys = self.step.keys
+        assert keys is not None and len(keys) >= max_num_batched_tokens
+        layers, experts = self.shape_per_token
+        self.shape_per_token = (layers, experts * self.output_dtype.itemsize + 4 * keys.shape[2])
+        self.output_dtype_name = "uint8"
+
+    def snapshot_routing_data(self, num_tokens: int) -> torch.Tensor:
+        routes, keys = super().snapshot_routing_data(num_tokens), self.step.keys
+        assert keys is not None
+        return torch.cat([routes.view(torch.uint8), keys[:num_tokens].view(torch.uint8)], dim=2)
+
+
 class KeelV32ForCausalLM(vllm_model.DeepseekV32ForCausalLM):
     """vLLM's deepseek_v32 with Keel's attention in every layer."""
 
@@ -326,11 +361,21 @@ class KeelV32ForCausalLM(vllm_model.DeepseekV32ForCausalLM):
         # vLLM has changed its own copy of the config by now.
         values = json.loads((Path(vllm_config.model_config.model) / "config.json").read_text())
         self.step = Step(rope=Rope(ModelConfig.from_dict(values)))
+        if vllm_config.additional_config.get(SELECTIONS):
+            self._return_selections(vllm_config)
+        for layer, decoder in enumerate(self.model.layers):
+            decoder.self_attn.step, decoder.self_attn.layer = self.step, layer
         for module in self.modules():
-            if isinstance(module, KeelAttention):
-                module.step = self.step
             if isinstance(module, GateLinear) and envs.VLLM_BATCH_INVARIANT:
                 module.LL_BF16_MAX_TOKENS = 0  # small batches would get another kernel, in this mode too
+
+    def _return_selections(self, vllm_config: Any) -> None:
+        room = vllm_config.scheduler_config.max_num_batched_tokens
+        words = (vllm_config.model_config.max_model_len + 31) // 32
+        layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self.step.keys = torch.zeros(room, layers, words, dtype=torch.int32, device="cuda")
+        RoutesAndKeys.step = self.step
+        aux_worker.RoutedExpertsCapturer = RoutesAndKeys
 
     def forward(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         cos, sin = self.step.rope(positions.unsqueeze(0)).of_tokens(torch.Size([1, positions.shape[0]]))

@@ -55,6 +55,7 @@ class EngineSettings:
     cuda_graphs: bool = True
     keel_dsa: bool = False  # whether a deepseek_v32 model attends with our kernels (rollout.vllm_dsa) or vLLM's
     batch_invariant: bool = False  # whether a reply's bits are the same in any company; sparse models need keel_dsa
+    selections: bool = False  # whether requests get what sparse attention selected; needs keel_dsa
     kept: bool = True  # whether requests get their kept sets
     sleeps: bool = False  # whether its memory can be given up between updates
     structured: bool = False  # whether requests may have a schema, for which vLLM needs the model's tokenizer
@@ -84,7 +85,12 @@ class VllmEngineActor:
             model = outline(model_path)
         except ValueError as error:
             raise DataError(f"the model in {model_path} cannot be loaded: {error}") from error
-        self._recording = Recording.of(model, kept=settings.kept, max_context=settings.max_context)
+        self._recording = Recording.of(
+            model,
+            kept=settings.kept,
+            max_context=settings.max_context,
+            index_topk=model.index_topk if settings.selections else None,
+        )
         self._counters, self._engine = _start(model_path, model, settings)
         await self._relabel(version)
 
@@ -300,6 +306,7 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "gpu_memory_utilization": settings.gpu_memory,
         "enforce_eager": not settings.cuda_graphs,
         "model_class_overrides": _OURS if settings.keel_dsa else {},
+        "additional_config": {"keel_selections": True} if settings.selections else {},  # rollout.vllm_dsa.SELECTIONS
         "enable_sleep_mode": settings.sleeps,
         "enable_return_routed_experts": bool(model.moe_layers),
         "return_sampling_mask": settings.kept,

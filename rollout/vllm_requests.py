@@ -15,6 +15,7 @@ import numpy as np
 from model.outline import ModelOutline
 from rl.errors import DataError
 from rl.sample import Kept, NDArray
+from rl.selections import Selections
 from rollout.engine import Completion, Finish, Request, check_window, truncates
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
@@ -34,9 +35,12 @@ class Recording:
     experts_per_token: int
     kept: bool  # whether it was built to return kept sets
     max_context: int
+    index_topk: int | None = (
+        None  # where it returns what sparse attention selected: behind the experts of a row, as bits
+    )
 
     @classmethod
-    def of(cls, model: ModelOutline, *, kept: bool, max_context: int) -> Recording:
+    def of(cls, model: ModelOutline, *, kept: bool, max_context: int, index_topk: int | None = None) -> Recording:
         return cls(
             vocab_size=model.vocab_size,
             num_experts=model.num_experts,
@@ -44,6 +48,7 @@ class Recording:
             experts_per_token=model.experts_per_token,
             kept=kept,
             max_context=max_context,
+            index_topk=index_topk,
         )
 
     @property
@@ -103,7 +108,10 @@ def to_completion(output: Any, request: Request, recording: Recording) -> Comple
     kept = None
     if recording.kept and truncates(request.sampling):
         kept = _kept(output.sampling_mask.token_ids if num_tokens else [], request.id, num_tokens)
-    routes, routed = _routes(output.routed_experts, request, recording, num_tokens)
+    rows, selections = output.routed_experts, None
+    if recording.index_topk is not None:
+        rows, selections = _selections(rows, len(request.token_ids) + num_tokens, recording, recording.index_topk)
+    routes, routed = _routes(rows, request, recording, num_tokens)
     return Completion(
         token_ids=token_ids,
         logprobs=_logprobs(output.logprobs, token_ids, request.id),
@@ -111,6 +119,7 @@ def to_completion(output: Any, request: Request, recording: Recording) -> Comple
         kept=kept,
         routes=routes,
         routed=routed,
+        selections=selections,
         finish=_FINISH[output.finish_reason],
     )
 
@@ -155,3 +164,16 @@ def _routes(
     if rows is not None:
         routes[:num_rows] = rows[:num_rows, list(recording.moe_layers)]
     return routes, np.arange(length) < num_rows
+
+
+def _selections(
+    rows: NDArray | None, length: int, recording: Recording, top_k: int
+) -> tuple[NDArray | None, Selections]:
+    """The experts of rows uint8 [R, layers, bytes], and what else they say (`rollout.vllm_dsa.RoutesAndKeys`)."""
+    num_rows, order = 0 if rows is None else min(len(rows), length), np.arange(length)
+    recorded = (order >= top_k) & (order < num_rows)
+    if rows is None:
+        return None, Selections.of(np.zeros((0, 0, top_k), np.uint16), recorded)
+    width = recording.experts_per_token * np.dtype(recording.route_dtype).itemsize
+    experts = np.ascontiguousarray(rows[..., :width]).view(recording.route_dtype)
+    return experts, Selections.of_bits(rows[:num_rows, :, width:][recorded[:num_rows]], recorded, top_k)

@@ -90,6 +90,7 @@ def vllm_settings(recipe: Recipe) -> Any:
         cuda_graphs=rollout.cuda_graphs,
         keel_dsa=rollout.dsa == Dsa.keel,
         batch_invariant=rollout.batch_invariant,
+        selections=recipe.objective.keep_selection,
         kept=recipe.objective.keep_sampling_mask and truncates(recipe.sampling),
         seed=recipe.seed,
     )

@@ -1,11 +1,14 @@
 """vLLM's outputs as completions, from stand-ins with the fields that vLLM documents."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from kernels.reference import selection_bitmask
 from model import DeepseekV32
 from rl.errors import DataError
 from rl.sample import Prompt
@@ -69,6 +72,31 @@ def test_rows_that_vllm_does_not_have_are_not_recorded(recording, request_of_5):
     completion = to_completion(output, request_of_5, recording)
     assert completion.routed is not None
     assert completion.routed.tolist() == [True] * 3 + [False] * 5
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 3), (300, 3), (8, 1)])
+def test_what_attention_kept_stands_behind_the_experts(recording, request_of_5, num_experts, top_k):
+    """As `kernels.selection_bitmask` writes it: words of 32 keys, whichever way a sample then keeps them."""
+    recording = replace(recording, num_experts=num_experts, index_topk=top_k)
+    experts = np.arange(8 * 3 * 2).reshape(8, 3, 2).astype(recording.route_dtype) % num_experts
+    generator = np.random.default_rng(0)
+    keys = np.full((8, 3, top_k), -1)
+    for at in range(8):
+        for layer in range(3):
+            chosen = generator.choice(at + 1, min(top_k, at + 1), replace=False)
+            keys[at, layer, : len(chosen)] = np.sort(chosen)
+    words = selection_bitmask(torch.tensor(keys.reshape(24, top_k)), 96).numpy().reshape(8, 3, 3)
+    rows = np.concatenate([experts.view(np.uint8), words.view(np.uint8)], axis=2)
+    completion = to_completion(output_of([9, 8, 7, 1], routed_experts=rows), request_of_5, recording)
+    assert completion.routes is not None and completion.selections is not None
+    np.testing.assert_array_equal(completion.routes[:8], experts[:, 1:])
+    assert completion.selections.fault() is None
+    assert completion.selections.recorded.tolist() == [False] * top_k + [True] * (8 - top_k) + [False]
+    np.testing.assert_array_equal(completion.selections.keys, keys[top_k:])
+    aborted = to_completion(
+        output_of([], routed_experts=None, weight_versions=None, finish_reason="abort"), request_of_5, recording
+    )
+    assert aborted.selections is not None and len(aborted.selections) == 5 and not aborted.selections.recorded.any()
 
 
 def test_an_abort_before_the_first_token(recording, request_of_5):
