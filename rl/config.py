@@ -179,7 +179,7 @@ class Objective:
     keep_routing: bool = True
     keep_sampling_mask: bool = True
     keep_selection: bool = False
-    """Whether the learner attends to the keys that the torch engine's sparse attention selected (docs/engines.md)."""
+    """Whether the learner attends to the keys that the engine's sparse attention selected (docs/engines.md)."""
     aggregation: Aggregation = Aggregation.sequence_mean
     divide_by_std: bool = False
     zero_variance: ZeroVariance = ZeroVariance.keep

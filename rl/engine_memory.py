@@ -10,6 +10,7 @@ from rl.choices import Dsa
 from rl.config import Recipe
 from rl.hardware import GIB
 from rl.learner_memory import Item, element_bytes
+from rl.selections import carried_bytes_per_token
 
 BATCHED_TOKENS = 8192
 """Tokens of one scheduler step (vLLM's max_num_batched_tokens on an H100 or H200)."""
@@ -84,6 +85,10 @@ def worker_memory(recipe: Recipe, costs: ModelCosts, gpu_bytes: int) -> WorkerMe
         routes = 4 * BATCHED_TOKENS * spec.num_layers * spec.experts_per_token
         how = f"int32 for {BATCHED_TOKENS} tokens x {spec.num_layers} layers x {spec.experts_per_token}"
         items.append(Item(name="routes buffer", num_bytes=routes, how=how))
+    if recipe.objective.keep_selection and costs.index_topk is not None:
+        carried = carried_bytes_per_token(spec.num_layers, recipe.model.max_context)
+        how = f"{BATCHED_TOKENS} tokens x {carried} B, and two copies on the way to the host"
+        items.append(Item(name="selections buffer", num_bytes=3 * BATCHED_TOKENS * carried, how=how))
     if rollout.cuda_graphs:
         items.append(Item(name="CUDA graphs", num_bytes=GRAPHS_BYTES, how="a constant"))
     return WorkerMemory(

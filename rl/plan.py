@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from rl.hardware import GIB, LOCAL_BYTES_PER_S, Hardware
 from rl.initial_model import initial_config
 from rl.learner_memory import Item, RankMemory, element_bytes, rank_memory
 from rl.placement import engines_sleep, serves_judge
-from rl.selections import bytes_per_token
+from rl.selections import bytes_per_token, carried_bytes_per_token
 
 GPUS_PER_NODE = 8
 """Of a node that nobody has described."""
@@ -110,6 +110,7 @@ def judge_gpus(recipe: Recipe) -> int:
 def make_plan(recipe: Recipe, costs: ModelCosts, hardware: Hardware) -> Plan:
     """The plan of a recipe on ``hardware``; it may not fit (see `rl.fit`). No GPUs at all mean CPUs."""
     vllm = recipe.rollout.engine == EngineKind.vllm
+    worker = worker_memory(recipe, costs, hardware.gpu_bytes) if vllm else None
     rank = rank_memory(recipe, costs, on_gpu=hardware.num_gpus > 0)
     seats = tuple(_seats(recipe, hardware)) if vllm or hardware.num_gpus else ()
     return Plan(
@@ -118,10 +119,10 @@ def make_plan(recipe: Recipe, costs: ModelCosts, hardware: Hardware) -> Plan:
         hardware=hardware,
         num_gpus=gpus_needed(recipe, on_gpus=hardware.num_gpus > 0),
         rank=rank,
-        worker=worker_memory(recipe, costs, hardware.gpu_bytes) if vllm else None,
+        worker=worker,
         seats=seats,
         sync=_sync(recipe, costs, hardware),
-        host=tuple(_host(recipe, costs, rank, seats, hardware)),
+        host=tuple(_host(recipe, costs, rank, worker, seats)),
     )
 
 
@@ -220,8 +221,16 @@ def _sync(recipe: Recipe, costs: ModelCosts, hardware: Hardware) -> SyncPlan:
     )
 
 
+def _carried(recipe: Recipe, costs: ModelCosts, worker: WorkerMemory, nodes: Iterable[Sequence[str]]) -> Item:
+    """What vLLM keeps on the host for the cached tokens of every engine: an engine fills it with its cache."""
+    engines = max(len({role.split(" worker")[0] for role in roles if role.startswith("engine")}) for roles in nodes)
+    carried = carried_bytes_per_token(costs.outline.num_layers, recipe.model.max_context)
+    how = f"{engines} x {worker.cache_tokens:,} cached tokens of {carried:,} B"
+    return Item(name="cached selections", num_bytes=engines * worker.cache_tokens * carried, how=how)
+
+
 def _host(
-    recipe: Recipe, costs: ModelCosts, rank: RankMemory, seats: tuple[Seat, ...], hardware: Hardware
+    recipe: Recipe, costs: ModelCosts, rank: RankMemory, worker: WorkerMemory | None, seats: tuple[Seat, ...]
 ) -> Iterator[Item]:
     """Memory of the node with most ranks, the driver's buffer included. Without GPUs the ranks' own state is there."""
     spec, rollout = costs.outline, recipe.rollout
@@ -246,6 +255,8 @@ def _host(
     routes = len(spec.moe_layers) * spec.experts_per_token * width if recipe.objective.keep_routing else 0
     keeps = recipe.objective.keep_selection and costs.index_topk is not None
     selected = bytes_per_token(spec.num_layers, costs.index_topk or 0, recipe.model.max_context) if keeps else 0
+    if keeps and worker is not None:
+        yield _carried(recipe, costs, worker, by_node.values())
     token = SAMPLE_BYTES_PER_TOKEN + routes + selected
     held = samples * (rollout.max_staleness + 1) * recipe.model.max_context * token
     yield Item(

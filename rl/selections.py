@@ -108,3 +108,8 @@ def bytes_per_token(num_layers: int, top_k: int, num_tokens: int) -> int:
     if num_tokens <= top_k:
         return 0
     return num_layers * min(-(-num_tokens // 8), top_k * (2 if num_tokens <= 1 << 16 else 4))
+
+
+def carried_bytes_per_token(num_layers: int, max_context: int) -> int:
+    """What a token takes within a vLLM engine: a bit for each of ``max_context`` tokens, in words of 32."""
+    return num_layers * 4 * -(-max_context // 32)

@@ -11,7 +11,7 @@ ever. What is different:
   for the whole model.
 * Any latent size, index size and index_topk.
 * Where the engine is to return what it selected (``additional_config``, `SELECTIONS`), every layer leaves it as bits in
-  a buffer, from which it travels with vLLM's routed experts (`RoutesAndKeys`): through prefix cache, preemption and all.
+  a buffer, from which it travels with vLLM's routed experts (`RoutesAndKeys`), through prefix cache and preemption.
 
 Importing this module needs vLLM. vLLM decides what a decode step's CUDA graph holds: everything here, since nothing
 waits for the device and shapes follow from those of the batch.
@@ -326,14 +326,19 @@ class KeelAttention(DeepseekV32Attention):
         return places
 
     def _reserve(self, device: torch.device) -> None:
-        """Takes, while vLLM measures, the memory of the largest batch: its scores and the winners of top-k's rounds."""
-        torch.empty(SCORES_LIMIT * 3 // 2, dtype=torch.float32, device=device)
+        """Takes, while vLLM measures, the memory of the largest batch: its scores and the winners of top-k's rounds.
+
+        Where selections are returned, also the copies on the way to the host: of a batch, and of the one before.
+        """
+        leaving = 0 if self.step.keys is None else 2 * self.step.keys.nbytes
+        torch.empty(4 * (SCORES_LIMIT * 3 // 2) + leaving, dtype=torch.uint8, device=device)
 
 
 class RoutesAndKeys(RoutedExpertsCapturer):
     """vLLM's recorder of routed experts, whose rows go on with the bits of the selected keys: uint8 [R, layers, bytes].
 
-    A row of a layer is its experts, a byte or two each, and then `Step.keys`. Made by vLLM when the model is there.
+    A row of a layer is its experts, a byte or two each (zeros where it has none), and then `Step.keys`. vLLM makes it
+    when it has the model and its caches, before it captures graphs, and takes the rows' shape and dtype from it.
     """
 
     step: ClassVar[Step]

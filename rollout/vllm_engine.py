@@ -85,6 +85,11 @@ class VllmEngineActor:
             model = outline(model_path)
         except ValueError as error:
             raise DataError(f"the model in {model_path} cannot be loaded: {error}") from error
+        if settings.selections and model.index_topk is not None and not model.moe_layers:
+            raise RecipeError(
+                "objective.keep_selection needs a model with experts under vLLM, which returns what attention selected "
+                "along with them; set it to false"
+            )
         self._recording = Recording.of(
             model,
             kept=settings.kept,

@@ -35,9 +35,8 @@ class Recording:
     experts_per_token: int
     kept: bool  # whether it was built to return kept sets
     max_context: int
-    index_topk: int | None = (
-        None  # where it returns what sparse attention selected: behind the experts of a row, as bits
-    )
+    num_layers: int = 0
+    index_topk: int | None = None  # where it returns what sparse attention selected: behind a row's experts, as bits
 
     @classmethod
     def of(cls, model: ModelOutline, *, kept: bool, max_context: int, index_topk: int | None = None) -> Recording:
@@ -48,6 +47,7 @@ class Recording:
             experts_per_token=model.experts_per_token,
             kept=kept,
             max_context=max_context,
+            num_layers=model.num_layers,
             index_topk=index_topk,
         )
 
@@ -173,7 +173,7 @@ def _selections(
     num_rows, order = 0 if rows is None else min(len(rows), length), np.arange(length)
     recorded = (order >= top_k) & (order < num_rows)
     if rows is None:
-        return None, Selections.of(np.zeros((0, 0, top_k), np.uint16), recorded)
+        return None, Selections.of(np.zeros((0, recording.num_layers, top_k), np.uint16), recorded)
     width = recording.experts_per_token * np.dtype(recording.route_dtype).itemsize
     experts = np.ascontiguousarray(rows[..., :width]).view(recording.route_dtype)
     return experts, Selections.of_bits(rows[:num_rows, :, width:][recorded[:num_rows]], recorded, top_k)

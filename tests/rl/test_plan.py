@@ -274,6 +274,22 @@ def test_recorded_selections_are_counted(tmp_path: Path):
     assert sizes[True] - sizes[False] == 16 * 40 * 3 * 40 / 8
 
 
+def test_vllm_carries_selections_on_both_sides(tmp_path: Path):
+    """Of 3 layers and a context of 40 tokens: two words each."""
+    recipe = vllm_recipe(tmp_path, "rollout.dsa=keel", "rollout.engines=2", "objective.keep_selection=true")
+    plan = make_plan(recipe, recipe_costs(recipe), node(4))
+    assert plan.worker is not None
+    (buffer,) = (item for item in plan.worker.items if item.name == "selections buffer")
+    assert buffer.num_bytes == 3 * 8192 * 3 * 8
+    (cached,) = (item for item in plan.host if item.name == "cached selections")
+    assert cached.num_bytes == 2 * plan.worker.cache_tokens * 3 * 8
+    off = replace(recipe, objective=replace(recipe.objective, keep_selection=False))
+    without = make_plan(off, recipe_costs(off), node(4))
+    assert without.worker is not None
+    names = [item.name for item in (*without.worker.items, *without.host)]
+    assert "samples" in names and not {"selections buffer", "cached selections"} & set(names)
+
+
 def test_on_cpus_engines_that_sleep_have_the_memory_of_a_step_in_turn(tmp_path: Path):
     def held(*overrides: str) -> dict[str, float]:
         recipe = tiny_recipe(tmp_path, *overrides)

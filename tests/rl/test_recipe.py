@@ -217,7 +217,7 @@ def test_mistakes_inside_domains_and_models(write, change, sentence):
         (["rollout.dsa=keel"], "rollout.dsa keel is a choice within vLLM, but rollout.engine is torch"),
         (
             ["objective.keep_selection=true", "rollout.engine=vllm", "model.dtype=bfloat16"],
-            "objective.keep_selection needs rollout.engine torch: vLLM does not return which keys it selected",
+            "objective.keep_selection needs rollout.dsa keel: vLLM's own sparse attention does not return",
         ),
         (["rollout.batch_invariant=true"], "rollout.batch_invariant true is a choice within vLLM, but rollout.engine"),
         (["supervised.steps=5"], "supervised.demonstrations names nothing to learn from"),
@@ -245,6 +245,11 @@ def test_mistakes_inside_domains_and_models(write, change, sentence):
 )
 def test_values_that_cannot_work(write, overrides, fragment):
     assert fragment in complaint(write(WHOLE), *overrides)
+
+
+def test_selections_that_vllm_returns_can_be_kept(write):
+    overrides = ["rollout.engine=vllm", "rollout.dsa=keel", "model.dtype=bfloat16", "objective.keep_selection=true"]
+    assert load_recipe(write(WHOLE), overrides).objective.keep_selection
 
 
 def test_a_recipe_without_domains(write):

@@ -1,13 +1,16 @@
 """What vLLM is asked for, from a model's outline and an engine's settings."""
 
 import ast
+import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from model.outline import ModelOutline
-from rollout.vllm_engine import EngineSettings, engine_arguments
+from rl.errors import RecipeError
+from rollout.vllm_engine import EngineSettings, VllmEngineActor, engine_arguments
 from rollout.vllm_requests import Recording
 
 DENSE = ModelOutline(
@@ -44,6 +47,25 @@ def test_routes_are_recorded_where_there_are_any():
 )
 def test_routers_are_told_how_to_route_only_where_that_is_read(architecture: str, overrides: dict):
     assert engine_arguments("m", replace(EXPERTS, architecture=architecture), SETTINGS)["hf_overrides"] == overrides
+
+
+def test_what_attention_selected_is_asked_for_of_our_own_class():
+    assert engine_arguments("m", EXPERTS, SETTINGS)["additional_config"] == {}
+    asked = engine_arguments("m", EXPERTS, replace(SETTINGS, keel_dsa=True, selections=True))["additional_config"]
+    tree = ast.parse((Path(__file__).parents[2] / "rollout" / "vllm_dsa.py").read_text())
+    (name,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SELECTIONS"
+    )
+    assert asked == {name: True}
+
+
+def test_selections_need_the_rows_of_experts(tmp_path: Path, tiny_config):
+    dense = replace(tiny_config, first_k_dense_replace=tiny_config.num_hidden_layers)
+    (tmp_path / "config.json").write_text(json.dumps(dense.to_dict()))
+    with pytest.raises(RecipeError, match="keep_selection needs a model with experts under vLLM"):
+        asyncio.run(VllmEngineActor().load(str(tmp_path), replace(SETTINGS, keel_dsa=True, selections=True)))
 
 
 def test_whose_attention_a_sparse_model_gets():
