@@ -66,6 +66,7 @@ async def open_engine(recipe: Recipe, path: Path) -> Any:
 
         engine = EngineActor()
         settings = {"dtype": model.dtype, "device": "cpu", "threads": 1}
+        settings["record_selections"] = recipe.objective.keep_selection
         await engine.load(str(path), **settings, max_num_seqs=rollout.max_num_seqs, max_context=model.max_context)
         return engine
     from rollout.vllm_engine import VllmEngineActor
@@ -195,11 +196,12 @@ async def mismatch(recipe: Recipe, path: Path, options: argparse.Namespace) -> F
     device = "cuda" if recipe.rollout.engine == EngineKind.vllm else "cpu"
     module = load_model(path, dtype=getattr(torch, recipe.model.dtype), device=device).eval()
     module.index_arithmetic = "vllm" if recipe.rollout.selects_as_vllm else "plain"
+    replayed_keys = {"index_topk": model.index_topk if recipe.objective.keep_selection else None, "device": device}
     seen: Figures = {}
     for name in lengths:
         for routes, kept in ((True, True), (False, True), (True, False)):
             replayed = " and ".join(what for what, on in (("routes", routes), ("kept sets", kept)) if on)
-            ratios = log_ratios(module, requests[name], completions[name], routes=routes, kept=kept, device=device)
+            ratios = log_ratios(module, requests[name], completions[name], routes=routes, kept=kept, **replayed_keys)
             seen[f"{name}, {lengths[name]} + {options.tokens} tokens, {replayed}"] = figures(ratios)
     return seen
 

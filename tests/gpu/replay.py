@@ -12,7 +12,7 @@ from model import KeySelection, LanguageModel
 from rl.sample import NDArray, Prompt
 from rollout.engine import Completion, Request
 from rollout.samples import to_sample
-from trainer.pack import WeightedSample, pack_step
+from trainer.pack import Microbatch, WeightedSample, pack_step
 from trainer.policy import PackedTokens, Policy
 
 MICRO_TOKENS = 4096
@@ -25,27 +25,36 @@ def log_ratios(
     *,
     routes: bool = True,
     kept: bool = True,
+    index_topk: int | None = None,
     selection: KeySelection | None = None,
     device: str = "cuda",
 ) -> NDArray:
     """float32 [sampled tokens]: learner minus engine, with what the engine recorded replayed or not.
 
-    `selection` is replayed in every micro-batch, so that it belongs to a single completion.
+    With `index_topk`, the model's, the completions' own selections are replayed. `selection` takes the place of those,
+    in every micro-batch, so that it belongs to a single completion.
     """
-    samples = [
-        to_sample(Prompt(id=request.id, domain="gpu", token_ids=request.token_ids), 0, request, completion, "")
-        for request, completion in zip(requests, completions, strict=True)
-    ]
     policy = Policy(module, temperature=requests[0].sampling.temperature or 1.0)
-    minibatch = pack_step([WeightedSample(sample=sample) for sample in samples], ranks=1, micro_tokens=MICRO_TOKENS)
     ratios = []
-    for micro in minibatch.ranks[0]:
-        tokens = PackedTokens.of(micro, device, keep_routing=routes, keep_sampling_mask=kept)
-        tokens = replace(tokens, selection=selection)
+    for micro in packed(requests, completions):
+        settings = {"keep_routing": routes, "keep_sampling_mask": kept, "index_topk": index_topk}
+        tokens = PackedTokens.of(micro, device, **settings)
+        if selection is not None:
+            tokens = replace(tokens, selection=selection)
         with torch.no_grad():
             learned = policy(tokens).logprobs.float().cpu().numpy()
         ratios.append((learned - micro.rollout_logprobs)[micro.sampled])
     return np.concatenate(ratios)
+
+
+def packed(requests: Sequence[Request], completions: Sequence[Completion]) -> Sequence[Microbatch]:
+    """As the learner gets them."""
+    samples = [
+        to_sample(Prompt(id=request.id, domain="gpu", token_ids=request.token_ids), 0, request, completion, "")
+        for request, completion in zip(requests, completions, strict=True)
+    ]
+    weighted = [WeightedSample(sample=sample) for sample in samples]
+    return pack_step(weighted, ranks=1, micro_tokens=MICRO_TOKENS).ranks[0]
 
 
 def figures(ratios: NDArray) -> dict[str, float]:

@@ -8,6 +8,9 @@
 Random weights, whose index scores are nearly ties, and contexts of several times index_topk. Prints JSON: learner minus
 engine per sampled token; of all query positions that see more than index_topk keys, over all layers, the share whose
 sets are identical, and what the sets share; tokens a second.
+
+With Keel's attention the engine returns what it selected along with every completion, as `objective.keep_selection`
+has it: "own selections replayed" are those, in the learner. `--unrecorded` leaves that out, to see what it costs.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from rl.config import Sampling
 from rollout import vllm_engine
 from rollout.engine import Completion, Request
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
-from tests.gpu.replay import figures, log_ratios
+from tests.gpu.replay import figures, log_ratios, packed
+from trainer.selections import key_selection, measure_selections
 
 CONTEXT, TOP_K, LONG, NEW_TOKENS, COUNT = 4096, 512, 3000, 64, 8
 CASES = ("keel", "invariant", "vllm", "dense")
@@ -88,11 +92,13 @@ def recorded_vllm(worker: Any) -> dict[str, torch.Tensor]:
     return kept
 
 
-async def engine_selections(actor: VllmEngineActor, ours: bool, sequences: Sequence[np.ndarray]) -> list[Selected]:
-    """What the engine selects for every position of whole sequences, each prefilled alone."""
+async def engine_selections(
+    actor: VllmEngineActor, ours: bool, sequences: Sequence[np.ndarray]
+) -> tuple[list[Selected], list[Completion]]:
+    """What the engine selects for every position of whole sequences, each prefilled alone, and what that completes."""
     if not ours:
         await actor._engine.collective_rpc(record_vllm)
-    found = []
+    found, completions = [], []
     for number, ids in enumerate(sequences):
         await actor._engine.reset_prefix_cache()
         if ours:
@@ -100,7 +106,7 @@ async def engine_selections(actor: VllmEngineActor, ours: bool, sequences: Seque
         else:
             await actor._engine.collective_rpc(recorded_vllm)
         request = Request(id=f"again{number}", token_ids=ids, sampling=Sampling(max_tokens=1), seed=0)
-        await actor.generate([request])
+        completions += await actor.generate([request])
         if ours:
             (kept,) = await actor._engine.collective_rpc("recorded_selections")
         else:
@@ -108,7 +114,7 @@ async def engine_selections(actor: VllmEngineActor, ours: bool, sequences: Seque
         found.append({int(name.split(".layers.")[1].split(".")[0]): rows[: len(ids)] for name, rows in kept.items()})
     if ours:
         await actor._engine.collective_rpc("record_selections", args=(False,))
-    return found
+    return found, completions
 
 
 def learner_selections(module: DeepseekV32, ids: np.ndarray) -> Selected:
@@ -122,6 +128,32 @@ def given_keys(selected: Selected) -> KeySelection:
     """Replays what was selected for every position of one sequence, below index_topk too."""
     keys = torch.stack([selected[layer] for layer in sorted(selected)], dim=1).int().cuda()
     return KeySelection(given=GivenKeys(queries=torch.arange(len(keys)).cuda(), keys=keys, complete=True))
+
+
+def carried(completion: Completion) -> Selected:
+    """What a completion says was selected: int32 [T - 1, k] a layer, as its last token was never fed; -1 where it says
+    nothing."""
+    selections = completion.selections
+    assert selections is not None
+    rows = np.full((len(selections), selections.num_layers, selections.top_k), -1, np.int32)
+    rows[selections.recorded] = selections.keys
+    return {layer: torch.tensor(rows[:-1, layer]) for layer in range(selections.num_layers)}
+
+
+def against_second_prefill(completions: Sequence[Completion], again: Sequence[Selected]) -> dict[str, Any]:
+    """`agreement` of what completions carry with what the engine selects when their sequences are prefilled whole."""
+    fed = [{layer: rows[:-1] for layer, rows in selected.items()} for selected in again]
+    return agreement(list(map(carried, completions)), fed)
+
+
+def coverage(requests: Sequence[Request], completions: Sequence[Completion]) -> dict[str, float]:
+    """Of the positions that leave keys out and that later tokens look back on, those whose sets the learner replays."""
+    tallies = [
+        measure_selections(micro, key_selection(micro, TOP_K, "cpu"), TOP_K)["selections/replayed"]
+        for micro in packed(requests, completions)
+    ]
+    needed, replayed = (sum(getattr(tally, name) for tally in tallies) for name in ("count", "total"))
+    return {"positions": needed, "not_recorded": needed - replayed, "replayed": replayed / needed}
 
 
 def bits(places: torch.Tensor) -> torch.Tensor:
@@ -179,10 +211,13 @@ def mismatches(
     completions: Sequence[Completion],
     arithmetic: IndexArithmetic,
     selected: Sequence[Selected] | None = None,
+    *,
+    own: bool = False,
 ) -> dict[str, float]:
+    """Learner minus engine; where `selected` is given, that is replayed, and with `own` what completions carry."""
     module.index_arithmetic = arithmetic
     if selected is None:
-        return figures(log_ratios(module, requests, completions))
+        return figures(log_ratios(module, requests, completions, index_topk=TOP_K if own else None))
     ratios = []
     for request, completion, places in zip(requests, completions, selected, strict=True):
         ratios.append(log_ratios(module, [request], [completion], selection=given_keys(places)))
@@ -219,6 +254,7 @@ async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict
         cuda_graphs=not options.eager,
         keel_dsa=ours,
         batch_invariant=case == "invariant",
+        selections=ours and not options.unrecorded,
     )
     actor, kept = VllmEngineActor(), {}
     began = time.perf_counter()
@@ -231,7 +267,7 @@ async def observe(case: str, path: Path, options: argparse.Namespace, seen: dict
         seen["stages"] = ["generated"]
         if case != "dense":
             sequences = [whole(*pair) for pair in zip(kept["long"], kept["long done"], strict=True)]
-            kept["selected"] = await engine_selections(actor, ours, sequences)
+            kept["selected"], kept["again"] = await engine_selections(actor, ours, sequences)
             seen["stages"].append("selections")
         if ours:
             seen["company"] = {top_p: await alone_and_together(actor, top_p) for top_p in (1.0, 0.95)}
@@ -252,7 +288,13 @@ def compare(case: str, path: Path, kept: dict[str, Any], seen: dict[str, Any]) -
     if case == "dense":
         return
     long = kept["long"], kept["long done"]
-    seen["long, engine's selection replayed"] = mismatches(module, *long, "plain", kept["selected"])
+    if long[1][0].selections is not None:
+        seen["long, own selections replayed"] = mismatches(module, *long, "plain", own=True)
+        seen["long, what is replayed"] = coverage(*long)
+        both = list(map(carried, kept["again"])), kept["selected"]
+        seen["carried by a prefill against asked of its worker"] = agreement(*both)
+        seen["own selections against a second prefill"] = against_second_prefill(long[1], kept["selected"])
+    seen["long, second prefill's selection replayed"] = mismatches(module, *long, "plain", kept["selected"])
     sequences = [whole(*pair) for pair in zip(*long, strict=True)]
     for arithmetic in ("plain", "vllm") if case == "vllm" else ("plain",):
         module.index_arithmetic = arithmetic
@@ -264,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.selection", description="What both sides select.")
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--unrecorded", action="store_true", help="the engine returns no selections")
     parser.add_argument("--speed", action="store_true", help="tokens a second too; nothing else may use the GPU then")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(argv)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from rollout.engine import Completion, Request
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
 from tests.gpu.selection import (
     Selected,
+    against_second_prefill,
     agreement,
     alone_and_together,
+    carried,
+    coverage,
     engine_selections,
     learner_selections,
     mismatches,
@@ -40,6 +43,7 @@ class Observed:
     requests: dict[str, list[Request]] = field(default_factory=dict)
     completions: dict[str, list[Completion]] = field(default_factory=dict)
     selected: list[Selected] = field(default_factory=list)
+    prefilled: list[Completion] = field(default_factory=list)
     company: dict[str, float] = field(default_factory=dict)
     sums: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -65,12 +69,16 @@ async def scenario(path: Path) -> Observed:
         keel_dsa=True,
         batch_invariant=True,
         sleeps=True,
+        selections=True,
     )
     await actor.load(str(path), settings)
     try:
         await generate(actor, seen, "short", 40)
         await generate(actor, seen, "long", LONG)
-        seen.selected = await engine_selections(actor, True, seen.sequences())
+        seen.completions["cached"] = await actor.generate(
+            [replace(request, id=f"{request.id} again") for request in seen.requests["long"]]
+        )
+        seen.selected, seen.prefilled = await engine_selections(actor, True, seen.sequences())
         seen.company = await alone_and_together(actor, top_p=1.0)
         sender = WeightSender(rank=0, device=torch.device("cuda", 0))
         seen.sums["awake"] = await update(actor, sender, make_module(1).to("cuda"), 1)
@@ -124,6 +132,45 @@ def test_learner_and_engine_agree(seen: Observed, learner: DeepseekV32):
     print(f"short {short:.4f}, long {alone:.4f}, long with the engine's selection {replayed:.4f}")
     assert short < 0.05 and replayed < 0.05 and replayed < 1.5 * short
     assert replayed < alone < 0.15
+
+
+@pytest.mark.parametrize("name", ["short", "long", "updated", "woken"])
+def test_completions_carry_selections(seen: Observed, name: str):
+    """Of every position that leaves keys out, but for the last token, which was never fed."""
+    for request, completion in zip(*seen.pair(name), strict=True):
+        order = np.arange(len(request.token_ids) + len(completion.token_ids))
+        selections = completion.selections
+        assert selections is not None and selections.fault() is None
+        assert selections.num_layers == CONFIG.num_hidden_layers and selections.top_k == TOP_K_KEYS
+        assert selections.recorded.tolist() == ((order >= TOP_K_KEYS) & (order < len(order) - 1)).tolist()
+        assert completion.routed is not None and completion.routed[:-1].all()
+    if name != "short":
+        assert coverage(*seen.pair(name))["not_recorded"] == 0
+
+
+def test_they_are_what_the_worker_says_of_the_same_prefill(seen: Observed):
+    assert agreement(list(map(carried, seen.prefilled)), seen.selected)["identical"] == 1
+
+
+def test_they_are_what_a_second_prefill_selects(seen: Observed):
+    """Decoding and a prompt select the same, bit by bit: the engine is batch-invariant."""
+    found = against_second_prefill(seen.completions["long"], seen.selected)
+    print(found)
+    assert found["identical"] == 1
+
+
+def test_a_prompt_from_the_prefix_cache_has_the_selections_of_its_first_prefill(seen: Observed):
+    for first, cached in zip(seen.completions["long"], seen.completions["cached"], strict=True):
+        for layer, rows in carried(cached).items():
+            assert torch.equal(rows[:LONG], carried(first)[layer][:LONG])
+
+
+def test_replaying_them_makes_a_long_context_like_a_short_one(seen: Observed, learner: DeepseekV32):
+    short = mismatches(learner, *seen.pair("short"), "plain")["mean_abs"]
+    alone = mismatches(learner, *seen.pair("long"), "plain")["mean_abs"]
+    replayed = mismatches(learner, *seen.pair("long"), "plain", own=True)["mean_abs"]
+    print(f"short {short:.4f}, long {alone:.4f}, long with its own selections {replayed:.4f}")
+    assert replayed < 0.05 and replayed < 1.5 * short and replayed < alone
 
 
 def test_they_select_the_same_but_for_rounding(seen: Observed, learner: DeepseekV32):

@@ -97,6 +97,8 @@ def test_what_attention_kept_stands_behind_the_experts(recording, request_of_5, 
         output_of([], routed_experts=None, weight_versions=None, finish_reason="abort"), request_of_5, recording
     )
     assert aborted.selections is not None and len(aborted.selections) == 5 and not aborted.selections.recorded.any()
+    continued = aborted.selections.extended(9).filled(completion.selections)
+    np.testing.assert_array_equal(continued.keys, completion.selections.keys)
 
 
 def test_an_abort_before_the_first_token(recording, request_of_5):
