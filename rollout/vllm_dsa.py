@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from torch import nn
 from vllm import envs
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-from vllm.distributed.aux_output_connector import worker as aux_worker
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
@@ -375,12 +374,14 @@ class KeelV32ForCausalLM(vllm_model.DeepseekV32ForCausalLM):
                 module.LL_BF16_MAX_TOKENS = 0  # small batches would get another kernel, in this mode too
 
     def _return_selections(self, vllm_config: Any) -> None:
+        from vllm.distributed.aux_output_connector import worker as recorders  # where vLLM's worker looks its class up
+
         room = vllm_config.scheduler_config.max_num_batched_tokens
         words = (vllm_config.model_config.max_model_len + 31) // 32
         layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.step.keys = torch.zeros(room, layers, words, dtype=torch.int32, device="cuda")
         RoutesAndKeys.step = self.step
-        aux_worker.RoutedExpertsCapturer = RoutesAndKeys
+        recorders.RoutedExpertsCapturer = RoutesAndKeys
 
     def forward(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         cos, sin = self.step.rope(positions.unsqueeze(0)).of_tokens(torch.Size([1, positions.shape[0]]))
