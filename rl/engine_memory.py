@@ -85,7 +85,7 @@ def worker_memory(recipe: Recipe, costs: ModelCosts, gpu_bytes: int) -> WorkerMe
         routes = 4 * BATCHED_TOKENS * spec.num_layers * spec.experts_per_token
         how = f"int32 for {BATCHED_TOKENS} tokens x {spec.num_layers} layers x {spec.experts_per_token}"
         items.append(Item(name="routes buffer", num_bytes=routes, how=how))
-    if recipe.objective.keep_selection and costs.index_topk is not None:
+    if recipe.objective.keep_selection and costs.index_topk is not None and recipe.model.max_context > costs.index_topk:
         carried = carried_bytes_per_token(spec.num_layers, recipe.model.max_context)
         how = f"{BATCHED_TOKENS} tokens x {carried} B, and two copies on the way to the host"
         items.append(Item(name="selections buffer", num_bytes=3 * BATCHED_TOKENS * carried, how=how))

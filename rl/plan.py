@@ -255,7 +255,7 @@ def _host(
     routes = len(spec.moe_layers) * spec.experts_per_token * width if recipe.objective.keep_routing else 0
     keeps = recipe.objective.keep_selection and costs.index_topk is not None
     selected = bytes_per_token(spec.num_layers, costs.index_topk or 0, recipe.model.max_context) if keeps else 0
-    if keeps and worker is not None:
+    if selected and worker is not None:
         yield _carried(recipe, costs, worker, by_node.values())
     token = SAMPLE_BYTES_PER_TOKEN + routes + selected
     held = samples * (rollout.max_staleness + 1) * recipe.model.max_context * token

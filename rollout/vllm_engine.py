@@ -85,16 +85,14 @@ class VllmEngineActor:
             model = outline(model_path)
         except ValueError as error:
             raise DataError(f"the model in {model_path} cannot be loaded: {error}") from error
-        if settings.selections and model.index_topk is not None and not model.moe_layers:
+        index_topk = _returned_topk(model, settings)
+        if index_topk is not None and not model.moe_layers:
             raise RecipeError(
                 "objective.keep_selection needs a model with experts under vLLM, which returns what attention selected "
                 "along with them; set it to false"
             )
         self._recording = Recording.of(
-            model,
-            kept=settings.kept,
-            max_context=settings.max_context,
-            index_topk=model.index_topk if settings.selections else None,
+            model, kept=settings.kept, max_context=settings.max_context, index_topk=index_topk
         )
         self._counters, self._engine = _start(model_path, model, settings)
         await self._relabel(version)
@@ -289,6 +287,12 @@ def _start(model_path: str, model: ModelOutline, settings: EngineSettings) -> tu
     return counters[0], engine
 
 
+def _returned_topk(model: ModelOutline, settings: EngineSettings) -> int | None:
+    """The model's index_topk, where requests are to get what it selects and a context has anything to leave out."""
+    returns = settings.selections and model.index_topk is not None and settings.max_context > model.index_topk
+    return model.index_topk if returns else None
+
+
 def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSettings) -> dict[str, Any]:
     """The keyword arguments of vLLM's AsyncEngineArgs."""
     parallel = settings.tensor_parallel > 1
@@ -311,7 +315,9 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "gpu_memory_utilization": settings.gpu_memory,
         "enforce_eager": not settings.cuda_graphs,
         "model_class_overrides": _OURS if settings.keel_dsa else {},
-        "additional_config": {"keel_selections": True} if settings.selections else {},  # rollout.vllm_dsa.SELECTIONS
+        "additional_config": {
+            "keel_selections": _returned_topk(model, settings) is not None
+        },  # as rollout.vllm_dsa asks
         "enable_sleep_mode": settings.sleeps,
         "enable_return_routed_experts": bool(model.moe_layers),
         "return_sampling_mask": settings.kept,

@@ -50,15 +50,21 @@ def test_routers_are_told_how_to_route_only_where_that_is_read(architecture: str
 
 
 def test_what_attention_selected_is_asked_for_of_our_own_class():
-    assert engine_arguments("m", EXPERTS, SETTINGS)["additional_config"] == {}
-    asked = engine_arguments("m", EXPERTS, replace(SETTINGS, keel_dsa=True, selections=True))["additional_config"]
     tree = ast.parse((Path(__file__).parents[2] / "rollout" / "vllm_dsa.py").read_text())
     (name,) = (
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SELECTIONS"
     )
-    assert asked == {name: True}
+    asking = replace(SETTINGS, keel_dsa=True, selections=True)
+    for top_k, settings, asked in (
+        (16, asking, True),
+        (16, SETTINGS, False),
+        (64, asking, False),
+        (None, asking, False),
+    ):
+        model = replace(EXPERTS, index_topk=top_k)
+        assert engine_arguments("m", model, settings)["additional_config"] == {name: asked}
 
 
 def test_selections_need_the_rows_of_experts(tmp_path: Path, tiny_config):
