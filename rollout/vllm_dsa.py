@@ -56,7 +56,7 @@ from model.config import ModelConfig
 from model.rope import Rope
 
 SELECTIONS = "keel_selections"
-"""The key of vLLM's ``additional_config`` that says whether."""
+"""The key of vLLM's ``additional_config`` that asks for them."""
 
 # Tokens of a page, for latents and index keys alike; what vLLM's own backends for this model take.
 _PAGE = 64

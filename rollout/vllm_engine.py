@@ -315,9 +315,7 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "gpu_memory_utilization": settings.gpu_memory,
         "enforce_eager": not settings.cuda_graphs,
         "model_class_overrides": _OURS if settings.keel_dsa else {},
-        "additional_config": {
-            "keel_selections": _returned_topk(model, settings) is not None
-        },  # as rollout.vllm_dsa asks
+        "additional_config": {"keel_selections": True} if _returned_topk(model, settings) else {},  # as vllm_dsa asks
         "enable_sleep_mode": settings.sleeps,
         "enable_return_routed_experts": bool(model.moe_layers),
         "return_sampling_mask": settings.kept,

@@ -56,15 +56,10 @@ def test_what_attention_selected_is_asked_for_of_our_own_class():
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SELECTIONS"
     )
-    asking = replace(SETTINGS, keel_dsa=True, selections=True)
-    for top_k, settings, asked in (
-        (16, asking, True),
-        (16, SETTINGS, False),
-        (64, asking, False),
-        (None, asking, False),
-    ):
+    asks = replace(SETTINGS, keel_dsa=True, selections=True)
+    for top_k, settings, asked in ((16, asks, {name: True}), (16, SETTINGS, {}), (64, asks, {}), (None, asks, {})):
         model = replace(EXPERTS, index_topk=top_k)
-        assert engine_arguments("m", model, settings)["additional_config"] == {name: asked}
+        assert engine_arguments("m", model, settings)["additional_config"] == asked
 
 
 def test_selections_need_the_rows_of_experts(tmp_path: Path, tiny_config):
