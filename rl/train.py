@@ -100,8 +100,9 @@ async def train(
                 rng=shuffle,
                 attention_span=system.learner.attention_span,
             )
-            await system.learners_turn()
             clock.lap("learn")
+            await system.learners_turn()
+            clock.lap("handover")
             checks = await canary.compare(replies, version=step - 1)
             clock.lap("canary")
             with timeline.span("learner", "step", step=step):

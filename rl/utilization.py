@@ -9,6 +9,9 @@ from rl.plan import Plan
 from rollout.engine import EngineStats
 from trainer.pack import Minibatch
 
+PARTS = ("canary", "rollout", "handover", "learn", "sync")
+"""Laps of a step that are neither an evaluation nor a checkpoint."""
+
 
 class Utilization:
     """Compares the engines' counters from step to step. Seconds are those of the driver's clock."""
@@ -24,8 +27,8 @@ class Utilization:
     def metrics(
         self, seconds: Mapping[str, float], minibatches: Sequence[Minibatch], stats: Sequence[EngineStats]
     ) -> dict[str, float]:
-        """``seconds`` of the laps canary, rollout, learn and sync since :meth:`begin`, and the counters now."""
-        total = seconds.get("canary", 0.0) + seconds["rollout"] + seconds["learn"] + seconds["sync"]
+        """``seconds`` of the laps in ``PARTS`` since :meth:`begin`, and the counters now."""
+        total = sum(seconds.get(part, 0.0) for part in PARTS)
         pairs = list(zip(self._before, stats, strict=True))
         busy = [now.busy_s - before.busy_s for before, now in pairs]
         generated = [now.num_generated_tokens - before.num_generated_tokens for before, now in pairs]

@@ -73,6 +73,7 @@ class VllmEngineActor:
         self._asleep = False
         self._in_flight: set[str] = set()
         self._num_prompt = 0
+        self._standing = False  # whether nothing is generated: from a sleep or an update's begin until it goes on
         self._busy_s = 0.0
         self._busy_since: float | None = None
 
@@ -129,6 +130,7 @@ class VllmEngineActor:
             await self._ask(self._engine.wake_up(["weights"]))
         else:
             await self._ask(self._engine.pause_generation(mode="keep", clear_cache=True))
+            self._stand(True)
         await self._ask(self._engine.start_weight_update())
         self._updating = True
 
@@ -152,6 +154,7 @@ class VllmEngineActor:
         sums = await self.checksums()
         await self._ask(self._engine.wake_up(["kv_cache"]) if self._asleep else self._engine.resume_generation())
         self._asleep = False
+        self._stand(False)
         return sums
 
     async def checksums(self) -> dict[str, int]:
@@ -174,12 +177,14 @@ class VllmEngineActor:
         if not self._asleep:
             await self._ask(self._engine.sleep(level=1 if keep_weights else 2, mode="keep"))
             self._asleep = True
+            self._stand(True)
 
     async def wake(self) -> None:
         """Undoes a sleep that kept the weights."""
         if self._asleep:
             await self._ask(self._engine.wake_up())
             self._asleep = False
+            self._stand(False)
 
     async def peak_memory_gb(self) -> float:
         """The most that any of the engine's GPUs has had reserved, in units of 1e9 bytes."""
@@ -234,13 +239,22 @@ class VllmEngineActor:
             raise EngineDied("a vLLM engine's own process died; its log above says why") from error
 
     def _enter(self, name: str) -> None:
-        if not self._in_flight:
-            self._busy_since = time.perf_counter()
         self._in_flight.add(name)
+        self._settle_clock()
 
     def _leave(self, name: str) -> None:
         self._in_flight.discard(name)
-        if not self._in_flight and self._busy_since is not None:
+        self._settle_clock()
+
+    def _stand(self, standing: bool) -> None:
+        self._standing = standing
+        self._settle_clock()
+
+    def _settle_clock(self) -> None:
+        """Runs it while there are requests that are worked on."""
+        if self._in_flight and not self._standing:
+            self._busy_since = self._busy_since or time.perf_counter()
+        elif self._busy_since is not None:
             self._busy_s += time.perf_counter() - self._busy_since
             self._busy_since = None
 

@@ -9,7 +9,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-SPLIT = ("rollout", "learn", "sync", "learner_idle", "engines_idle", "step", "reward")
+SPLIT = (
+    *("rollout", "handover", "learn", "forward", "backward", "optimizer", "sync"),
+    *("learner_idle", "engines_idle", "step", "reward"),
+)
 SPEED = (
     "tokens_per_s",
     "speed/engines_tokens_per_s",

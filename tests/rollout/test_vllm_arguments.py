@@ -1,8 +1,9 @@
-"""What vLLM is asked for, from a model's outline and an engine's settings."""
+"""What vLLM is asked for, from a model's outline and an engine's settings, and when an engine of it is busy."""
 
 import ast
 import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,3 +96,24 @@ def test_workers_are_this_processs_own():
     assert not engine_arguments("m", DENSE, wide)["enable_expert_parallel"]
     assert engine_arguments("m", EXPERTS, SETTINGS)["distributed_executor_backend"] == "uni"
     assert engine_arguments("m", DENSE, replace(SETTINGS, sleeps=True, seed=5))["enable_sleep_mode"]
+
+
+def test_an_engine_that_holds_requests_and_stands_is_not_busy():
+    """Asleep, or while it is sent weights: what it holds waits, and counts neither as work nor as its speed."""
+    actor = VllmEngineActor()
+    actor._enter("one")
+    time.sleep(0.02)
+    actor._stand(True)
+    worked = actor._busy_s
+    assert worked >= 0.02 and actor._busy_since is None
+    actor._enter("two")
+    actor._leave("one")
+    assert actor._busy_since is None
+    actor._stand(False)
+    began = actor._busy_since
+    assert began is not None and actor._busy_s == worked
+    actor._enter("three")
+    actor._leave("two")
+    assert actor._busy_since == began
+    actor._leave("three")
+    assert actor._busy_since is None and actor._busy_s > worked

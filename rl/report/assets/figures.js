@@ -41,7 +41,7 @@ const SECTIONS = [
   {
     title: "Time and throughput",
     figures: [
-      { title: "Time per step", about: "What a step spends its time on.", keys: ["time/rollout_s", "time/learn_s", "time/sync_s", "time/canary_s", "time/evaluate_s"], outline: "time/step_s", format: "seconds", stack: true },
+      { title: "Time per step", about: "What a step spends its time on.", keys: ["time/rollout_s", "time/handover_s", "time/learn_s", "time/sync_s", "time/canary_s", "time/evaluate_s"], outline: "time/step_s", format: "seconds", stack: true },
       { title: "Inside learning", about: "On a rank, mean over ranks.", keys: ["time/forward_s", "time/backward_s", "time/optimizer_s"], outline: "time/learn_s", format: "seconds", stack: true },
       { title: "Idle", about: "Seconds of a step with nothing to do.", keys: ["time/learner_idle_s", "time/engines_idle_s"], format: "seconds", zero: true },
       { title: "Scoring", about: "From a group's last token to its rewards.", keys: ["time/reward_s"], format: "seconds", zero: true },
