@@ -37,6 +37,8 @@ from trainer.learner import Learner
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SAMPLING = Sampling(top_p=0.95, max_tokens=400)
 SEEDS = range(8)
+LIMIT_S = 480.0
+"""An engine starts three times."""
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_an_engine_on_a_shared_gpu_is_killed_while_it_generates_and_while_it_sle
             assert it.pool.faults.totals["engine_restarts"] == 2
             it.report()
 
-    asyncio.run(asyncio.wait_for(run(), 240))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
 
 
 @needs_two
@@ -186,4 +188,4 @@ def test_an_engine_is_killed_while_weights_are_broadcast_to_it(cluster: None, mo
             assert {version for one in await it.group() for version in one.versions[one.sampled]} == {2}
             it.report()
 
-    asyncio.run(asyncio.wait_for(run(), 240))
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
