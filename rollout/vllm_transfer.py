@@ -6,7 +6,10 @@ end. This one brings both, and its sender needs no vLLM; loading, fusing and sha
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +20,13 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # pyright: ignore[reportMissingImports]
 
-from rollout.weight_receiver import Named, WeightReceiver
+from model import split_experts
+from rollout.weight_receiver import Tensors, WeightReceiver
 
 BACKEND = "keel"
+_OURS = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
+_SHARDS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+"""vLLM's names for the matrices that a stacked parameter of ours holds, row block by row block."""
 
 
 @dataclass
@@ -74,8 +81,8 @@ class KeelTransfer(WeightTransferEngine):
 
     def receive_weights(self, update_info: Offer) -> None:
         if update_info.bucket is None:
-            for named in self.receiver.receive():
-                self._load(named)
+            for tensors in self.receiver.receive():
+                self._load(tensors)
         else:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
             handle = (update_info.handles or {}).get(uuid)
@@ -93,13 +100,43 @@ class KeelTransfer(WeightTransferEngine):
     def shutdown(self) -> None:
         self.receiver.close()
 
-    def _load(self, named: Named) -> None:
+    def _load(self, tensors: Tensors) -> None:
         from vllm.model_executor.model_loader.mtp_validation import (  # pyright: ignore[reportMissingImports]
             disable_mtp_completeness_check,
         )
 
+        stacked = {} if self.parallel_config.enable_expert_parallel else self._stacked_loaders()
+        for name in filter(stacked.__contains__, tensors):
+            stacked[name](tensors[name])
+        others = (split_experts(name, tensor) for name, tensor in tensors.items() if name not in stacked)
         with disable_mtp_completeness_check():
-            self.model.load_weights(named)
+            self.model.load_weights(itertools.chain.from_iterable(others))
+
+    def _stacked_loaders(self) -> dict[str, Callable[[torch.Tensor], None]]:
+        """For our stacked experts: vLLM's loader of the parameter that holds them all, which takes them in one piece.
+
+        Expert by expert it takes a millisecond for each of thousands of matrices, however small.
+        """
+        return dict(_stacked_loaders(self.model.named_parameters()))
+
+
+def _stacked_loaders(
+    parameters: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, Callable[[torch.Tensor], None]]]:
+    for place, parameter in parameters:
+        path, inside, rest = place.partition(".experts.")
+        ours = _OURS.get(rest.rpartition(".")[2])
+        if inside and ours is not None:
+            yield f"{path}.experts.{ours}", partial(_load_stacked, parameter, place, _SHARDS[ours])
+
+
+def _load_stacked(parameter: torch.Tensor, place: str, shards: tuple[str, ...], tensor: torch.Tensor) -> None:
+    """Experts [E, len(shards) * rows, columns]."""
+    for shard, part in zip(shards, tensor.chunk(len(shards), dim=1), strict=True):
+        # A loader of three dimensions looks at no expert's number but whether it is this worker's.
+        loaded = parameter.weight_loader(parameter, part, place, shard_id=shard, expert_id=0, return_success=True)  # pyright: ignore[reportAttributeAccessIssue]
+        if not loaded:
+            raise ValueError(f"vLLM did not take the experts of {place}")
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, KeelTransfer)

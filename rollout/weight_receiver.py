@@ -1,4 +1,4 @@
-"""An engine worker's end of a weight transfer: tensors under checkpoint names out of packed buckets.
+"""An engine worker's end of a weight transfer: tensors out of packed buckets.
 
 Knows nothing of vLLM: `rollout.vllm_transfer` plugs it into a worker, and a test into a process of its own.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from model import split_experts
 from model.transport import BroadcastGroup, Bucket
 
-Named = list[tuple[str, torch.Tensor]]
+Tensors = Mapping[str, torch.Tensor]
+"""By in-memory name: the experts of a layer stacked."""
 
 
 class WeightReceiver:
@@ -38,19 +38,19 @@ class WeightReceiver:
     def begin(self) -> None:
         self.tensors = {}
 
-    def receive(self) -> Iterator[Named]:
+    def receive(self) -> Iterator[Tensors]:
         """All buckets of an update, as the sender broadcasts them."""
         assert self._group is not None, "join() comes first"
         for tensors in self._group.receive():
-            yield self._name(tensors)
+            yield self._noted(tensors)
 
-    def take(self, description: str, handle: str) -> Named:
+    def take(self, description: str, handle: str) -> Tensors:
         """One bucket out of a buffer on this worker's own GPU, which another process offers with ``handle``.
 
         Returns a copy: what is loaded may be kept beyond the update of its own bucket, and the buffer is used again.
         """
         bucket = Bucket.from_json(description)
-        return self._name(bucket.unpack(self._open(handle)[: bucket.num_bytes].clone()))
+        return self._noted(bucket.unpack(self._open(handle)[: bucket.num_bytes].clone()))
 
     def close(self) -> None:
         self._opened = {}
@@ -66,10 +66,10 @@ class WeightReceiver:
             self._opened[handle] = open_buffer(handle, self.device)
         return self._opened[handle]
 
-    def _name(self, tensors: Mapping[str, torch.Tensor]) -> Named:
+    def _noted(self, tensors: Tensors) -> Tensors:
         for name, tensor in tensors.items():
             self.tensors[name] = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        return [pair for name, tensor in tensors.items() for pair in split_experts(name, tensor)]
+        return tensors
 
 
 def open_buffer(handle: str, device: torch.device) -> torch.Tensor:

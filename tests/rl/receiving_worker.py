@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import model.transport
-from model import join_experts
+from model import split_experts
 from rollout.vllm_layout import held_sums
 from rollout.weight_receiver import WeightReceiver
 from tests.rollout.vllm_shards import Shapes, as_vllm
@@ -23,7 +23,7 @@ class Worker:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.receiver = WeightReceiver(torch.device("cpu"))
-        self.named: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
 
     def join(self, trouble: str = "", **group: Any) -> None:
         """``trouble``: dies ``before`` it is there, or ``amid`` its connecting to others who are there too."""
@@ -37,9 +37,9 @@ class Worker:
         """The largest number of bytes in a bucket; ``trouble`` happens after the first one."""
         self.receiver.begin()
         largest = 0
-        for named in self.receiver.receive():
-            self.named |= named
-            largest = max(largest, sum(tensor.nbytes for _, tensor in named))
+        for tensors in self.receiver.receive():
+            self.tensors |= tensors
+            largest = max(largest, sum(tensor.nbytes for tensor in tensors.values()))
             if trouble == "dies":
                 os._exit(1)
             if trouble == "fails":
@@ -50,7 +50,7 @@ class Worker:
 
     def held(self, flip: str = "") -> tuple[Any, list[Any]]:
         shapes = Shapes(kv_heads=1)
-        weights = dict(join_experts(self.named.items(), EXPERTS))
+        weights = self.tensors
         shapes.vocab, shapes.hidden = weights["lm_head.weight"].shape
         shapes.experts = EXPERTS
         live = as_vllm(weights, shapes, self.rank, self.size, by_expert=False)
@@ -60,4 +60,4 @@ class Worker:
         return tensors, [part.plain() for part in held_sums(live, tensors, rank=self.rank, size=self.size)]
 
     def received(self) -> dict[str, torch.Tensor]:
-        return self.named
+        return {name: part for stack in self.tensors.items() for name, part in split_experts(*stack)}
