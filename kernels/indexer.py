@@ -158,7 +158,7 @@ def _load_queries(
     return tl.trans(q), tl.load(weights + row, mask=there, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _packed_kernel(
     queries,
     keys,

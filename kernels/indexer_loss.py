@@ -192,7 +192,8 @@ def _rows_of_chunk(num_keys: int, longest: int | None) -> int:
         return max(1, CHUNK_LIMIT // max(1, num_keys))
     # Rows r with r * (r + longest) within the limit, of which no more than num_keys columns exist.
     bounded = int(math.sqrt(longest**2 / 4 + CHUNK_LIMIT) - longest / 2)
-    return max(1, bounded, CHUNK_LIMIT // max(1, num_keys))
+    rows = max(1, bounded, CHUNK_LIMIT // max(1, num_keys))
+    return rows if rows < 16 else rows // 16 * 16  # slices of whole rows then begin where a kernel expects them to
 
 
 def _attention_shape(dim: int, element_size: int) -> dict[str, int]:

@@ -49,7 +49,7 @@ def _seen(selected, row, key, start, end, num_keys, SPARSE: tl.constexpr):
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def normaliser_kernel(
     queries,
     keys,
@@ -105,7 +105,7 @@ def normaliser_kernel(
     tl.store(normaliser + head * num_rows + row, peak + tl.log2(tl.where(total == 0, 1.0, total)), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def target_kernel(
     queries,
     keys,
@@ -255,7 +255,7 @@ def queries_kernel(
     tl.store(grad_weights + row * num_heads + head, grad_w, mask=head < num_heads)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def keys_kernel(
     queries,
     keys,

@@ -246,7 +246,7 @@ def _set_softmax_kernel(logits, ids, offsets, targets, logprobs, entropy, lse_ou
     tl.store(lse_out + row, top + log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _set_slope_kernel(
     logits, slopes, ids, rows, targets, lse, entropy, grad_logprobs, grad_entropy, count, inverse_temperature,
     BLOCK: tl.constexpr,

@@ -69,7 +69,7 @@ def _launches(dim: int, value_dim: int, element_size: int) -> Launches:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words"])
 def _bitmask_kernel(indices, words, num_selected, num_words, BLOCK: tl.constexpr):
     """Grid (N, blocks of indices). Sets the bit of every index; order does not matter to an "or"."""
     row = tl.program_id(0).to(tl.int64)
@@ -92,7 +92,7 @@ def selection_bitmask(indices: torch.Tensor, num_keys: int) -> torch.Tensor:
     return words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_words", "num_rows"])
 def _order_kernel(words, ordered, num_words, num_ordered, num_rows, BLOCK: tl.constexpr):
     """Grid (blocks of ordered words). See `ordered_bitmask`."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -247,7 +247,7 @@ def block_of(program, cu_seqlens, num_sequences):
     return start, length, block, tiles
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_sequences"])
 def forward_kernel(
     query_first, query_rest, key_first, key_rest, value, values, bitmask, cu_seqlens, out, lse, scale, num_heads,
     num_sequences, num_words, stride_query_head, stride_key_head, stride_value, stride_value_head,

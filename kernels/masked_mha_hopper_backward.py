@@ -218,7 +218,7 @@ def _attend(shared, pairs, walk, SIDE: gl.constexpr, MASKED: gl.constexpr):
     write_rows(target + _FIRST, q_rest.index(SIDE), first, length, stride, _HALF, _REST)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["first_head", "num_tiles", "num_sequences"])
 def grad_queries_kernel(
     query_first, query_rest, key_first, key_rest, value, upstream, probs_out, scores_out, queries, keys, values,
     grad_out, bitmask, cu_seqlens, lse, delta, grad_queries, scale, first_head, num_tiles, num_heads, num_sequences,

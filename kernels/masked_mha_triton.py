@@ -110,7 +110,7 @@ def _forward_tiles(
     return acc, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def forward_kernel(
     queries, keys, values, key_first, key_rest, value, bitmask, cu_seqlens, out, lse, scale, num_heads, num_sequences,
     num_words, stride_query, stride_query_head, stride_key, stride_key_head, stride_value, stride_value_head,
@@ -201,7 +201,7 @@ def _grad_queries_tiles(
     return grad_first, grad_rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "num_tiles", "num_sequences"])
 def grad_queries_kernel(
     queries, keys, values, key_first, key_rest, value, bitmask, cu_seqlens, grad_out, lse, delta, probs_out,
     d_scores_out, grad_queries, scale,
@@ -295,7 +295,7 @@ def _grad_keys_tiles(
     return grad_first, grad_rest, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "num_tiles", "num_sequences"])
 def grad_keys_kernel(
     queries, cu_seqlens, grad_out, probs, d_scores, query_first, query_rest, upstream, pairs, pair_scores, grad_keys,
     grad_values, first_head, num_tiles, num_heads, num_sequences, stride_query, stride_query_head,

@@ -31,7 +31,8 @@ TENSORS = {
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
-    """bf16 tensors aligned to 16 bytes; numbers that are multiples of 16, as the strides of whole rows are."""
+    """bf16 tensors aligned to 16 bytes; numbers that are multiples of 16, as the strides of whole rows are, but for
+    counts that differ from step to step: a kernel is compiled once for all of them."""
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -39,7 +40,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
             continue
         kind = "*fp32" if name in FP32 else "*i32" if name in INT32 else "*bf16" if name in TENSORS else "i32"
         signature[name] = "fp32" if name == "scale" else kind
-        if name != "scale":
+        if name != "scale" and not kernel.params[place].do_not_specialize:
             attributes[(place,)] = [["tt.divisibility", 16]]
     kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = kind(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
