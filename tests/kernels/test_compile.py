@@ -14,11 +14,21 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from triton._C.libtriton import native_specialize_impl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from kernels import masked_mha, masked_mha_triton, sparse_mla_hopper, sparse_mla_hopper_backward  # noqa: E402
+from kernels import (  # noqa: E402
+    masked_mha,
+    masked_mha_hopper,
+    masked_mha_hopper_backward,
+    masked_mha_triton,
+    sparse_mla_hopper,
+    sparse_mla_hopper_backward,
+)
 
 SHARED_MEMORY = 227 * 1024
 FP32 = {"lse", "delta"}
@@ -75,3 +85,47 @@ def test_a_kernel_fits_an_sm_and_uses_its_tensor_cores(name: str) -> None:
     assert found.metadata.shared <= SHARED_MEMORY
     assert "wgmma.mma_async" in found.asm["ptx"] and "mma.sync" not in found.asm["ptx"]
     assert "cp.async" in found.asm["ptx"]
+
+
+def compiled_as_called(kernel: Any, arguments: list[Any], **constants: Any) -> Any:
+    """With the types and alignments that Triton reads off these arguments."""
+    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
+    for place, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        parameter = kernel.params[place]
+        flags = (not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment)
+        signature[name], found = native_specialize_impl(CUDABackend, argument, False, *flags)
+        attributes[(place,)] = CUDABackend.parse_attr(found or "")
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def test_packed_attention_as_it_is_launched_on_hopper() -> None:
+    """Descriptors included; 512 tokens, 16 heads, a bitmask of 16 words a row."""
+    tokens, heads, words = 512, 16, 16
+    queries, values = (torch.zeros(tokens, heads, width, dtype=torch.bfloat16) for width in (192, 128))
+    numbers, bits = torch.zeros(tokens, heads), torch.zeros(tokens, words, dtype=torch.int32)
+    forward, backward = masked_mha_hopper, masked_mha_hopper_backward
+    part = forward.descriptor
+    half, strides = forward.QUERIES // 2, [heads * 192, 192, heads * 192, 192, heads * 128, 128]
+
+    def tiles(keys: int) -> list[Any]:
+        blocks = (
+            (queries, half, 128),
+            (queries, half, 64),
+            (queries, keys, 128),
+            (queries, keys, 64),
+            (values, keys, 128),
+        )
+        return [part(*block) for block in blocks]
+
+    out = [bits, bits[0], values, numbers, 0.1, heads, 5, words, 192, 192, heads * 128, 128]
+    found = compiled_as_called(forward.forward_kernel, [*tiles(forward.KEYS), values, *out], MASKED=True)
+    assert found.metadata.shared <= SHARED_MEMORY and "wgmma.mma_async" in found.asm["ptx"]
+    pairs = torch.zeros(4 * forward.QUERIES, forward.QUERIES, dtype=torch.bfloat16)
+    stored = TensorDescriptor(
+        pairs, list(pairs.shape), [forward.QUERIES, 1], [half, backward.KEYS], forward.SWIZZLED.value
+    )
+    inputs = [queries, queries, values, values, bits, bits[0], numbers, numbers, queries, 0.1, 0, 3, heads, 5, words]
+    arguments = [*tiles(backward.KEYS), part(values, half, 128), stored, stored, *inputs, *strides]
+    found = compiled_as_called(backward.grad_queries_kernel, arguments, MASKED=True)
+    assert found.metadata.shared <= SHARED_MEMORY and "wgmma.mma_async" in found.asm["ptx"]
