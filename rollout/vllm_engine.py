@@ -152,9 +152,11 @@ class VllmEngineActor:
         self._updating = False
         await self._relabel(version)
         sums = await self.checksums()
-        await self._ask(self._engine.wake_up(["kv_cache"]) if self._asleep else self._engine.resume_generation())
-        self._asleep = False
-        self._stand(False)
+        if self._asleep:
+            await self._rise(["kv_cache"])
+        else:
+            await self._ask(self._engine.resume_generation())
+            self._stand(False)
         return sums
 
     async def checksums(self) -> dict[str, int]:
@@ -182,9 +184,7 @@ class VllmEngineActor:
     async def wake(self) -> None:
         """Undoes a sleep that kept the weights."""
         if self._asleep:
-            await self._ask(self._engine.wake_up())
-            self._asleep = False
-            self._stand(False)
+            await self._rise(["weights", "kv_cache"])
 
     async def peak_memory_gb(self) -> float:
         """The most that any of the engine's GPUs has had reserved, in units of 1e9 bytes."""
@@ -257,6 +257,14 @@ class VllmEngineActor:
         elif self._busy_since is not None:
             self._busy_s += time.perf_counter() - self._busy_since
             self._busy_since = None
+
+    async def _rise(self, asleep: list[str]) -> None:
+        """Takes back the memory that is still given up, caches included, and goes on."""
+        # vLLM goes on by itself when it wakes. So workers wake before it, while nothing writes into the caches.
+        await self._ask(self._engine.collective_rpc("wake_with_clear_caches", args=(asleep,)))
+        await self._ask(self._engine.wake_up(asleep))
+        self._asleep = False
+        self._stand(False)
 
     async def _relabel(self, version: int) -> None:
         """Tokens sampled from now on carry this version."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from model.outline import ModelOutline
-from rl.errors import DataError
+from rl.errors import DataError, RunStopped
 from rl.sample import Kept, NDArray
 from rl.selections import Selections
 from rollout.engine import Completion, Finish, Request, check_window, truncates
@@ -102,19 +102,24 @@ def sampling_arguments(request: Request, recording: Recording) -> dict[str, Any]
 
 
 def to_completion(output: Any, request: Request, recording: Recording) -> Completion:
-    """A finished ``vllm.outputs.CompletionOutput``; ValueError when its streams do not fit its tokens."""
+    """A finished ``vllm.outputs.CompletionOutput``.
+
+    Raises ValueError when its streams do not fit its tokens, RunStopped for log-probabilities that are no numbers.
+    """
     token_ids = np.array(output.token_ids, np.int32)
     num_tokens = len(token_ids)
     kept = None
     if recording.kept and truncates(request.sampling):
         kept = _kept(output.sampling_mask.token_ids if num_tokens else [], request.id, num_tokens)
+    logprobs = _logprobs(output.logprobs, token_ids, request.id)
+    _check_finite(logprobs, token_ids, kept, request)
     rows, selections = output.routed_experts, None
     if recording.index_topk is not None:
         rows, selections = _selections(rows, len(request.token_ids) + num_tokens, recording, recording.index_topk)
     routes, routed = _routes(rows, request, recording, num_tokens)
     return Completion(
         token_ids=token_ids,
-        logprobs=_logprobs(output.logprobs, token_ids, request.id),
+        logprobs=logprobs,
         versions=_versions(output.weight_versions, num_tokens, request.id) if num_tokens else np.zeros(0, np.int32),
         kept=kept,
         routes=routes,
@@ -131,6 +136,21 @@ def _logprobs(flat: Any, token_ids: NDArray, name: str) -> NDArray:
     if not np.array_equal(np.array(flat.token_ids, np.int32), token_ids):
         raise ValueError(f"request {name}: vLLM's log-probabilities are not those of the sampled tokens")
     return np.array(flat.logprobs, np.float32)
+
+
+def _check_finite(logprobs: NDArray, token_ids: NDArray, kept: Kept | None, request: Request) -> None:
+    """Of what was drawn they are finite; NaN: the model's outputs were NaN, -inf: sampling had ruled the token out."""
+    wrong = np.flatnonzero(~np.isfinite(logprobs))
+    if len(wrong) == 0:
+        return
+    first = int(wrong[0])
+    among = "" if kept is None else f", out of {kept.sizes[first]} that sampling kept"
+    raise RunStopped(
+        f"request {request.id}: {len(wrong)} of vLLM's {len(logprobs)} log-probabilities are not finite, first "
+        f"{logprobs[first]} of reply token {first} (id {token_ids[first]}{among}) after a prompt of "
+        f"{len(request.token_ids)}; "
+        "see whether it comes with rollout.sleep=false, rollout.cuda_graphs=false or rollout.dsa=keel too"
+    )
 
 
 def _kept(rows: Sequence[Sequence[int]], name: str, num_tokens: int) -> Kept:

@@ -5,6 +5,7 @@ Importing this module needs vLLM; it also makes our transfer known to the worker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class WeightReader:
     weight_transfer_engine: KeelTransfer
     parallel_config: Any
     rank: int
+    wake_up: Callable[[list[str]], None]  # vLLM's worker's
 
     @torch.inference_mode()
     def held_weights(self) -> tuple[dict[str, tuple[tuple[int, ...], str]], list[list[Any]]]:
@@ -42,6 +44,20 @@ class WeightReader:
             and not absorbed(module.kv_b_proj.weight, module.W_UK_T, module.W_UV)
         }
         return tensors, [part.plain() for part in held if part.name not in broken]
+
+    @torch.inference_mode()
+    def wake_with_clear_caches(self, tags: list[str]) -> None:
+        """Takes back memory, caches included, and zeroes every byte of them, as they are before the first sleep.
+
+        vLLM leaves in them what the memory's last user wrote, which read as a number may be NaN. It zeroes pages when
+        it hands them out, but not for every model, and never the one that pads its block tables. And what attention
+        masks is still multiplied, by 0, where a kernel masks late: 0 * NaN is NaN.
+        """
+        self.wake_up(tags)
+        memory = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self.model_runner.kv_caches}
+        for storage in memory.values():  # the layers' are views of one
+            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+        torch.cuda.synchronize()
 
     def peak_memory_gb(self) -> float:
         """The most memory that torch, vLLM's own pools included, has had reserved on this worker's GPU so far."""

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -32,9 +33,10 @@ from rl.config import Learner as LearnerSettings
 from rl.config import Model, Recipe, Rollout, Sampling
 from rl.sync import publish, transport_for
 from rl.system import reserve
-from rollout.engine import Finish, Request
+from rollout.engine import Completion, Finish, Request
 from rollout.pool import EnginePool
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.replay import figures, log_ratios
 from tests.gpu.selection import fix_cache_as_asked
 from tests.gpu.test_vllm_engine import CONFIG, endless, make_module, make_requests
 from trainer.learner import Learner
@@ -53,6 +55,7 @@ class Seen:
     sums: list[dict[str, int]] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
     flight: list[Any] = field(default_factory=list)
+    woken: dict[str, tuple[list[Request], list[Completion]]] = field(default_factory=dict)  # by what woke the engine
     used_gb: dict[str, float] = field(default_factory=dict)
 
 
@@ -109,12 +112,18 @@ async def update(actor: VllmEngineActor, sender: WeightSender, module: DeepseekV
     }
 
 
+async def generate_woken(actor: VllmEngineActor, name: str) -> tuple[list[Request], list[Completion]]:
+    """More sequences at once than the 64 that vLLM's top-p has a path of its own for."""
+    requests = make_requests(name, 96, 40)
+    return requests, await actor.generate(requests)
+
+
 async def scenario(path: Path) -> Seen:
     seen = Seen()
     actor, sender = VllmEngineActor(), WeightSender(rank=0, device=torch.device("cuda", 0))
     modules = [make_module(seed).to("cuda") for seed in (1, 2)]
     settings = EngineSettings(
-        dtype="bfloat16", max_num_seqs=64, max_context=2048, gpu_memory=0.4, sleeps=True, cuda_graphs=True
+        dtype="bfloat16", max_num_seqs=128, max_context=2048, gpu_memory=0.4, sleeps=True, cuda_graphs=True
     )
     await actor.load(str(path), settings)
     try:
@@ -156,10 +165,12 @@ async def sleep_amid_generation(actor: VllmEngineActor, sender: WeightSender, mo
     seen.figures["wake_with_update_s"] = time.perf_counter() - began
     seen.sums.append(outcome["sums"])
     seen.used_gb["awake_again"] = used_gb()
+    seen.woken["update"] = await generate_woken(actor, "updated")
     await actor.sleep(keep_weights=True)
     seen.used_gb["asleep_keeping_weights"] = used_gb()
     await actor.wake()
     assert await actor.checksums() == outcome["sums"]
+    seen.woken["weights kept"] = await generate_woken(actor, "kept")
     seen.flight = await flight
 
 
@@ -214,6 +225,17 @@ def test_sequences_go_on_after_the_sleep_with_the_next_weights(seen: Seen):
         assert completion.finish == Finish.LENGTH and len(completion.token_ids) == 800
         assert (completion.versions[0], completion.versions[-1]) == (3, 4)
         assert completion.routed is not None and completion.routed[:-1].all()
+        assert np.isfinite(completion.logprobs).all()
+
+
+@pytest.mark.parametrize("woken_by", ["update", "weights kept"])
+def test_what_a_woken_engine_samples_is_what_its_weights_say(seen: Seen, woken_by: str):
+    """Checksums see parameters only: caches, buffers and whatever else the sleep took are seen here."""
+    pair = seen.woken[woken_by]
+    assert all(np.isfinite(completion.logprobs).all() for completion in pair[1])
+    ours = figures(log_ratios(make_module(2).to("cuda"), *pair))
+    record(f"woken by {woken_by}", ours)
+    assert ours["mean_abs"] < 0.05
 
 
 def broadcast_seconds(rank: int, port: int, num_bytes: int) -> float | None:

@@ -10,7 +10,7 @@ import torch
 
 from kernels.reference import selection_bitmask
 from model import DeepseekV32
-from rl.errors import DataError
+from rl.errors import DataError, RunStopped
 from rl.sample import Prompt
 from rollout.engine import Finish, Request
 from rollout.samples import to_sample
@@ -124,6 +124,19 @@ def test_an_abort_before_the_first_token(recording, request_of_5):
 def test_streams_that_do_not_fit_are_refused(recording, request_of_5, changes, sentence: str):
     with pytest.raises(ValueError, match=sentence):
         to_completion(output_of([9, 8], **changes), request_of_5, recording)
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "sentence"),
+    [
+        ([-0.5, float("nan"), float("nan")], r"five: 2 of vLLM's 3 .* nan of reply token 1 \(id 8, out of 3 that"),
+        ([float("-inf"), -0.5, -0.5], r"five: 1 of vLLM's 3 .* -inf of reply token 0 \(id 9, .* a prompt of 5;"),
+    ],
+)
+def test_log_probabilities_that_are_no_numbers_are_told_apart(recording, request_of_5, logprobs, sentence: str):
+    output = output_of([9, 8, 7], logprobs=SimpleNamespace(token_ids=[9, 8, 7], logprobs=logprobs))
+    with pytest.raises(RunStopped, match=sentence):
+        to_completion(output, request_of_5, recording)
 
 
 @pytest.mark.parametrize(
