@@ -47,15 +47,20 @@ class WeightReader:
 
     @torch.inference_mode()
     def wake_with_clear_caches(self, tags: list[str]) -> None:
-        """Takes back memory, caches included, and zeroes every byte of them, as they are before the first sleep.
+        """Takes back memory, caches included, and zeroes what nobody writes before it is read, as at the first start.
 
-        vLLM leaves in them what the memory's last user wrote, which read as a number may be NaN. It zeroes pages when
-        it hands them out, but not for every model, and never the one that pads its block tables. And what attention
-        masks is still multiplied, by 0, where a kernel masks late: 0 * NaN is NaN.
+        vLLM leaves in it what the memory's last user wrote. Of caches it zeroes pages when it hands them out, but not
+        for every model, and never the one that pads its block tables; what attention masks is still multiplied by 0
+        where a kernel masks late, and 0 * NaN is NaN. Rows that pad a captured decode step are attended to by indices
+        that no indexer writes.
         """
         self.wake_up(tags)
-        memory = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self.model_runner.kv_caches}
-        for storage in memory.values():  # the layers' are views of one
+        found = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self.model_runner.kv_caches}
+        for module in self.model_runner.get_model().modules():
+            indices = getattr(module, "topk_indices_buffer", None)
+            if isinstance(indices, torch.Tensor):
+                found[indices.untyped_storage().data_ptr()] = indices.untyped_storage()
+        for storage in found.values():  # the layers' are views of one
             torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
         torch.cuda.synchronize()
 
