@@ -127,7 +127,7 @@ class VllmEngineActor:
     async def begin_update(self) -> None:
         """Stops between two decode steps, or takes back memory for weights; what is being generated goes on later."""
         if self._asleep:
-            await self._ask(self._engine.wake_up(["weights"]))
+            await self._rise(["weights"])
         else:
             await self._ask(self._engine.pause_generation(mode="keep", clear_cache=True))
             self._stand(True)
@@ -154,9 +154,10 @@ class VllmEngineActor:
         sums = await self.checksums()
         if self._asleep:
             await self._rise(["kv_cache"])
+            self._asleep = False
         else:
             await self._ask(self._engine.resume_generation())
-            self._stand(False)
+        self._stand(False)
         return sums
 
     async def checksums(self) -> dict[str, int]:
@@ -185,6 +186,8 @@ class VllmEngineActor:
         """Undoes a sleep that kept the weights."""
         if self._asleep:
             await self._rise(["weights", "kv_cache"])
+            self._asleep = False
+            self._stand(False)
 
     async def peak_memory_gb(self) -> float:
         """The most that any of the engine's GPUs has had reserved, in units of 1e9 bytes."""
@@ -258,13 +261,11 @@ class VllmEngineActor:
             self._busy_s += time.perf_counter() - self._busy_since
             self._busy_since = None
 
-    async def _rise(self, asleep: list[str]) -> None:
-        """Takes back the memory that is still given up, caches included, and goes on."""
-        # vLLM goes on by itself when it wakes. So workers wake before it, while nothing writes into the caches.
-        await self._ask(self._engine.collective_rpc("wake_with_clear_caches", args=(asleep,)))
-        await self._ask(self._engine.wake_up(asleep))
-        self._asleep = False
-        self._stand(False)
+    async def _rise(self, tags: list[str]) -> None:
+        """Takes back memory that was given up; vLLM goes on by itself when nothing is missing any more."""
+        # So workers wake before it, while nothing writes into the caches.
+        await self._ask(self._engine.collective_rpc("wake_with_clean_memory", args=(tags,)))
+        await self._ask(self._engine.wake_up(tags))
 
     async def _relabel(self, version: int) -> None:
         """Tokens sampled from now on carry this version."""

@@ -23,7 +23,8 @@ class WeightReader:
     weight_transfer_engine: KeelTransfer
     parallel_config: Any
     rank: int
-    wake_up: Callable[[list[str]], None]  # vLLM's worker's
+    wake_up: Callable[[list[str]], None]  # this and the next are those of vLLM's worker
+    sleep_mode_backend: Any
 
     @torch.inference_mode()
     def held_weights(self) -> tuple[dict[str, tuple[tuple[int, ...], str]], list[list[Any]]]:
@@ -45,24 +46,24 @@ class WeightReader:
         }
         return tensors, [part.plain() for part in held if part.name not in broken]
 
-    @torch.inference_mode()
-    def wake_with_clear_caches(self, tags: list[str]) -> None:
-        """Takes back memory, caches included, and zeroes what nobody writes before it is read, as at the first start.
+    def wake_with_clean_memory(self, tags: list[str]) -> None:
+        """Takes back memory, and zeroes what vLLM has given up for good: as the driver hands memory out at a start.
 
-        vLLM leaves in it what the memory's last user wrote. Of caches it zeroes pages when it hands them out, but not
-        for every model, and never the one that pads its block tables; what attention masks is still multiplied by 0
-        where a kernel masks late, and 0 * NaN is NaN. Rows that pad a captured decode step are attended to by indices
-        that no indexer writes.
+        vLLM leaves in it what the memory's last user wrote, which read as a number may be NaN, and does read some of
+        it: pages that pad block tables, indices of rows that pad a captured step. Weights are loaded next; of buffers
+        vLLM has a copy, which it brings back.
         """
-        self.wake_up(tags)
-        found = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in self.model_runner.kv_caches}
-        for module in self.model_runner.get_model().modules():
-            indices = getattr(module, "topk_indices_buffer", None)
-            if isinstance(indices, torch.Tensor):
-                found[indices.untyped_storage().data_ptr()] = indices.untyped_storage()
-        for storage in found.values():  # the layers' are views of one
-            torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).zero_()
+        from vllm.device_allocator import cumem  # pyright: ignore[reportMissingImports]
+
+        allocations = cumem.CuMemAllocator.get_instance().pointer_to_data
+        lost = [at for at, data in allocations.items() if data.is_asleep and data.cpu_backup_tensor is None]
+        self.sleep_mode_backend.resume(tags)
+        for at in lost:
+            data = allocations.get(at)
+            if data is not None and not data.is_asleep:
+                cumem.libcudart.cudaMemset(at, 0, data.handle[1])
         torch.cuda.synchronize()
+        self.wake_up(tags)
 
     def peak_memory_gb(self) -> float:
         """The most memory that torch, vLLM's own pools included, has had reserved on this worker's GPU so far."""
