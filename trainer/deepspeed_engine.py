@@ -298,10 +298,26 @@ class DeepSpeedEngine:
         self._engine.reload_states()
 
     def close(self) -> None:
-        """Releases the optimizer state and DeepSpeed's hooks; the module is not usable afterwards."""
+        """Releases the optimizer state and DeepSpeed's hooks; the module is not usable afterwards.
+
+        At stage 3 this process runs nothing else that DeepSpeed has partitioned.
+        """
         self._engine.destroy()
         del self._engine
+        if self.sharding.zero_stage == 3:
+            _forget_modules()
         gc.collect()
+
+
+def _forget_modules() -> None:
+    """Empties what stage 3 keeps of modules for the process's life, and with them of all that their hooks know of."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    FWD_MODULE_STACK.clear()
+    remembered = Coordinator._PartitionedParameterCoordinator__params_to_release  # pyright: ignore[reportAttributeAccessIssue]
+    for cell in remembered.__closure__:  # DeepSpeed's decorator around functools.lru_cache
+        getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
 
 def shard_frozen(module: nn.Module, sharding: Sharding) -> Callable[..., Any]:

@@ -81,8 +81,9 @@ class LearnerRank:
         """
         if self._engine is not None:
             self.wake()
+            self.reference = None
             self._engine.close()
-            self._engine = self.reference = None
+            self._engine = None
         self.phase = phase
         torch.set_num_threads(threads_of(self.recipe, phase))
         temperature = self.recipe.sampling.temperature if phase == Phase.REINFORCEMENT else 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,3 +70,18 @@ def test_saving_memory_changes_no_weight(pair: Ranks, model_dir: Path, saving: s
         else:
             assert norms_saved == norms
             assert_same(weights, weights_saved)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_nothing_of_a_phase_outlives_it(sole_rank: MakeRank, model_dir: Path, stage: int):
+    """Its weights and moments would lie beside those of the next one."""
+    rank = sole_rank(tiny_recipe(zero_stage=stage, kl_beta=0.2))
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    (minibatch,) = steps_of(model_dir, ranks=1, kl_beta=0.2)[:1]
+    rank.step([minibatch.share(0)])
+    assert rank.reference is not None
+    before = [weakref.ref(rank.engine), weakref.ref(rank.engine._engine), weakref.ref(rank.engine._engine.optimizer)]
+    before += [weakref.ref(rank.engine.module), weakref.ref(rank.reference.policy)]
+    rank.begin(Phase.REINFORCEMENT, model_dir)
+    gc.collect()
+    assert [ref() for ref in before] == [None] * 5
