@@ -62,8 +62,6 @@ def grpo_loss(
     """
     streams = {"rollout_logprobs": rollout_logprobs, "advantages": advantages, "sampled": sampled}
     _check_shapes("learner_logprobs", learner_logprobs.shape, {**streams, "ref_logprobs": ref_logprobs})
-    whole = {"episodes": episodes, "episode_tokens": episode_tokens, "episode_drifts": episode_drifts}
-    _check_shapes("cu_seqlens[1:]", cu_seqlens[1:].shape, whole)
     denominator = _denominator(aggregation, num_samples, num_tokens)
     dtype = torch.promote_types(learner_logprobs.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=learner_logprobs.device)
@@ -73,39 +71,46 @@ def grpo_loss(
         return torch.where(sampled, stream.to(dtype), zero)
 
     learner = on_sampled(learner_logprobs)
-    rollout = on_sampled(rollout_logprobs.detach())
     advantage = on_sampled(advantages.detach())
     beta = on_sampled(torch.as_tensor(kl_beta, device=zero.device))
-    if ref_logprobs is None and (beta.any() if isinstance(kl_beta, Tensor) else kl_beta != 0):
-        raise ValueError("grpo_loss: kl_beta is not 0, so ref_logprobs is needed")
-    rows = _Episodes(cu_seqlens, sampled, episodes, episode_tokens, dtype)
-
-    log_ratio = learner - rollout
-    ratio = log_ratio.exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-
-    masked = rows.off_policy(advantage, log_ratio.detach(), off_policy_delta, episode_drifts)
-    surrogate = torch.where(masked[rows.index], zero, surrogate)
-    kl = _unbiased_kl(ratio, learner, ref_logprobs, beta)
-
+    _check_reference(ref_logprobs, beta if isinstance(kl_beta, Tensor) else kl_beta)
+    rows = _Episodes(cu_seqlens, sampled, episodes, episode_tokens, episode_drifts, dtype)
+    policy = _Ratio(learner - on_sampled(rollout_logprobs.detach()), clip_low, clip_high)
+    masked = rows.off_policy(advantage, policy.log.detach(), off_policy_delta)
+    surrogate = torch.where(masked[rows.index], zero, policy.surrogate(advantage))
+    kl = _unbiased_kl(policy.ratio, learner, ref_logprobs, beta)
     weight, count = rows.weights(aggregation)
     policy_sum, kl_sum = -(weight * surrogate).sum(), (weight * beta * kl).sum()
+    sums = {
+        "loss/policy": (policy_sum, count),
+        "loss/kl": (kl_sum, count),
+        "kl/reference": (kl.sum(), (beta != 0).sum()),
+        "mask/off_policy": ((rows.shares * masked).sum(), rows.shares.sum()),
+    }
+    return (policy_sum + kl_sum) / denominator, _means(sums | policy.sums(advantage, sampled))
 
-    tokens = sampled.sum()
-    clipped = ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & (ratio < 1 - clip_low))
-    metrics = _means(
-        {
-            "loss/policy": (policy_sum, count),
-            "loss/kl": (kl_sum, count),
-            "kl/reference": (kl.sum(), (beta != 0).sum()),
-            "ratio/mean": (on_sampled(ratio).sum(), tokens),
-            "ratio/clipped": (clipped.sum(), tokens),
-            "mask/off_policy": ((rows.shares * masked).sum(), rows.shares.sum()),
-            "mismatch/logprob_abs": (log_ratio.abs().sum(), tokens),
-            "mismatch/kl": ((log_ratio.expm1() - log_ratio).sum(), tokens),
+
+class _Ratio:
+    """The policy's ratio to what sampled, [N]; 1 where nothing was sampled."""
+
+    def __init__(self, log_ratio: Tensor, clip_low: float, clip_high: float) -> None:
+        self.log, self.ratio = log_ratio, log_ratio.exp()
+        self._low, self._high = 1 - clip_low, 1 + clip_high
+
+    def surrogate(self, advantage: Tensor) -> Tensor:
+        """min(r A, clip(r) A), before the mask of Eq. 9."""
+        return torch.minimum(self.ratio * advantage, self.ratio.clamp(self._low, self._high) * advantage)
+
+    def sums(self, advantage: Tensor, sampled: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is measured of it, as sums over the sampled tokens and their number."""
+        clipped = ((advantage > 0) & (self.ratio > self._high)) | ((advantage < 0) & (self.ratio < self._low))
+        sums = {
+            "ratio/mean": torch.where(sampled, self.ratio, torch.zeros_like(self.ratio)).sum(),
+            "ratio/clipped": clipped.sum(),
+            "mismatch/logprob_abs": self.log.abs().sum(),
+            "mismatch/kl": (self.log.expm1() - self.log).sum(),
         }
-    )
-    return (policy_sum + kl_sum) / denominator, metrics
+        return {name: (total, sampled.sum()) for name, total in sums.items()}
 
 
 def _unbiased_kl(ratio: Tensor, learner: Tensor, ref_logprobs: Tensor | None, beta: Tensor) -> Tensor:
@@ -123,8 +128,16 @@ class _Episodes:
     """
 
     def __init__(
-        self, cu_seqlens: Tensor, sampled: Tensor, numbers: Tensor | None, lengths: Tensor | None, dtype: torch.dtype
+        self,
+        cu_seqlens: Tensor,
+        sampled: Tensor,
+        numbers: Tensor | None,
+        lengths: Tensor | None,
+        drifts: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
+        whole = {"episodes": numbers, "episode_tokens": lengths, "episode_drifts": drifts}
+        _check_shapes("cu_seqlens[1:]", cu_seqlens[1:].shape, whole)
         ends = cu_seqlens[1:].contiguous()
         self.size = len(ends) + 1
         sequences = torch.bucketize(torch.arange(len(sampled), device=ends.device, dtype=ends.dtype), ends, right=True)
@@ -134,9 +147,8 @@ class _Episodes:
         self.index = torch.cat([self._of_sequences, self._of_sequences.new_tensor([len(ends)])])[sequences]  # [N]
         self.here = self.sum(sampled.to(dtype))  # [S + 1]
         self.lengths = self.here if lengths is None else self.spread(lengths.to(dtype))  # [S + 1], |o_i|
-        self.shares = self.here.double() / self.lengths.clamp(
-            min=1
-        )  # [S + 1], of each episode's tokens, those packed here
+        self.shares = self.here.double() / self.lengths.clamp(min=1)  # [S + 1], of an episode's tokens, those here
+        self._drifts = drifts  # [S], where the tokens here are not all of an episode
 
     def sum(self, stream: Tensor) -> Tensor:
         return stream.new_zeros(self.size).index_add(0, self.index, stream)
@@ -148,11 +160,11 @@ class _Episodes:
         """[S + 1] over episodes, from one value for each sequence that is the same for those of an episode."""
         return values.new_zeros(self.size).index_copy(0, self._of_sequences, values)
 
-    def off_policy(self, advantage: Tensor, log_ratio: Tensor, delta: float | None, drifts: Tensor | None) -> Tensor:
-        """Which episodes Eq. 9 leaves out, bool [S + 1]; ``drifts`` [S] where the tokens here are not all."""
+    def off_policy(self, advantage: Tensor, log_ratio: Tensor, delta: float | None) -> Tensor:
+        """Which episodes Eq. 9 leaves out, bool [S + 1]."""
         if delta is None:
             return torch.zeros_like(self.lengths, dtype=torch.bool)
-        drift = self.mean(-log_ratio) if drifts is None else self.spread(drifts.to(log_ratio.dtype))
+        drift = self.mean(-log_ratio) if self._drifts is None else self.spread(self._drifts.to(log_ratio.dtype))
         return (self.sum(advantage) < 0) & (drift > delta)
 
     def weights(self, aggregation: str) -> tuple[Tensor, Tensor]:
@@ -166,6 +178,11 @@ def _means(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Mean]:
     """Reads all numerators and denominators from the device at once."""
     numbers = torch.stack([number.detach().double() for pair in pairs.values() for number in pair])
     return {name: Mean(total, count) for name, (total, count) in zip(pairs, numbers.view(-1, 2).tolist(), strict=True)}
+
+
+def _check_reference(ref_logprobs: Tensor | None, kl_beta: float | Tensor) -> None:
+    if ref_logprobs is None and (kl_beta.any() if isinstance(kl_beta, Tensor) else kl_beta != 0):
+        raise ValueError("grpo_loss: kl_beta is not 0, so ref_logprobs is needed")
 
 
 def _check_shapes(of: str, expected: torch.Size, tensors: dict[str, Tensor | None]) -> None:
