@@ -7,7 +7,7 @@ end. This one brings both, and its sender needs no vLLM; loading, fusing and sha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,29 +105,26 @@ class KeelTransfer(WeightTransferEngine):
             disable_mtp_completeness_check,
         )
 
-        stacked = {} if self.parallel_config.enable_expert_parallel else self._stacked_loaders()
+        stacked = {} if self.parallel_config.enable_expert_parallel else _stacked_loaders(self.model)
         for name in filter(stacked.__contains__, tensors):
             stacked[name](tensors[name])
         others = (split_experts(name, tensor) for name, tensor in tensors.items() if name not in stacked)
         with disable_mtp_completeness_check():
             self.model.load_weights(itertools.chain.from_iterable(others))
 
-    def _stacked_loaders(self) -> dict[str, Callable[[torch.Tensor], None]]:
-        """For our stacked experts: vLLM's loader of the parameter that holds them all, which takes them in one piece.
 
-        Expert by expert it takes a millisecond for each of thousands of matrices, however small.
-        """
-        return dict(_stacked_loaders(self.model.named_parameters()))
+def _stacked_loaders(model: torch.nn.Module) -> dict[str, Callable[[torch.Tensor], None]]:
+    """For our stacked experts: vLLM's loader of the parameter that holds them all, which takes them in one piece.
 
-
-def _stacked_loaders(
-    parameters: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, Callable[[torch.Tensor], None]]]:
-    for place, parameter in parameters:
+    Expert by expert it takes a millisecond for each of thousands of matrices, however small.
+    """
+    loaders = {}
+    for place, parameter in model.named_parameters():
         path, inside, rest = place.partition(".experts.")
         ours = _OURS.get(rest.rpartition(".")[2])
         if inside and ours is not None:
-            yield f"{path}.experts.{ours}", partial(_load_stacked, parameter, place, _SHARDS[ours])
+            loaders[f"{path}.experts.{ours}"] = partial(_load_stacked, parameter, place, _SHARDS[ours])
+    return loaders
 
 
 def _load_stacked(parameter: torch.Tensor, place: str, shards: tuple[str, ...], tensor: torch.Tensor) -> None:

@@ -62,6 +62,12 @@ def empty() -> None:
 
 
 def main() -> None:
+    """Makes ``repository`` the tree that is judged: the task's with the policy's changes, its tests as the task has them.
+
+    Reads a JSON object from standard input, {"protected": patterns of paths, "max_patch": characters}; beside the
+    folder lie ``tests.patch`` and ``policy.tar.gz``. Prints {"patch": the policy's changes, "set_back": paths that it
+    may not change}. Raises CalledProcessError where git or tar fails.
+    """
     job = json.load(sys.stdin)
     os.chdir("repository")
     git("init", "-q", ".")
