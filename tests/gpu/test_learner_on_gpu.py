@@ -131,7 +131,7 @@ def test_zero_stages_agree(alone: Any, model_dir: Path):
     report(grad_norms=norms)
     for stage in (2, 3):
         assert norms[stage][0] == pytest.approx(norms[1][0], rel=2e-3)
-        assert norms[stage] == pytest.approx(norms[1], rel=0.05)  # in bf16 the steps drift apart
+        assert norms[stage] == pytest.approx(norms[1], rel=0.02)
 
 
 def test_recomputed_layers_give_the_same_norm_from_less_memory(alone: Any, model_dir: Path):
