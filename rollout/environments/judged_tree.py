@@ -62,7 +62,7 @@ def empty() -> None:
 
 
 def main() -> None:
-    """Makes ``repository`` the tree that is judged: the task with the policy's changes and the tests as the task has them.
+    """Makes ``repository`` the tree to judge: the task with the policy's changes and the tests as the task has them.
 
     Reads a JSON object from standard input, {"protected": patterns of paths, "max_patch": characters}; beside the
     folder lie ``tests.patch`` and ``policy.tar.gz``. Prints {"patch": the policy's changes, "set_back": paths that it
