@@ -89,11 +89,17 @@ class StagingBuffers:
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._numbers = [0] * count
         self._turn = 0
 
     @property
     def count(self) -> int:
         return len(self._buffers)
+
+    @property
+    def number(self) -> int:
+        """Of the buffer that :meth:`pack` returned last: another one has another number, be it at the same address."""
+        return self._numbers[self._turn]
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Bucket, torch.Tensor]:
         """The bucket and the buffer that holds it, which is overwritten ``count`` calls later."""
@@ -103,6 +109,7 @@ class StagingBuffers:
             device = self._buffers[self._turn].device
             self._buffers[self._turn] = torch.empty(0)  # gone before its successor is made
             self._buffers[self._turn] = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+            self._numbers[self._turn] = max(self._numbers) + 1
         buffer = self._buffers[self._turn][: bucket.num_bytes]
         bucket.pack(tensors, buffer)
         if buffer.is_cuda:

@@ -178,6 +178,8 @@ class VllmEngineActor:
         Weights come back with :meth:`wake` only where they were kept, in host memory; else with the next update.
         """
         if not self._asleep:
+            if not keep_weights:
+                await self._ask(self._engine.collective_rpc("keep_beside_parameters"))
             await self._ask(self._engine.sleep(level=1 if keep_weights else 2, mode="keep"))
             self._asleep = True
             self._stand(True)

@@ -6,11 +6,13 @@ Importing this module needs vLLM; it also makes our transfer known to the worker
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from rollout.vllm_layout import absorbed, held_sums
+from rollout.vllm_sleep import SleepingMemory
 from rollout.vllm_transfer import KeelTransfer
 
 _GB = 1e9
@@ -46,24 +48,22 @@ class WeightReader:
         }
         return tensors, [part.plain() for part in held if part.name not in broken]
 
+    def keep_beside_parameters(self) -> int:
+        """Before a sleep that keeps no weights: what else lies in their memory goes to host memory; its bytes."""
+        torch.cuda.synchronize()
+        return self.sleeping_memory.keep(self.model_runner.get_model().parameters())
+
     def wake_with_clean_memory(self, tags: list[str]) -> None:
-        """Takes back memory, and zeroes what vLLM has given up for good: as the driver hands memory out at a start.
-
-        vLLM leaves in it what the memory's last user wrote, which read as a number may be NaN, and does read some of
-        it: pages that pad block tables, indices of rows that pad a captured step. Weights are loaded next; of buffers
-        vLLM has a copy, which it brings back.
-        """
-        from vllm.device_allocator import cumem  # pyright: ignore[reportMissingImports]
-
-        allocations = cumem.CuMemAllocator.get_instance().pointer_to_data
-        lost = [at for at, data in allocations.items() if data.is_asleep and data.cpu_backup_tensor is None]
-        self.sleep_mode_backend.resume(tags)
-        for at in lost:
-            data = allocations.get(at)
-            if data is not None and not data.is_asleep:
-                cumem.libcudart.cudaMemset(at, 0, data.handle[1])
+        """As vLLM's ``wake_up``, but nothing is left in what it takes back that others wrote there."""
+        self.sleeping_memory.wake(partial(self.sleep_mode_backend.resume, tags))
         torch.cuda.synchronize()
         self.wake_up(tags)
+
+    @cached_property
+    def sleeping_memory(self) -> SleepingMemory:
+        from vllm.device_allocator import cumem  # pyright: ignore[reportMissingImports]
+
+        return SleepingMemory(cumem.CuMemAllocator.get_instance().pointer_to_data, cumem.libcudart)
 
     def peak_memory_gb(self) -> float:
         """The most memory that torch, vLLM's own pools included, has had reserved on this worker's GPU so far."""

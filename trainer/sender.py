@@ -47,7 +47,7 @@ class WeightSender:
         self._group: BroadcastGroup | None = None
         self._offering: Iterator[Bucket] | None = None
         self._staging: StagingBuffers | None = None
-        self._handles: dict[tuple[int, int], str] = {}  # of exported buffers, by address and size
+        self._handles: dict[int, str] = {}  # of exported staging buffers, by their numbers
         self._sums = Checksums()
         self._num_bytes = 0
 
@@ -96,16 +96,17 @@ class WeightSender:
         self._staging = self._staging or StagingBuffers(2, self.device)
         bucket, buffer = self._staging.pack(tensors)
         uuid = str(torch.cuda.get_device_properties(self.device).uuid)
-        return Offer(bucket=bucket.to_json(), handles={uuid: self._handle(buffer)})
+        return Offer(bucket=bucket.to_json(), handles={uuid: self._handle(self._staging.number, buffer)})
 
-    def _handle(self, buffer: torch.Tensor) -> str:
-        """Exports a staging buffer once: every export is counted until a receiver lets go of it."""
-        storage = buffer.untyped_storage()
-        key = (storage.data_ptr(), storage.nbytes())
-        if key not in self._handles:
-            whole = torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(storage)
-            self._handles[key] = base64.b64encode(pickle.dumps(reduce_tensor(whole)[1])).decode()
-        return self._handles[key]
+    def _handle(self, number: int, buffer: torch.Tensor) -> str:
+        """Exports a staging buffer once: every export is counted until a receiver lets go of it.
+
+        By number: an outgrown buffer's address may become another's, whose memory the old handle does not open.
+        """
+        if number not in self._handles:
+            whole = torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage())
+            self._handles[number] = base64.b64encode(pickle.dumps(reduce_tensor(whole)[1])).decode()
+        return self._handles[number]
 
 
 def _summed(buckets: Iterator[Bucket], sums: Checksums | None) -> Iterator[Bucket]:

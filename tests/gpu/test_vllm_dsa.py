@@ -31,6 +31,7 @@ from tests.gpu.selection import (
     mismatches,
     whole,
 )
+from tests.gpu.soil import soil_free_memory
 from tests.gpu.test_vllm_engine import CONFIG, MAX_CONTEXT, TOP_K_KEYS, make_module, make_requests, update
 from trainer.sender import WeightSender
 
@@ -84,6 +85,7 @@ async def scenario(path: Path) -> Observed:
         seen.sums["awake"] = await update(actor, sender, make_module(1).to("cuda"), 1)
         await generate(actor, seen, "updated", LONG)
         await actor.sleep()
+        soil_free_memory()
         seen.sums["asleep"] = await update(actor, sender, make_module(2).to("cuda"), 2)
         await generate(actor, seen, "woken", LONG)
     finally:

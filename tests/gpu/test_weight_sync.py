@@ -38,6 +38,7 @@ from rollout.pool import EnginePool
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
 from tests.gpu.replay import figures, log_ratios
 from tests.gpu.selection import fix_cache_as_asked
+from tests.gpu.soil import soil_free_memory
 from tests.gpu.test_vllm_engine import CONFIG, endless, make_module, make_requests
 from trainer.learner import Learner
 from trainer.sender import Offer, Sent, WeightSender
@@ -160,6 +161,7 @@ async def sleep_amid_generation(actor: VllmEngineActor, sender: WeightSender, mo
     asleep_at = (await actor.stats()).num_decode_steps
     await asyncio.sleep(0.5)
     assert (await actor.stats()).num_decode_steps == asleep_at
+    soil_free_memory()
     began = time.perf_counter()
     outcome = await update(actor, sender, module, 4)
     seen.figures["wake_with_update_s"] = time.perf_counter() - began
@@ -168,6 +170,7 @@ async def sleep_amid_generation(actor: VllmEngineActor, sender: WeightSender, mo
     seen.woken["update"] = await generate_woken(actor, "updated")
     await actor.sleep(keep_weights=True)
     seen.used_gb["asleep_keeping_weights"] = used_gb()
+    soil_free_memory()
     await actor.wake()
     assert await actor.checksums() == outcome["sums"]
     seen.woken["weights kept"] = await generate_woken(actor, "kept")

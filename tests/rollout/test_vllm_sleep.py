@@ -1,0 +1,116 @@
+"""What a sleeping vLLM worker keeps, on host memory that is lost and handed back as vLLM's allocator does it."""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollout.vllm_sleep import SleepingMemory, gaps
+
+DEFERRABLE = ("weights", "kv_cache")  # vllm.device_allocator.DEFERRABLE_TAGS
+OTHERS_WROTE = 0xFF  # NaN in bfloat16, float32 and e4m3
+
+
+@dataclass(eq=False)
+class Allocation:
+    handle: tuple[int, int, int, int]
+    tag: str
+    cpu_backup_tensor: torch.Tensor | None = None
+    is_asleep: bool = False
+
+
+class HostCudart:
+    def cudaMemcpy(self, dst: int, src: int, count: int) -> None:
+        ctypes.memmove(dst, src, count)
+
+    def cudaMemset(self, devPtr: int, value: int, count: int) -> None:
+        ctypes.memset(devPtr, value, count)
+
+
+class Worker:
+    """Memory by tag, and vLLM's sleep of level 2 and partial wakes (`CuMemAllocator.sleep` and ``wake_up``)."""
+
+    def __init__(self, **num_bytes: int) -> None:
+        self.arenas = {tag: torch.zeros(size, dtype=torch.uint8) for tag, size in num_bytes.items()}
+        self.allocations = {
+            arena.data_ptr(): Allocation((0, len(arena), arena.data_ptr(), 0), tag)
+            for tag, arena in self.arenas.items()
+        }
+        self.memory = SleepingMemory(self.allocations, HostCudart())
+
+    def tensor(self, tag: str, offset: int, values: torch.Tensor) -> torch.Tensor:
+        """One with a storage of its own inside an allocation, as torch's memory pools make them."""
+        base = self.arenas[tag].data_ptr() + offset
+        made = torch.frombuffer((ctypes.c_uint8 * values.nbytes).from_address(base), dtype=values.dtype)
+        made.copy_(values.flatten())
+        return made.view(values.shape)
+
+    def sleep(self) -> None:
+        for data in self.allocations.values():
+            if data.tag in ("runtime", "cudagraph"):
+                data.cpu_backup_tensor = self.arenas[data.tag].clone()
+            self.arenas[data.tag].fill_(OTHERS_WROTE)
+            data.is_asleep = True
+
+    def resume(self, tags: list[str]) -> None:
+        for data in self.allocations.values():
+            if data.is_asleep and (data.tag in tags or data.tag not in DEFERRABLE):
+                data.is_asleep = False
+                if data.cpu_backup_tensor is not None:
+                    self.arenas[data.tag].copy_(data.cpu_backup_tensor)
+                    data.cpu_backup_tensor = None
+
+
+def test_what_no_update_brings_is_there_again_after_a_sleep():
+    worker = Worker(weights=1 << 12, kv_cache=1 << 10, workspace=256, runtime=256)
+    weight = worker.tensor("weights", 512, torch.randn(16, 32))
+    bounds = worker.tensor("weights", 512 + weight.nbytes, torch.arange(65, dtype=torch.int32))
+    first = worker.tensor("weights", 0, torch.randn(100))
+    state = worker.tensor("runtime", 64, torch.arange(10))
+    for _ in range(2):  # a second sleep keeps anew
+        constants = [tensor.clone() for tensor in (bounds, first, state)]
+        assert worker.memory.keep([weight]) == (1 << 12) - weight.nbytes
+        worker.sleep()
+        assert not torch.equal(bounds, constants[0])
+        worker.memory.wake(lambda: worker.resume(["weights"]))
+        assert all(torch.equal(*pair) for pair in zip((bounds, first, state), constants, strict=True))
+        assert worker.arenas["workspace"].count_nonzero() == 0
+        assert (worker.arenas["kv_cache"] == OTHERS_WROTE).all()  # still another's
+        weight.fill_(1.5)  # the update
+        worker.memory.wake(lambda: worker.resume(["kv_cache"]))
+        assert worker.arenas["kv_cache"].count_nonzero() == 0
+        assert torch.equal(bounds, constants[0]) and (weight == 1.5).all()
+        bounds.add_(1)
+
+
+def test_a_sleep_that_kept_the_weights_itself_gets_back_what_vllm_kept():
+    worker = Worker(weights=1 << 10, kv_cache=1 << 8)
+    weight = worker.tensor("weights", 0, torch.randn(64))
+    before = worker.arenas["weights"].clone()
+    worker.allocations[worker.arenas["weights"].data_ptr()].cpu_backup_tensor = before.clone()
+    worker.sleep()
+    worker.memory.wake(lambda: worker.resume(["weights", "kv_cache"]))
+    assert torch.equal(worker.arenas["weights"], before) and weight.isfinite().all()
+    assert worker.arenas["kv_cache"].count_nonzero() == 0
+
+
+def test_memory_that_vllm_frees_meanwhile_is_not_written():
+    worker = Worker(weights=256, kv_cache=64)
+    worker.memory.keep([])
+    worker.sleep()
+    del worker.allocations[worker.arenas["weights"].data_ptr()]
+    worker.memory.wake(lambda: worker.resume(["weights", "kv_cache"]))
+    assert (worker.arenas["weights"] == OTHERS_WROTE).all()
+
+
+spans = st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda pair: (pair[0], sum(pair)))
+
+
+@given(spans, st.lists(spans, max_size=6))
+def test_gaps_are_the_bytes_that_nothing_takes(whole: tuple[int, int], taken: list[tuple[int, int]]):
+    found = gaps(whole, taken)
+    free = set(range(*whole)).difference(*(range(*span) for span in taken))
+    assert [at for span in found for at in range(*span)] == sorted(free)
+    assert all(start < end for start, end in found)
