@@ -1,12 +1,18 @@
 """What a sleeping vLLM worker keeps, on host memory that is lost and handed back as vLLM's allocator does it."""
 
+import asyncio
 import ctypes
+import sys
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rollout.vllm_engine import VllmEngineActor
 from rollout.vllm_sleep import SleepingMemory, gaps
 
 DEFERRABLE = ("weights", "kv_cache")  # vllm.device_allocator.DEFERRABLE_TAGS
@@ -114,3 +120,29 @@ def test_gaps_are_the_bytes_that_nothing_takes(whole: tuple[int, int], taken: li
     free = set(range(*whole)).difference(*(range(*span) for span in taken))
     assert [at for span in found for at in range(*span)] == sorted(free)
     assert all(start < end for start, end in found)
+
+
+class Calls:
+    """Of `AsyncLLM`'s coroutines, in their order."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*args: Any, **settings: Any) -> None:
+            self.seen.append((name, *args, *settings.values()))
+
+        return call
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_workers_keep_before_a_sleep_without_weights(monkeypatch: pytest.MonkeyPatch, keep_weights: bool):
+    errors: Any = ModuleType("vllm.v1.engine.exceptions")
+    errors.EngineDeadError = type("EngineDeadError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, errors.__name__, errors)
+    actor, calls = VllmEngineActor(), Calls()
+    actor._engine = calls
+    asyncio.run(actor.sleep(keep_weights=keep_weights))
+    asyncio.run(actor.sleep(keep_weights=keep_weights))  # it is asleep
+    kept = [] if keep_weights else [("collective_rpc", "keep_beside_parameters")]
+    assert calls.seen == [*kept, ("sleep", 1 if keep_weights else 2, "keep")]
