@@ -144,34 +144,38 @@ class BareVllm:
 
 
 async def throughput(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figures:
-    """Tokens a second of a warm engine: the median of the passes, bare and recording, each in an engine of its own."""
+    """Tokens a second of warm engines, bare and recording, which are there at once and take turns on equal prompts."""
+    model, engines, speeds = outline(path), {}, {}
     seen: Figures = {}
-    for kind in options.only or ("bare", "recording"):
-        began = time.perf_counter()
-        bare = kind == "bare" and recipe.rollout.engine == EngineKind.vllm
-        engine = BareVllm(recipe, path) if bare else await open_engine(recipe, path)
-        started = time.perf_counter() - began
-        try:
-            seen[kind] = {"start_s": started, **await tokens_per_s(engine, recipe, outline(path), options)}
-        finally:
+    try:
+        for kind in options.only or ("bare", "recording"):
+            began = time.perf_counter()
+            bare = kind == "bare" and recipe.rollout.engine == EngineKind.vllm
+            engines[kind] = BareVllm(recipe, path) if bare else await open_engine(recipe, path)
+            seen[kind] = {"start_s": time.perf_counter() - began}
+        for turn in range(options.passes + 1):
+            for kind, engine in engines.items():
+                requests = requests_of(recipe, model, f"turn{turn}-", options.requests, options.prompt, options.tokens)
+                speeds.setdefault(kind, []).append(await tokens_per_s(engine, requests))
+    finally:
+        for engine in engines.values():
             await close(engine)
+    for kind, passes in speeds.items():
+        # The first pass compiles kernels.
+        seen[kind] |= {"tokens_per_s": statistics.median(passes[1:]), "passes": passes[1:], "first_pass": passes[0]}
     if len(seen) == 2:
-        seen["ratio"] = seen["recording"]["tokens_per_s"] / seen["bare"]["tokens_per_s"]
+        pairs = zip(seen["recording"]["passes"], seen["bare"]["passes"], strict=True)
+        seen["ratio"] = statistics.median(recording / bare for recording, bare in pairs)
     return seen
 
 
-async def tokens_per_s(engine: Any, recipe: Recipe, model: ModelOutline, options: argparse.Namespace) -> Figures:
-    speeds = []
-    for turn in range(options.passes + 1):
-        requests = requests_of(recipe, model, f"turn{turn}-", options.requests, options.prompt, options.tokens)
-        began = time.perf_counter()
-        outputs = await engine.generate(requests)
-        seconds = time.perf_counter() - began
-        tokens = sum(len(output.token_ids) for output in outputs)
-        assert tokens == options.requests * options.tokens, f"{tokens} tokens came back"
-        speeds.append(tokens / seconds)
-    # The first pass compiles kernels.
-    return {"tokens_per_s": statistics.median(speeds[1:]), "passes": speeds[1:], "first_pass": speeds[0]}
+async def tokens_per_s(engine: Any, requests: Sequence[Request]) -> float:
+    began = time.perf_counter()
+    outputs = await engine.generate(requests)
+    seconds = time.perf_counter() - began
+    tokens, wanted = sum(len(o.token_ids) for o in outputs), sum(r.sampling.max_tokens for r in requests)
+    assert tokens == wanted, f"{tokens} tokens came back, not {wanted}"
+    return tokens / seconds
 
 
 async def close(engine: Any) -> None:
