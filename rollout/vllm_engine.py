@@ -68,6 +68,7 @@ class VllmEngineActor:
 
     def __init__(self) -> None:
         self._engine: Any = None
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of what an update brings
         self._version = 0
         self._updating = False
         self._asleep = False
@@ -95,6 +96,7 @@ class VllmEngineActor:
         self._recording = Recording.of(
             model, kept=settings.kept, max_context=settings.max_context, index_topk=index_topk
         )
+        self._shapes = {name: spec.shape for name, spec in model.tensors.items()}
         self._counters, self._engine = _start(model_path, model, settings)
         await self._relabel(version)
 
@@ -179,7 +181,7 @@ class VllmEngineActor:
         """
         if not self._asleep:
             if not keep_weights:
-                await self._ask(self._engine.collective_rpc("keep_beside_parameters"))
+                await self._ask(self._engine.collective_rpc("keep_beside_update", args=(self._shapes,)))
             await self._ask(self._engine.sleep(level=1 if keep_weights else 2, mode="keep"))
             self._asleep = True
             self._stand(True)

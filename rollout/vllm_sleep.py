@@ -1,9 +1,9 @@
 """What a sleep takes from a vLLM worker beside weights and caches, and how the worker gets it back.
 
-A sleep that keeps no weights gives up all memory that was allocated while the model was loaded. An update brings the
-parameters again and vLLM the registered buffers, but nobody the tensors that objects hold besides: in vLLM 0.32.0
-`FlashAttnMLASparseImpl.cu_seqlens_q_buffer`, without which attention writes no row of its output. So whatever lies in
-that memory and is no parameter waits in host memory.
+A sleep that keeps no weights gives up all memory that was allocated while the model was loaded. An update brings its
+own tensors again and vLLM the registered buffers, but nobody what lies there besides: in vLLM 0.32.0
+`FlashAttnMLASparseImpl.cu_seqlens_q_buffer`, without which attention writes no row of its output, and the states of
+sampling. So whatever no update writes waits in host memory, be it a parameter that vLLM has and the learner has not.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class SleepingMemory:
         self._cudart = cudart
         self._kept: MutableSequence[tuple[int, int, torch.Tensor]] = []  # (address of the allocation, address, content)
 
-    def keep(self, parameters: Iterable[torch.Tensor]) -> int:
-        """Before a sleep that keeps no weights: copies what lies among them and is none; returns its bytes."""
+    def keep(self, brought: Iterable[torch.Tensor]) -> int:
+        """Before a sleep that keeps no weights: copies what lies among those that an update will bring, the storages of
+        ``brought``, and is none; returns its bytes."""
         weights = {at: data for at, data in self._allocations.items() if data.tag == _WEIGHTS and not data.is_asleep}
-        storages = [parameter.untyped_storage() for parameter in parameters if not parameter.is_meta]
-        taken = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+        storages = [tensor.untyped_storage() for tensor in brought]
+        taken = sorted({(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages})
         self._kept = []
         for base, data in sorted(weights.items()):
             for start, end in gaps((base, base + data.handle[1]), taken):

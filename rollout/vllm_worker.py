@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rollout.vllm_layout import absorbed, held_sums
+from rollout.vllm_layout import Shapes, absorbed, held_parts, held_sums
 from rollout.vllm_sleep import SleepingMemory
 from rollout.vllm_transfer import KeelTransfer
 
@@ -36,22 +36,21 @@ class WeightReader:
         Of kv_b_proj nothing is held when the matrices that decoding uses in its place were not made of it.
         """
         tensors = self.weight_transfer_engine.receiver.tensors
-        model = self.model_runner.get_model()
-        # With duplicates: a module that two others hold has a name in each.
-        live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-        held = held_sums(live, tensors, rank=self.rank, size=self.parallel_config.world_size)
+        held = held_sums(self._live_tensors(), tensors, rank=self.rank, size=self.parallel_config.world_size)
         broken = {
             f"{name}.kv_b_proj.weight"
-            for name, module in model.named_modules()
+            for name, module in self.model_runner.get_model().named_modules()
             if isinstance(getattr(module, "W_UK_T", None), torch.Tensor)
             and not absorbed(module.kv_b_proj.weight, module.W_UK_T, module.W_UV)
         }
         return tensors, [part.plain() for part in held if part.name not in broken]
 
-    def keep_beside_parameters(self) -> int:
-        """Before a sleep that keeps no weights: what else lies in their memory goes to host memory; its bytes."""
+    def keep_beside_update(self, shapes: Shapes) -> int:
+        """Before a sleep that keeps no weights: what lies in their memory and is not of an update of tensors of these
+        ``shapes`` goes to host memory; its bytes."""
         torch.cuda.synchronize()
-        return self.sleeping_memory.keep(self.model_runner.get_model().parameters())
+        parts = held_parts(self._live_tensors(), shapes, rank=self.rank, size=self.parallel_config.world_size)
+        return self.sleeping_memory.keep(part for _, _, part in parts)
 
     def wake_with_clean_memory(self, tags: list[str]) -> None:
         """As vLLM's ``wake_up``, but nothing is left in what it takes back that others wrote there."""
@@ -64,6 +63,11 @@ class WeightReader:
         from vllm.device_allocator import cumem  # pyright: ignore[reportMissingImports]
 
         return SleepingMemory(cumem.CuMemAllocator.get_instance().pointer_to_data, cumem.libcudart)
+
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
+        model = self.model_runner.get_model()
+        # With duplicates: a module that two others hold has a name in each.
+        return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
     def peak_memory_gb(self) -> float:
         """The most memory that torch, vLLM's own pools included, has had reserved on this worker's GPU so far."""

@@ -60,11 +60,14 @@ class WeightReceiver:
 
     def _open(self, handle: str) -> torch.Tensor:
         """The buffer behind a handle, opened once: torch counts one release for every export, not for every use."""
-        if handle not in self._opened:
-            while len(self._opened) > 1:  # what a sender that alternates between two buffers has outgrown
+        buffer = self._opened.pop(handle, None)
+        if buffer is None:
+            # A sender that alternates between two buffers has outgrown the one that it did not offer last.
+            while len(self._opened) > 1:
                 del self._opened[next(iter(self._opened))]
-            self._opened[handle] = open_buffer(handle, self.device)
-        return self._opened[handle]
+            buffer = open_buffer(handle, self.device)
+        self._opened[handle] = buffer  # in the order of their use
+        return buffer
 
     def _noted(self, tensors: Tensors) -> Tensors:
         for name, tensor in tensors.items():

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import itertools
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout.vllm_engine import VllmEngineActor
+from rollout.vllm_layout import held_parts
 from rollout.vllm_sleep import SleepingMemory, gaps
+from tests.rollout.test_vllm_layout import MODELS
+from tests.rollout.vllm_shards import Shapes, as_vllm
 
 DEFERRABLE = ("weights", "kv_cache")  # vllm.device_allocator.DEFERRABLE_TAGS
 OTHERS_WROTE = 0xFF  # NaN in bfloat16, float32 and e4m3
@@ -91,6 +95,29 @@ def test_what_no_update_brings_is_there_again_after_a_sleep():
         bounds.add_(1)
 
 
+@pytest.mark.parametrize(("size", "by_expert"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_parameter_that_the_learner_does_not_have_outlives_a_sleep(kind: str, size: int, by_expert: bool):
+    """And of what an update brings nothing is kept: that is what a sleep without weights is for."""
+    s = Shapes()
+    weights = MODELS[kind](s)
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    rank = size - 1
+    held = as_vllm(weights, s, rank, size, by_expert=by_expert)
+    held["model.layers.1.self_attn.sinks"] = torch.randn(48)
+    rooms = [-(-tensor.nbytes // 512) * 512 for tensor in held.values()]
+    worker = Worker(weights=sum(rooms), kv_cache=64)
+    places = itertools.accumulate(rooms, initial=0)
+    live = {name: worker.tensor("weights", at, held[name]) for name, at in zip(held, places, strict=False)}
+    sinks = live.pop("model.layers.1.self_attn.sinks")
+    kept = worker.memory.keep(part for _, _, part in held_parts(live, shapes, rank=rank, size=size))
+    assert kept == sum(rooms) - sum(tensor.nbytes for tensor in live.values())
+    worker.sleep()
+    worker.memory.wake(lambda: worker.resume(["weights"]))
+    assert torch.equal(sinks, held["model.layers.1.self_attn.sinks"])
+    assert not any(tensor.any() for tensor in live.values())
+
+
 def test_a_sleep_that_kept_the_weights_itself_gets_back_what_vllm_kept():
     worker = Worker(weights=1 << 10, kv_cache=1 << 8)
     weight = worker.tensor("weights", 0, torch.randn(64))
@@ -141,8 +168,8 @@ def test_workers_keep_before_a_sleep_without_weights(monkeypatch: pytest.MonkeyP
     errors.EngineDeadError = type("EngineDeadError", (Exception,), {})
     monkeypatch.setitem(sys.modules, errors.__name__, errors)
     actor, calls = VllmEngineActor(), Calls()
-    actor._engine = calls
+    actor._engine, actor._shapes = calls, {"lm_head.weight": (5, 4)}
     asyncio.run(actor.sleep(keep_weights=keep_weights))
     asyncio.run(actor.sleep(keep_weights=keep_weights))  # it is asleep
-    kept = [] if keep_weights else [("collective_rpc", "keep_beside_parameters")]
+    kept = [] if keep_weights else [("collective_rpc", "keep_beside_update", ({"lm_head.weight": (5, 4)},))]
     assert calls.seen == [*kept, ("sleep", 1 if keep_weights else 2, "keep")]
