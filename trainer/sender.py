@@ -91,6 +91,9 @@ class WeightSender:
         tensors = next(self._offering, None)
         if tensors is None:
             self._offering = None
+            if self.device.type == "cuda":  # the engine on this GPU takes memory for its cache next
+                torch.cuda.ipc_collect()  # buffers that were outgrown, as far as engines have let go of them
+                torch.cuda.empty_cache()
             return Sent(num_bytes=self._num_bytes, checksums=self._sums.result())
         self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._staging = self._staging or StagingBuffers(2, self.device)
