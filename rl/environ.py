@@ -23,8 +23,8 @@ KEPT_VARIABLES = re.compile(
 )
 """Variables that say where things are: what code of others is given."""
 _TUNING_VARIABLES = re.compile(
-    "LD_.*|CC|CXX|NVCC.*|CUDA.*|NVIDIA_.*|NCCL_.*|GLOO_.*|UCX_.*|FI_.*|TORCH.*|PYTORCH_.*|TRITON_.*|VLLM_.*|DS_.*"
-    "|DEEPSPEED_.*|HF_.*|TRANSFORMERS_.*|TOKENIZERS_.*|KMP_.*|GOMP_.*|OPENBLAS_.*|NUMEXPR_.*|MALLOC_.*"
+    "LD_.*|CC|CXX|NVCC.*|CUDA.*|NVIDIA_.*|NCCL_.*|NVSHMEM_.*|GLOO_.*|UCX_.*|FI_.*|TORCH.*|PYTORCH_.*|TRITON_.*|VLLM_.*"
+    "|DS_.*|DEEPSPEED_.*|HF_.*|TRANSFORMERS_.*|TOKENIZERS_.*|KMP_.*|GOMP_.*|OPENBLAS_.*|NUMEXPR_.*|MALLOC_.*"
 )
 """Variables that engines and learner ranks are tuned with."""
 _ENV_START = 47

@@ -122,6 +122,9 @@ class Broadcast:
             left = [engine for engine in engines if members.issuperset(self.pool.membership([engine]))]
             self.pool.restart(left, f"its update broke off when {death}")
             return Sent(num_bytes=0, checksums=await self.learner.checksums())
+        except BaseException:
+            self._members = ()  # of no use any more, whatever broke it
+            raise
 
     async def _connected(self, engines: Sequence[int]) -> Sequence[int]:
         """Those of ``engines`` that are in a group with the learner now; others died meanwhile."""
@@ -139,6 +142,7 @@ class Broadcast:
         members = self.pool.membership(engines)
         if members == self._members:
             return
+        self._members = ()  # the learner leaves the last group when it opens another
         self._address = await self.learner.open_transfer()
         host, port = self._address
         size, timeout_s = 1 + self.pool.num_workers(engines), STANDSTILL_S

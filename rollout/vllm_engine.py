@@ -35,6 +35,12 @@ _ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has a CUDA context, which does not survive a fork
     "VLLM_NO_USAGE_STATS": "1",
 }
+_WITHOUT_MULTICAST = {
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",  # for layers that vLLM fuses with their sum
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
+"""Left to itself, a vLLM engine of several GPUs adds up through NVLink multicast, whatever NCCL is told."""
 _ROUTER = {"moe_router_dtype": "float32", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _CONFIGURED_ROUTERS = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
 """Architectures that route in one way only in the learner, but in vLLM as config.json says, which may say nothing."""
@@ -283,7 +289,7 @@ async def _all(outputs: Any) -> list[Any]:
 
 def _start(model_path: str, model: ModelOutline, settings: EngineSettings) -> tuple[StepCounters, Any]:
     """vLLM's AsyncLLM, and the counters it feeds."""
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(_ENVIRONMENT | multicast_settings(os.environ))
     os.environ["VLLM_BATCH_INVARIANT"] = str(int(settings.batch_invariant))
     # vLLM looks at a model class of ours in processes that only know of paths from here.
     root = str(Path(__file__).parents[1])
@@ -312,6 +318,11 @@ def _start(model_path: str, model: ModelOutline, settings: EngineSettings) -> tu
     arguments = AsyncEngineArgs(**engine_arguments(model_path, model, settings))
     engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[count])
     return counters[0], engine
+
+
+def multicast_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep vLLM from NVLink multicast where NCCL must do without it (``NCCL_NVLS_ENABLE=0``)."""
+    return _WITHOUT_MULTICAST if environment.get("NCCL_NVLS_ENABLE") == "0" else {}
 
 
 def _returned_topk(model: ModelOutline, settings: EngineSettings) -> int | None:

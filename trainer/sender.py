@@ -53,9 +53,7 @@ class WeightSender:
 
     def open(self, host: str) -> int:
         """On rank 0: opens a group that engines can join at ``host``, in place of the last one; returns the port."""
-        if self._group is not None:
-            self._group.close()
-            self._group = None
+        self._leave()
         self._store = open_store(host)
         return self._store.port
 
@@ -74,6 +72,7 @@ class WeightSender:
         try:
             num_bytes = self._group.send(_summed(buckets, sums))
         except Exception:
+            self._leave()  # a broadcast that nobody takes keeps the GPU from whatever waits for all of it
             for _ in buckets:  # the other ranks go through them all, and make tensors whole together with this one
                 pass
             raise
@@ -100,6 +99,11 @@ class WeightSender:
         bucket, buffer = self._staging.pack(tensors)
         uuid = str(torch.cuda.get_device_properties(self.device).uuid)
         return Offer(bucket=bucket.to_json(), handles={uuid: self._handle(self._staging.number, buffer)})
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
     def _handle(self, number: int, buffer: torch.Tensor) -> str:
         """Exports a staging buffer once: every export is counted until a receiver lets go of it.

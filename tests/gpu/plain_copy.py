@@ -16,20 +16,31 @@ PASSES = 5
 
 
 def copy_speed(num_bytes: int, *, across: bool, on_gpu: bool) -> float:
-    """10^9 bytes a second, the median of some passes. ``across``: from one GPU to another (gloo without GPUs)."""
+    """10^9 bytes a second, the median of some passes. ``across``: from one GPU to another (gloo without GPUs).
+
+    Raises RuntimeError when one of the two processes fails.
+    """
     if not across:
         return _within(num_bytes, "cuda" if on_gpu else "cpu")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_broadcast, args=(r, num_bytes, on_gpu, file.name, theirs)) for r in range(2)
+            context.Process(target=_broadcast, args=(r, num_bytes, on_gpu, f"{folder}/store", theirs), daemon=True)
+            for r in range(2)
         ]
         for process in processes:
             process.start()
-        seconds = ours.recv()
-        for process in processes:
-            process.join()
+        try:
+            while not ours.poll(0.2):  # one that waits for a partner that failed would not answer
+                if any(process.exitcode for process in processes):
+                    raise RuntimeError("a process that should copy failed; its traceback is above")
+            seconds = ours.recv()
+            for process in processes:
+                process.join(30)
+        finally:
+            for process in processes:
+                process.kill()
     return num_bytes / seconds / 1e9
 
 

@@ -33,6 +33,7 @@ from rollout.pool import EnginePool
 from tests.gpu.selection import fix_cache_as_asked
 from tests.gpu.test_vllm_engine import make_module
 from trainer.learner import Learner
+from trainer.sender import Sent
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SAMPLING = Sampling(top_p=0.95, max_tokens=400)
@@ -170,14 +171,22 @@ def test_an_engine_is_killed_while_weights_are_broadcast_to_it(cluster: None, mo
     async def run() -> None:
         async with rig(model_path, Placement.split) as it:
             await it.publisher.publish(0)
-            for process in vllms_own(it.pid):
-                os.kill(process, signal.SIGSTOP)
+            killed, sending, intact = vllms_own(it.pid), asyncio.Event(), it.learner.send_weights
+
+            async def send_to_a_stopped_engine() -> Sent:
+                """The engine has made itself ready, and takes nothing of what is broadcast."""
+                for process in killed:
+                    os.kill(process, signal.SIGSTOP)
+                sending.set()
+                return await intact()
+
+            it.learner.send_weights = send_to_a_stopped_engine  # pyright: ignore[reportAttributeAccessIssue]
             publishing = asyncio.create_task(it.publisher.publish(1))
+            await sending.wait()
             await asyncio.sleep(3.0)
             assert not publishing.done()
-            killed = vllms_own(it.pid)
-            os.kill(it.pid, signal.SIGKILL)
-            for process in killed:
+            it.learner.send_weights = intact
+            for process in (*killed, it.pid):
                 os.kill(process, signal.SIGKILL)
             returning = asyncio.create_task(it.back("vllm killed while weights are broadcast"))
             began = time.monotonic()

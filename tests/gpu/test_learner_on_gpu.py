@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -292,8 +294,28 @@ def test_the_speed_of_a_step(alone: Any, model_dir: Path):
         assert seconds["forward"] < seconds["backward"] < spent
 
 
+def start_one(rank: int, *arguments: Any) -> Any:
+    """A process that sees its rank's GPU only, from its beginning on: what it imports may already look for GPUs."""
+    context = multiprocessing.get_context("spawn")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", seen.split(",")[rank])
+        process = context.Process(target=train_one, args=(rank, *arguments), daemon=True)
+        process.start()
+    return process
+
+
+def answer(results: Any, processes: list[Any]) -> Any:
+    """The next one; none is waited for when a process has failed, as its partner then waits for ever."""
+    for _ in range(300):
+        failed = any(process.exitcode for process in processes)
+        with suppress(queue.Empty):
+            return results.get(timeout=10 if failed else 1)
+        assert not failed, "a rank failed; its traceback is above"
+    raise TimeoutError("the ranks did not answer within 300 s")
+
+
 def train_one(rank: int, port: int, model_dir: Path, settings: dict[str, Any], results: Any) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     learner = LearnerRank(recipe_of(ranks=2, **settings), rank=rank, world_size=2)
     if rank == 0:
         results.put(learner.open_store(LOOPBACK))
@@ -314,16 +336,17 @@ def train_one(rank: int, port: int, model_dir: Path, settings: dict[str, Any], r
     ],
 )
 def test_two_ranks_over_nccl_step_like_one(alone: Any, model_dir: Path, settings: dict[str, Any]):
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    first = context.Process(target=train_one, args=(0, 0, model_dir, settings, results), daemon=True)
-    first.start()
-    port = results.get(timeout=120)
-    second = context.Process(target=train_one, args=(1, port, model_dir, settings, results), daemon=True)
-    second.start()
-    ranks = sorted(results.get(timeout=300) for _ in range(2))
-    for process in (first, second):
-        process.join(60)
+    results: Any = multiprocessing.get_context("spawn").Queue()
+    processes = [start_one(0, 0, model_dir, settings, results)]
+    try:
+        port = answer(results, processes)
+        processes.append(start_one(1, port, model_dir, settings, results))
+        ranks = sorted(answer(results, processes) for _ in range(2))
+        for process in processes:
+            process.join(60)
+    finally:
+        for process in processes:
+            process.kill()
     assert ranks[0][1:] == ranks[1][1:]
     rank = alone(recipe_of(), model_dir)
     norms = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import outline
 from rl.system import prepare_model
@@ -55,8 +56,15 @@ def test_bare_vllm_differs_in_what_it_records_only(tmp_path: Path):
     assert {"model", "dtype", "max_num_seqs", "gpu_memory_utilization", "enforce_eager", "seed"} <= same.keys()
 
 
-def test_a_copy_has_a_speed():
-    assert copy_speed(1 << 20, across=False, on_gpu=False) > 0
+@pytest.mark.parametrize("across", [False, True])
+def test_a_copy_has_a_speed(across: bool):
+    assert copy_speed(1 << 20, across=across, on_gpu=False) > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="two GPUs can copy")
+def test_a_copy_that_fails_is_not_waited_for():
+    with pytest.raises(RuntimeError, match="should copy failed"):
+        copy_speed(1 << 20, across=True, on_gpu=True)
 
 
 def row(step: int, seconds: float, **more: float) -> dict[str, float]:

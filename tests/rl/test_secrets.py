@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl.checkpoint import Draft, commit, partial_path, read
+from rl.environ import needed_environment
 from rl.loop_state import LoopState
 from rl.recipe import load_recipe, to_yaml
 from rl.run_directory import RunDirectory, write_whole
@@ -264,3 +266,13 @@ raise RuntimeError("cannot log in with " + os.environ["SCORER_TOKEN"])
     )
     assert ended.returncode == 1
     assert ended.stderr.endswith("RuntimeError: cannot log in with ${oc.env:SCORER_TOKEN}\n")
+
+
+def test_what_engines_and_ranks_are_tuned_with_reaches_them(monkeypatch: pytest.MonkeyPatch):
+    """On machines where NVLink multicast must not be used, these say so to NCCL, torch and NVSHMEM."""
+    tuned = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS", "VLLM_CACHE_ROOT")
+    for name in (*tuned, "NCCL_AUTH_TOKEN", "MY_OWN"):
+        monkeypatch.setenv(name, "0")
+    with needed_environment():
+        assert [name for name in (*tuned, "NCCL_AUTH_TOKEN", "MY_OWN") if name in os.environ] == list(tuned)
+    assert os.environ["MY_OWN"] == os.environ["NCCL_AUTH_TOKEN"] == "0"

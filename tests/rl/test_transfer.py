@@ -187,6 +187,7 @@ def test_trouble_on_the_way_ends_in_one_sentence_and_not_in_waiting(
                 await publish(transport, 1)
             assert "\n" not in str(stopped.value)
             assert time.monotonic() - began < 60
+            assert transport._members == ()  # nobody sends anything to that group again
 
     run(test)
 
@@ -205,6 +206,8 @@ def test_an_engine_that_dies_amid_a_broadcast_holds_nobody_up(
             began = time.monotonic()
             sync = await publish(transport, 1)
             assert pool.down == {0, 1} and sync.checksums == await learner.checksums()
+            # A broadcast that nobody takes is not left to stand until another group is opened.
+            assert await learner._one(0, "__ray_call__", lambda rank: rank.sender._group is None)
             print(f"seconds until the learner is free again: {time.monotonic() - began:.1f}")
             assert time.monotonic() - began < 60
             pool.down, pool.trouble = set(), ""

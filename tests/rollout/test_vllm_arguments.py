@@ -11,7 +11,7 @@ import pytest
 
 from model.outline import ModelOutline
 from rl.errors import RecipeError
-from rollout.vllm_engine import EngineSettings, VllmEngineActor, engine_arguments
+from rollout.vllm_engine import EngineSettings, VllmEngineActor, engine_arguments, multicast_settings
 from rollout.vllm_requests import Recording
 
 DENSE = ModelOutline(
@@ -96,6 +96,14 @@ def test_workers_are_this_processs_own():
     assert not engine_arguments("m", DENSE, wide)["enable_expert_parallel"]
     assert engine_arguments("m", EXPERTS, SETTINGS)["distributed_executor_backend"] == "uni"
     assert engine_arguments("m", DENSE, replace(SETTINGS, sleeps=True, seed=5))["enable_sleep_mode"]
+
+
+def test_multicast_is_off_in_vllm_where_it_is_off_in_nccl():
+    """vLLM reads these variables, and no other, before its workers of several GPUs make a multicast object."""
+    assert multicast_settings({"PATH": "/bin"}) == multicast_settings({"NCCL_NVLS_ENABLE": "1"}) == {}
+    off = multicast_settings({"NCCL_NVLS_ENABLE": "0"})
+    assert (off["VLLM_ALLREDUCE_USE_FLASHINFER"], off["TORCH_SYMM_MEM_DISABLE_MULTICAST"]) == ("0", "1")
+    assert off["VLLM_FLASHINFER_ALLREDUCE_BACKEND"] == "trtllm"
 
 
 def test_an_engine_that_holds_requests_and_stands_is_not_busy():
