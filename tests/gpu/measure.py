@@ -115,10 +115,10 @@ class BareVllm:
         from vllm import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
-        from rollout.vllm_engine import _ENVIRONMENT, engine_arguments
+        from rollout.vllm_engine import _ENVIRONMENT, engine_arguments, multicast_settings
         from rollout.vllm_requests import Recording
 
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(_ENVIRONMENT | multicast_settings(os.environ))
         model = outline(path)
         self.recording = Recording.of(model, kept=False, max_context=recipe.model.max_context)
         arguments = bare_arguments(engine_arguments(str(path), model, vllm_settings(recipe)))
