@@ -125,10 +125,9 @@ def report(**figures: Any) -> None:
 
 
 def test_zero_stages_agree(alone: Any, model_dir: Path):
-    """In a first step, and in a second, which follows an update of each stage's own.
+    """In a first step, in a second, which follows an update of each stage's own, and in a third.
 
-    The third's norm is reported only: it differs by 3 % between two runs of one stage, as Adam's first updates follow
-    the signs of gradients near zero, and a backward pass does not repeat their last bits.
+    The third's bound has been missed: its norm has differed by 3 % between two runs of one stage (RESULTS.md).
     """
     norms = {}
     for stage in (1, 2, 3):
@@ -139,6 +138,7 @@ def test_zero_stages_agree(alone: Any, model_dir: Path):
     for stage in (2, 3):
         assert norms[stage][0] == pytest.approx(norms[1][0], rel=2e-3)
         assert norms[stage][1] == pytest.approx(norms[1][1], rel=0.01)
+        assert norms[stage] == pytest.approx(norms[1], rel=0.02)
 
 
 def test_recomputed_layers_give_the_same_norm_from_less_memory(alone: Any, model_dir: Path):
@@ -352,4 +352,5 @@ def test_two_ranks_over_nccl_step_like_one(alone: Any, model_dir: Path, settings
     norms = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
     finish(rank)
     report(settings=settings, two_ranks=ranks[0][1], one_rank=norms)
-    assert ranks[0][1][:2] == pytest.approx(norms[:2], rel=0.01)  # the third: see test_zero_stages_agree
+    assert ranks[0][1][:2] == pytest.approx(norms[:2], rel=0.01)
+    assert ranks[0][1] == pytest.approx(norms, rel=0.02)
