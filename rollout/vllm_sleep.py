@@ -8,7 +8,7 @@ sampling. So whatever no update writes waits in host memory, be it a parameter t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +41,7 @@ class SleepingMemory:
     def __init__(self, allocations: Mapping[int, Allocation], cudart: Cudart) -> None:
         self._allocations = allocations
         self._cudart = cudart
-        self._kept: MutableSequence[tuple[int, int, torch.Tensor]] = []  # (address of the allocation, address, content)
+        self._kept: list[tuple[int, int, torch.Tensor]] = []  # (address of the allocation, address, content)
 
     def keep(self, brought: Iterable[torch.Tensor]) -> int:
         """Before a sleep that keeps no weights: copies what lies among those that an update will bring, the storages of

@@ -37,9 +37,7 @@ def test_an_address_that_comes_back_is_exported_anew(monkeypatch: pytest.MonkeyP
 
     first = handles(5000, 3000, 9000)  # the third outgrows the buffer of the first
     assert len(set(first)) == 3
-    second = handles(
-        5000, 5000, 5000
-    )  # the first of these outgrows the buffer of 3000, and is as large as the very first
+    second = handles(5000, 5000, 5000)  # the first outgrows the buffer of 3000, and is as large as the very first
     assert second[0] not in first and second == [second[0], first[2], second[0]]
     assert handles(5000, 5000) == [first[2], second[0]]
     assert next(exports) == 4
