@@ -75,6 +75,7 @@ class VllmEngineActor:
     def __init__(self) -> None:
         self._engine: Any = None
         self._shapes: dict[str, tuple[int, ...]] = {}  # of what an update brings
+        self._has_workers = False  # whether GPUs have processes of their own, below vLLM's
         self._version = 0
         self._updating = False
         self._asleep = False
@@ -103,6 +104,7 @@ class VllmEngineActor:
             model, kept=settings.kept, max_context=settings.max_context, index_topk=index_topk
         )
         self._shapes = {name: spec.shape for name, spec in model.tensors.items()}
+        self._has_workers = settings.tensor_parallel > 1
         self._counters, self._engine = _start(model_path, model, settings)
         await self._relabel(version)
 
@@ -220,6 +222,11 @@ class VllmEngineActor:
     async def shutdown(self) -> None:
         """Ends vLLM's own processes, which would outlive this one."""
         if self._engine is not None:
+            if self._asleep and not self._has_workers:
+                # Asked to end, it would release again what it gave up when it fell asleep, and log an error of CUDA.
+                # Workers would end by themselves where vLLM's process is killed, and log it all the same.
+                for process in self._engine.engine_core.resources.engine_manager.processes:
+                    process.kill()
             self._engine.shutdown()
             self._engine = None
 

@@ -3,9 +3,11 @@
 import asyncio
 import ctypes
 import itertools
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,3 +175,24 @@ def test_workers_keep_before_a_sleep_without_weights(monkeypatch: pytest.MonkeyP
     asyncio.run(actor.sleep(keep_weights=keep_weights))  # it is asleep
     kept = [] if keep_weights else [("collective_rpc", "keep_beside_update", ({"lm_head.weight": (5, 4)},))]
     assert calls.seen == [*kept, ("sleep", 1 if keep_weights else 2, "keep")]
+
+
+@pytest.mark.parametrize(
+    ("asleep", "has_workers", "ended_by"),
+    [(True, False, signal.SIGKILL), (True, True, signal.SIGTERM), (False, False, signal.SIGTERM)],
+)
+def test_vllms_process_is_not_asked_to_end_in_its_sleep(asleep: bool, has_workers: bool, ended_by: signal.Signals):
+    """Asked, it would log an error of CUDA. One that is awake, or has workers to end, is asked as ever."""
+    process = subprocess.Popen(["sleep", "60"])
+
+    def shutdown() -> None:
+        process.terminate()
+        process.wait()
+
+    manager = SimpleNamespace(processes=[process])
+    core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+    actor = VllmEngineActor()
+    actor._engine = SimpleNamespace(engine_core=core, shutdown=shutdown)
+    actor._asleep, actor._has_workers = asleep, has_workers
+    asyncio.run(actor.shutdown())
+    assert process.returncode == -ended_by
