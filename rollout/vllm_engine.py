@@ -8,6 +8,7 @@ the live parameters afterwards (`rollout.vllm_worker`).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -79,7 +80,8 @@ class VllmEngineActor:
         self._version = 0
         self._updating = False
         self._asleep = False
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, str] = {}  # ids of requests, and what vLLM calls them
+        self._numbers = itertools.count()
         self._num_prompt = 0
         self._standing = False  # whether nothing is generated: from a sleep or an update's begin until it goes on
         self._busy_s = 0.0
@@ -117,8 +119,8 @@ class VllmEngineActor:
         return list(await asyncio.gather(*map(self._generate, requests)))
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> int:
-        named = self._in_flight.copy() if request_ids is None else self._in_flight.intersection(request_ids)
-        await self._engine.abort(sorted(named))
+        named = [theirs for ours, theirs in self._in_flight.items() if request_ids is None or ours in request_ids]
+        await self._engine.abort(named)
         return len(named)
 
     async def join_transfer(self, *, host: str, port: int, first_rank: int, size: int, timeout_s: float):
@@ -240,14 +242,18 @@ class VllmEngineActor:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": request.token_ids.tolist()}
-        self._enter(request.id)
+        key, records = str(next(self._numbers)), self._counters.records
+        records.open(key, request.token_ids)
+        self._enter(request.id, name := f"{key}.{request.id}")
         try:
             # Lower numbers go first.
-            asked = self._engine.generate(prompt, sampling, request.id, priority=-1 if request.urgent else 0)
-            outputs = await self._ask(_all(asked))
+            asked = self._engine.generate(prompt, sampling, name, priority=-1 if request.urgent else 0)
+            output = (await self._ask(_all(asked)))[-1].outputs[0]
+            record = await records.take(key, len(output.token_ids), width=self._recording.row_bytes)
         finally:
             self._leave(request.id)
-        return to_completion(outputs[-1].outputs[0], request, self._recording)
+            records.close(key)
+        return to_completion(output, record, request, self._recording)
 
     async def _ask(self, answer: Awaitable[T]) -> T:
         """What vLLM's own processes answer. Raises EngineDied when they are dead."""
@@ -258,12 +264,12 @@ class VllmEngineActor:
         except EngineDeadError as error:
             raise EngineDied("a vLLM engine's own process died; its log above says why") from error
 
-    def _enter(self, name: str) -> None:
-        self._in_flight.add(name)
+    def _enter(self, request_id: str, name: str) -> None:
+        self._in_flight[request_id] = name
         self._settle_clock()
 
-    def _leave(self, name: str) -> None:
-        self._in_flight.discard(name)
+    def _leave(self, request_id: str) -> None:
+        del self._in_flight[request_id]
         self._settle_clock()
 
     def _stand(self, standing: bool) -> None:
@@ -316,15 +322,10 @@ def _start(model_path: str, model: ModelOutline, settings: EngineSettings) -> tu
         raise RecipeError(
             f"rollout.engine: vllm needs the gpu extra (module {error.name} is missing): pip install -e '.[gpu]'"
         ) from error
-    counters: list[StepCounters] = []
-
-    def count(config: Any, engine_index: int = 0) -> StepCounters:
-        counters.append(StepCounters(config, engine_index))
-        return counters[-1]
-
     arguments = AsyncEngineArgs(**engine_arguments(model_path, model, settings))
-    engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[count])
-    return counters[0], engine
+    engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[StepCounters])
+    (counters,) = engine.logger_manager.stat_loggers
+    return counters, engine
 
 
 def multicast_settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -352,6 +353,8 @@ def engine_arguments(model_path: str, model: ModelOutline, settings: EngineSetti
         "seed": settings.seed,
         "max_model_len": settings.max_context,
         "max_num_seqs": settings.max_num_seqs,
+        "scheduler_cls": "rollout.vllm_recording.RecordingScheduler",
+        "async_scheduling": True,  # which that one is for
         "scheduling_policy": "priority",  # requests of equal priority in the order of their arrival
         "tensor_parallel_size": settings.tensor_parallel,
         "enable_expert_parallel": settings.expert_parallel and parallel and bool(model.moe_layers),

@@ -1,11 +1,7 @@
-"""Between our requests and completions and vLLM's sampling parameters and outputs; knows vLLM by its shapes only.
-
-Nothing here loops over tokens in Python: vLLM's lists of lists are flattened by iterators that run in C.
-"""
+"""Between our requests and completions and vLLM's sampling parameters and outputs; knows vLLM by its shapes only."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +13,7 @@ from rl.errors import DataError, RunStopped
 from rl.sample import Kept, NDArray
 from rl.selections import Selections
 from rollout.engine import Completion, Finish, Request, check_window, truncates
+from rollout.step_records import Record
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """vLLM raises lower temperatures to the former without a word, and refuses higher ones than the latter."""
@@ -54,6 +51,16 @@ class Recording:
     @property
     def route_dtype(self) -> type[np.unsignedinteger[Any]]:
         return np.uint8 if self.num_experts <= 256 else np.uint16
+
+    @property
+    def _expert_bytes(self) -> int:
+        return self.experts_per_token * np.dtype(self.route_dtype).itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """What the forward pass of a token records: experts of every layer, and keys as words of 32."""
+        words = 0 if self.index_topk is None else -(-self.max_context // 32)
+        return self.num_layers * (self._expert_bytes + 4 * words) if self.moe_layers else 0
 
 
 def check_request(request: Request, recording: Recording) -> None:
@@ -101,25 +108,25 @@ def sampling_arguments(request: Request, recording: Recording) -> dict[str, Any]
     }
 
 
-def to_completion(output: Any, request: Request, recording: Recording) -> Completion:
-    """A finished ``vllm.outputs.CompletionOutput``.
+def to_completion(output: Any, record: Record, request: Request, recording: Recording) -> Completion:
+    """Of a finished ``vllm.outputs.CompletionOutput``, and what was recorded of it.
 
-    Raises ValueError when its streams do not fit its tokens, RunStopped for log-probabilities that are no numbers.
+    Raises ValueError when the two are not of the same tokens, RunStopped for log-probabilities that are no numbers.
     """
     token_ids = np.array(output.token_ids, np.int32)
     num_tokens = len(token_ids)
+    if not np.array_equal(record.token_ids, token_ids):
+        raise ValueError(f"request {request.id}: what was recorded of it are not vLLM's {num_tokens} tokens")
     kept = None
     if recording.kept and truncates(request.sampling):
-        kept = _kept(output.sampling_mask.token_ids if num_tokens else [], request.id, num_tokens)
-    logprobs = _logprobs(output.logprobs, token_ids, request.id)
-    _check_finite(logprobs, token_ids, kept, request)
-    rows, selections = output.routed_experts, None
-    if recording.index_topk is not None:
-        rows, selections = _selections(rows, len(request.token_ids) + num_tokens, recording, recording.index_topk)
-    routes, routed = _routes(rows, request, recording, num_tokens)
+        kept = record.kept
+        if kept is None or len(kept) != num_tokens:
+            raise ValueError(f"request {request.id}: there are not as many kept sets as its {num_tokens} tokens")
+    _check_finite(record.logprobs, token_ids, kept, request)
+    routes, routed, selections = _rows(record, recording)
     return Completion(
         token_ids=token_ids,
-        logprobs=logprobs,
+        logprobs=record.logprobs,
         versions=_versions(output.weight_versions, num_tokens, request.id) if num_tokens else np.zeros(0, np.int32),
         kept=kept,
         routes=routes,
@@ -127,15 +134,6 @@ def to_completion(output: Any, request: Request, recording: Recording) -> Comple
         selections=selections,
         finish=_FINISH[output.finish_reason],
     )
-
-
-def _logprobs(flat: Any, token_ids: NDArray, name: str) -> NDArray:
-    """Of a ``FlatLogprobs``, whose only entry a position is the sampled token."""
-    if len(token_ids) == 0:
-        return np.zeros(0, np.float32)
-    if not np.array_equal(np.array(flat.token_ids, np.int32), token_ids):
-        raise ValueError(f"request {name}: vLLM's log-probabilities are not those of the sampled tokens")
-    return np.array(flat.logprobs, np.float32)
 
 
 def _check_finite(logprobs: NDArray, token_ids: NDArray, kept: Kept | None, request: Request) -> None:
@@ -153,15 +151,6 @@ def _check_finite(logprobs: NDArray, token_ids: NDArray, kept: Kept | None, requ
     )
 
 
-def _kept(rows: Sequence[Sequence[int]], name: str, num_tokens: int) -> Kept:
-    if len(rows) != num_tokens:
-        raise ValueError(f"request {name}: vLLM returned {len(rows)} kept sets for {num_tokens} tokens")
-    sizes = np.fromiter(map(len, rows), np.int64, count=num_tokens)
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, count=int(offsets[-1]))
-    return Kept(ids=ids, offsets=offsets)
-
-
 def _versions(spans: Sequence[Any] | None, num_tokens: int, name: str) -> NDArray:
     """int32 [C] of vLLM's spans (version, start, end), which follow each other without a gap."""
     spans = spans or []
@@ -171,29 +160,15 @@ def _versions(spans: Sequence[Any] | None, num_tokens: int, name: str) -> NDArra
     return np.repeat(np.array([int(span.version) for span in spans], np.int32), np.diff(edges))
 
 
-def _routes(
-    rows: NDArray | None, request: Request, recording: Recording, num_tokens: int
-) -> tuple[NDArray | None, NDArray | None]:
-    """routes [P + C, moe_layers, top_k] and routed [P + C]; what vLLM has no row for was not recorded."""
+def _rows(record: Record, recording: Recording) -> tuple[NDArray | None, NDArray | None, Selections | None]:
+    """routes [P + C, moe_layers, top_k], routed [P + C] and the keys that follow them (`rollout.vllm_dsa`)."""
     if not recording.moe_layers:
-        return None, None
-    length = len(request.token_ids) + num_tokens
-    shape = (length, len(recording.moe_layers), recording.experts_per_token)
-    routes = np.zeros(shape, recording.route_dtype)
-    num_rows = 0 if rows is None else min(len(rows), length)
-    if rows is not None:
-        routes[:num_rows] = rows[:num_rows, list(recording.moe_layers)]
-    return routes, np.arange(length) < num_rows
-
-
-def _selections(
-    rows: NDArray | None, length: int, recording: Recording, top_k: int
-) -> tuple[NDArray | None, Selections]:
-    """The experts of rows uint8 [R, layers, bytes], and what else they say (`rollout.vllm_dsa.RoutesAndKeys`)."""
-    num_rows, order = 0 if rows is None else min(len(rows), length), np.arange(length)
-    recorded = (order >= top_k) & (order < num_rows)
-    if rows is None:
-        return None, Selections.of(np.zeros((0, recording.num_layers, top_k), np.uint16), recorded)
-    width = recording.experts_per_token * np.dtype(recording.route_dtype).itemsize
-    experts = np.ascontiguousarray(rows[..., :width]).view(recording.route_dtype)
-    return experts, Selections.of_bits(rows[:num_rows, :, width:][recorded[:num_rows]], recorded, top_k)
+        return None, None, None
+    length, width = len(record.recorded), recording._expert_bytes
+    rows = record.rows.reshape(length, recording.num_layers, -1)
+    experts = np.ascontiguousarray(rows[:, list(recording.moe_layers), :width]).view(recording.route_dtype)
+    selections = None
+    if (top_k := recording.index_topk) is not None:
+        recorded = record.recorded & (np.arange(length) >= top_k)
+        selections = Selections.of_bits(rows[recorded][..., width:], recorded, top_k)
+    return experts, record.recorded, selections

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from rollout import vllm_recording
 from rollout.vllm_layout import Shapes, absorbed, held_parts, held_sums
 from rollout.vllm_sleep import SleepingMemory
 from rollout.vllm_transfer import KeelTransfer
 
 _GB = 1e9
+
+vllm_recording.install()
 
 
 class WeightReader:

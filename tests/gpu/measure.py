@@ -99,7 +99,7 @@ def vllm_settings(recipe: Recipe) -> Any:
 
 def bare_arguments(ours: Mapping[str, Any]) -> Figures:
     """vLLM's arguments without those that record, update weights or give memory away."""
-    added = ("weight_transfer_config", "worker_extension_cls", "logprobs_mode")
+    added = ("weight_transfer_config", "worker_extension_cls", "logprobs_mode", "scheduler_cls", "async_scheduling")
     off = {"enable_return_routed_experts": False, "return_sampling_mask": False, "enable_sleep_mode": False}
     off |= {"additional_config": {}}
     assert {*added, *off} <= ours.keys(), "the engine's arguments have other names now"

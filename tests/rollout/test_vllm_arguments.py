@@ -109,18 +109,18 @@ def test_multicast_is_off_in_vllm_where_it_is_off_in_nccl():
 def test_an_engine_that_holds_requests_and_stands_is_not_busy():
     """Asleep, or while it is sent weights: what it holds waits, and counts neither as work nor as its speed."""
     actor = VllmEngineActor()
-    actor._enter("one")
+    actor._enter("one", "0.one")
     time.sleep(0.02)
     actor._stand(True)
     worked = actor._busy_s
     assert worked >= 0.02 and actor._busy_since is None
-    actor._enter("two")
+    actor._enter("two", "1.two")
     actor._leave("one")
     assert actor._busy_since is None
     actor._stand(False)
     began = actor._busy_since
     assert began is not None and actor._busy_s == worked
-    actor._enter("three")
+    actor._enter("three", "2.three")
     actor._leave("two")
     assert actor._busy_since == began
     actor._leave("three")

@@ -11,9 +11,10 @@ import torch
 from kernels.reference import selection_bitmask
 from model import DeepseekV32
 from rl.errors import DataError, RunStopped
-from rl.sample import Prompt
+from rl.sample import Kept, Prompt
 from rollout.engine import Finish, Request
 from rollout.samples import to_sample
+from rollout.step_records import Record
 from rollout.vllm_requests import Recording, check_request, sampling_arguments, to_completion
 
 
@@ -32,23 +33,30 @@ def span(version: str, start: int, end: int) -> SimpleNamespace:
 
 
 def output_of(token_ids: list[int], **changes: Any) -> SimpleNamespace:
-    """What vLLM returns for a prompt of 5: a row of routes for every layer and every token but the last."""
-    count = len(token_ids)
-    rows = np.arange((5 + count - 1) * 3 * 2, dtype=np.uint8).reshape(-1, 3, 2) % 8
-    fields = {
-        "token_ids": token_ids,
-        "logprobs": SimpleNamespace(token_ids=list(token_ids), logprobs=[-0.5 - t for t in range(count)]),
-        "sampling_mask": SimpleNamespace(token_ids=[sorted({0, token, 200 + t}) for t, token in enumerate(token_ids)]),
-        "routed_experts": rows,
-        "weight_versions": [span("4", 0, count)],
-        "finish_reason": "length",
-    }
+    """What vLLM returns of a request."""
+    fields = {"token_ids": token_ids, "weight_versions": [span("4", 0, len(token_ids))], "finish_reason": "length"}
     return SimpleNamespace(**{**fields, **changes})
+
+
+def record_of(tokens: list[int], **changes: Any) -> Record:
+    """After a prompt of 5 a row for every token but the last: 2 experts of 3 layers."""
+    length = 5 + len(tokens)
+    rows = np.arange(length * 3 * 2, dtype=np.uint8).reshape(length, 6) % 8
+    sets = [sorted({0, token, 200 + t}) for t, token in enumerate(tokens)]
+    fields = {
+        "token_ids": np.array(tokens, np.int32),
+        "logprobs": np.array([-0.5 - t for t in range(len(tokens))], np.float32),
+        "kept": Kept(ids=np.array([i for ids in sets for i in ids], np.int32), offsets=np.cumsum([0, *map(len, sets)])),
+        "rows": rows,
+        "recorded": np.arange(length) < length - 1,
+    }
+    return Record(**{**fields, **changes})
 
 
 def test_every_stream_is_aligned_with_the_tokens(recording, request_of_5):
     output = output_of([9, 8, 7, 1], weight_versions=[span("4", 0, 3), span("6", 3, 4)], finish_reason="stop")
-    completion = to_completion(output, request_of_5, recording)
+    record = record_of([9, 8, 7, 1])
+    completion = to_completion(output, record, request_of_5, recording)
     assert completion.token_ids.tolist() == [9, 8, 7, 1] and completion.token_ids.dtype == np.int32
     assert completion.logprobs.tolist() == [-0.5, -1.5, -2.5, -3.5]
     assert completion.versions.tolist() == [4, 4, 4, 6]
@@ -60,18 +68,17 @@ def test_every_stream_is_aligned_with_the_tokens(recording, request_of_5):
     assert completion.routed is not None and completion.routes is not None
     assert completion.routed.tolist() == [True] * 8 + [False]
     # Layer 0 of the tiny model is dense: what vLLM has there is no expert's number.
-    np.testing.assert_array_equal(completion.routes[:8], output.routed_experts[:, 1:])
+    np.testing.assert_array_equal(completion.routes[:8], record.rows[:8].reshape(8, 3, 2)[:, 1:])
     assert completion.routes.dtype == np.uint8 and completion.routes.shape == (9, 2, 2)
     prompt = Prompt(id="p", domain="d", token_ids=request_of_5.token_ids)
     assert to_sample(prompt, 0, request_of_5, completion, "").num_sampled == 4
 
 
-def test_rows_that_vllm_does_not_have_are_not_recorded(recording, request_of_5):
-    output = output_of([9, 8, 7])
-    output.routed_experts = output.routed_experts[:3]
-    completion = to_completion(output, request_of_5, recording)
+def test_rows_that_are_missing_are_not_recorded(recording, request_of_5):
+    recorded = np.array([True] * 3 + [False] * 3 + [True, False])
+    completion = to_completion(output_of([9, 8, 7]), record_of([9, 8, 7], recorded=recorded), request_of_5, recording)
     assert completion.routed is not None
-    assert completion.routed.tolist() == [True] * 3 + [False] * 5
+    assert completion.routed.tolist() == recorded.tolist()
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 3), (300, 3), (8, 1)])
@@ -86,15 +93,20 @@ def test_what_attention_kept_stands_behind_the_experts(recording, request_of_5, 
             chosen = generator.choice(at + 1, min(top_k, at + 1), replace=False)
             keys[at, layer, : len(chosen)] = np.sort(chosen)
     words = selection_bitmask(torch.tensor(keys.reshape(24, top_k)), 96).numpy().reshape(8, 3, 3)
-    rows = np.concatenate([experts.view(np.uint8), words.view(np.uint8)], axis=2)
-    completion = to_completion(output_of([9, 8, 7, 1], routed_experts=rows), request_of_5, recording)
+    fed = np.concatenate([experts.view(np.uint8), words.view(np.uint8)], axis=2).reshape(8, -1)
+    assert fed.shape[1] == recording.row_bytes
+    rows = np.concatenate([fed, np.zeros_like(fed[:1])])
+    completion = to_completion(output_of([9, 8, 7, 1]), record_of([9, 8, 7, 1], rows=rows), request_of_5, recording)
     assert completion.routes is not None and completion.selections is not None
     np.testing.assert_array_equal(completion.routes[:8], experts[:, 1:])
     assert completion.selections.fault() is None
     assert completion.selections.recorded.tolist() == [False] * top_k + [True] * (8 - top_k) + [False]
     np.testing.assert_array_equal(completion.selections.keys, keys[top_k:])
     aborted = to_completion(
-        output_of([], routed_experts=None, weight_versions=None, finish_reason="abort"), request_of_5, recording
+        output_of([], weight_versions=None, finish_reason="abort"),
+        record_of([], rows=np.zeros((5, fed.shape[1]), np.uint8), recorded=np.zeros(5, bool)),
+        request_of_5,
+        recording,
     )
     assert aborted.selections is not None and len(aborted.selections) == 5 and not aborted.selections.recorded.any()
     continued = aborted.selections.extended(9).filled(completion.selections)
@@ -102,28 +114,31 @@ def test_what_attention_kept_stands_behind_the_experts(recording, request_of_5, 
 
 
 def test_an_abort_before_the_first_token(recording, request_of_5):
-    output = output_of(
-        [], logprobs=None, sampling_mask=None, routed_experts=None, weight_versions=None, finish_reason="abort"
-    )
-    completion = to_completion(output, request_of_5, recording)
+    output = output_of([], weight_versions=None, finish_reason="abort")
+    completion = to_completion(output, record_of([], recorded=np.zeros(5, bool)), request_of_5, recording)
     assert completion.finish == Finish.ABORT and len(completion.token_ids) == 0
     assert completion.routed is not None and not completion.routed.any() and len(completion.routed) == 5
     assert completion.kept is not None and len(completion.kept) == 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("output", "record", "sentence"),
     [
-        ({"sampling_mask": SimpleNamespace(token_ids=[[9]])}, "1 kept sets for 2 tokens"),
-        ({"weight_versions": [span("4", 0, 1)]}, "weight versions do not cover its 2 tokens"),
-        ({"weight_versions": [span("4", 1, 2)]}, "weight versions do not cover its 2 tokens"),
-        ({"weight_versions": None}, "weight versions do not cover its 2 tokens"),
-        ({"logprobs": SimpleNamespace(token_ids=[9, 7], logprobs=[0, 0])}, "not those of the sampled tokens"),
+        (
+            {},
+            {"kept": Kept(ids=np.array([9], np.int32), offsets=np.array([0, 1]))},
+            "as many kept sets as its 2 tokens",
+        ),
+        ({}, {"kept": None}, "as many kept sets as its 2 tokens"),
+        ({"weight_versions": [span("4", 0, 1)]}, {}, "weight versions do not cover its 2 tokens"),
+        ({"weight_versions": [span("4", 1, 2)]}, {}, "weight versions do not cover its 2 tokens"),
+        ({"weight_versions": None}, {}, "weight versions do not cover its 2 tokens"),
+        ({}, {"token_ids": np.array([9, 7], np.int32)}, "are not vLLM's 2 tokens"),
     ],
 )
-def test_streams_that_do_not_fit_are_refused(recording, request_of_5, changes, sentence: str):
+def test_streams_that_do_not_fit_are_refused(recording, request_of_5, output, record, sentence: str):
     with pytest.raises(ValueError, match=sentence):
-        to_completion(output_of([9, 8], **changes), request_of_5, recording)
+        to_completion(output_of([9, 8], **output), record_of([9, 8], **record), request_of_5, recording)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +149,9 @@ def test_streams_that_do_not_fit_are_refused(recording, request_of_5, changes, s
     ],
 )
 def test_log_probabilities_that_are_no_numbers_are_told_apart(recording, request_of_5, logprobs, sentence: str):
-    output = output_of([9, 8, 7], logprobs=SimpleNamespace(token_ids=[9, 8, 7], logprobs=logprobs))
+    record = record_of([9, 8, 7], logprobs=np.array(logprobs, np.float32))
     with pytest.raises(RunStopped, match=sentence):
-        to_completion(output, request_of_5, recording)
+        to_completion(output_of([9, 8, 7]), record, request_of_5, recording)
 
 
 @pytest.mark.parametrize(

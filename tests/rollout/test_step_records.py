@@ -1,0 +1,189 @@
+"""What steps recorded, given out by request, against what each token's forward pass said."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from rollout.prefix_rows import PrefixRows
+from rollout.step_records import Step, StepRecords
+
+BLOCK, WIDTH, VOCAB = 4, 6, 40
+
+
+def drawn(tokens: list[int], weights: int, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([purpose, weights, *tokens])
+
+
+def row_of(tokens: list[int], weights: int) -> np.ndarray:
+    return drawn(tokens, weights, 0).integers(0, 256, WIDTH).astype(np.uint8)
+
+
+@dataclass
+class Sequence:
+    """A request as the engine below has it, with what is to be read of it in the end."""
+
+    tokens: list[int]
+    wanted: int
+    num_prompt: int = 0
+    fed: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+    rows: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+class ToyEngine:
+    """Feeds prompts in chunks, gives a token a step, finds whole blocks of tokens in its cache, gets new weights."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = np.random.default_rng(seed)
+        self.weights, self.cache, self.running = 0, {}, {}
+        self.num_found = 0
+
+    def add(self, name: str, prompt: list[int], wanted: int) -> None:
+        self.running[name] = Sequence(list(prompt), wanted)
+
+    def update(self) -> None:
+        """Everything is fed again; what was recorded of sampled tokens stays."""
+        self.weights += 1
+        self.cache = {}
+        for sequence in self.running.values():
+            sequence.fed = 0
+            if not sequence.num_tokens:
+                sequence.rows = {}
+
+    def preempt(self, name: str) -> None:
+        self.running[name].fed = 0
+
+    def step(self) -> Step:
+        names = [name for name in self.running if self.random.random() < 0.8] or list(self.running)[:1]
+        starts, counts, sampled, rows = [], [], [], []
+        tokens, logprobs, kept = [], [], []
+        for name in names:
+            it = self.running[name]
+            if it.fed == 0:
+                it.fed = self._cached(it)
+            count = min(len(it.tokens) - it.fed, int(self.random.integers(1, 9)))
+            starts.append(it.fed)
+            counts.append(count)
+            for at in range(it.fed, it.fed + count):
+                rows.append(row_of(it.tokens[: at + 1], self.weights))
+                it.rows.setdefault(at, rows[-1])
+            it.fed += count
+            for end in range(BLOCK, it.fed + 1, BLOCK):
+                self.cache.setdefault(tuple(it.tokens[:end]), self.weights)
+            sampled.append(it.fed == len(it.tokens))
+            if sampled[-1]:
+                generator = drawn(it.tokens, self.weights, 1)
+                it.kept.append(np.sort(generator.choice(VOCAB, int(generator.integers(1, 5)), replace=False)).tolist())
+                it.logprobs.append(float(np.float32(-generator.random())))
+                it.tokens.append(int(generator.choice(it.kept[-1])))
+                tokens.append(it.tokens[-1])
+                logprobs.append(it.logprobs[-1])
+                kept.append(it.kept[-1])
+        return Step(
+            names="\n".join(names),
+            starts=np.array(starts),
+            counts=np.array(counts),
+            sampled=np.array(sampled, np.uint8),
+            token_ids=np.array(tokens, np.int32),
+            logprobs=np.array(logprobs, np.float32),
+            kept_sizes=np.array(list(map(len, kept)), np.int32),
+            kept_ids=np.array([i for ids in kept for i in ids], np.int32),
+            rows=np.array(rows),
+            block=BLOCK,
+            generation=self.weights,
+        )
+
+    def _cached(self, it: Sequence) -> int:
+        """At least one token is fed, or there would be nothing to sample from."""
+        found = 0
+        while found + BLOCK < len(it.tokens) and tuple(it.tokens[: found + BLOCK]) in self.cache:
+            found += BLOCK
+        for at in range(found):
+            it.rows.setdefault(at, row_of(it.tokens[: at + 1], self.weights))
+        self.num_found += found
+        return found
+
+
+def check(records: StepRecords, name: str, it: Sequence, num_tokens: int) -> None:
+    record = asyncio.run(records.take(name, num_tokens, width=WIDTH, timeout_s=1))
+    length = it.num_prompt + num_tokens
+    assert record.token_ids.tolist() == it.tokens[it.num_prompt : length]
+    assert record.logprobs.tolist() == it.logprobs[:num_tokens]
+    kept = record.kept
+    if not num_tokens:  # its prompt may stand there as weights fed it that are gone
+        return
+    assert kept is not None
+    ends = zip(kept.offsets[:-1], kept.offsets[1:], strict=True)
+    assert [kept.ids[a:b].tolist() for a, b in ends] == it.kept[:num_tokens]
+    expected = {at: row for at, row in it.rows.items() if at < length - 1}
+    assert np.flatnonzero(record.recorded).tolist() == sorted(expected)
+    for at, row in expected.items():
+        np.testing.assert_array_equal(record.rows[at], row)
+    assert not record.rows[~record.recorded].any()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_request_gets_back_what_its_tokens_recorded(seed: int):
+    """With shared prompts out of the cache, later turns of a conversation, preemptions, aborts and new weights."""
+    engine, records, random = ToyEngine(seed), StepRecords(1 << 20), np.random.default_rng(seed + 100)
+    prompts = [random.integers(0, VOCAB, int(random.integers(2, 30))).tolist() for _ in range(3)]
+    prompts.append(prompts[0] + random.integers(0, VOCAB, 9).tolist())
+    for number in range(40):
+        name = str(number)
+        engine.add(name, prompts[int(random.integers(len(prompts)))], int(random.integers(1, 12)))
+        records.open(name, np.array(engine.running[name].tokens))
+        for _ in range(int(random.integers(1, 5))):
+            if engine.running:
+                records.add(Step.of_plain(engine.step().to_plain()))
+            for done, it in [(n, it) for n, it in engine.running.items() if it.num_tokens >= it.wanted]:
+                check(records, done, it, it.num_tokens)
+                prompts.append(it.tokens)
+                del engine.running[done]
+            if not engine.running:
+                continue
+            some = list(engine.running)[int(random.integers(len(engine.running)))]
+            if random.random() < 0.05:
+                engine.update()
+            if random.random() < 0.1:
+                engine.preempt(some)
+            if random.random() < 0.05:  # its last tokens come too late
+                it = engine.running.pop(some)
+                check(records, some, it, max(0, it.num_tokens - 1))
+    assert engine.num_found > 40
+
+
+def test_prefixes_that_were_not_used_for_long_are_forgotten():
+    prefixes = PrefixRows(room=2 * BLOCK)
+    sequences = [np.arange(BLOCK) + 10 * n for n in range(3)]
+    rows = [np.full((BLOCK, WIDTH), n, np.uint8) for n in range(3)]
+    for number in (0, 1):
+        prefixes.add(sequences[number], BLOCK, [(0, rows[number])])
+    assert prefixes.find(sequences[0], BLOCK, [])
+    prefixes.add(sequences[2], BLOCK, [(0, rows[2])])
+    ((start, found),) = prefixes.find(sequences[0], BLOCK, [])
+    assert start == 0 and np.array_equal(found, rows[0])
+    assert prefixes.find(sequences[1], BLOCK, []) == []
+    assert [start for start, _ in prefixes.find(sequences[2], BLOCK, [])] == [0]
+
+
+def test_what_never_comes_is_not_waited_for():
+    records = StepRecords(100)
+    records.open("a", np.arange(3))
+    with pytest.raises(TimeoutError):
+        asyncio.run(records.take("a", 1, width=0, timeout_s=0.05))
+    records.close("a")
+    records.open("b", np.arange(3))
+    record = asyncio.run(records.take("b", 0, width=0))
+    assert len(record.token_ids) == 0 and not record.recorded.any() and len(record.recorded) == 3
