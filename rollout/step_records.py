@@ -117,7 +117,7 @@ class Run:
         """uint8 [steps * count, W] of the tokens from :meth:`start` on."""
         at = self.place[name]
         first, count = self._first_row[at], self.steps[0].counts[at]
-        return self._rows[:, first : first + count].reshape(-1, self._rows.shape[2])
+        return self._rows[:, first : first + count].reshape(len(self.steps) * count, self._rows.shape[2])
 
     def tokens(self, name: str) -> tuple[NDArray, NDArray]:
         """Ids and log-probabilities of the tokens that the request got."""

@@ -187,3 +187,27 @@ def test_what_never_comes_is_not_waited_for():
     records.open("b", np.arange(3))
     record = asyncio.run(records.take("b", 0, width=0))
     assert len(record.token_ids) == 0 and not record.recorded.any() and len(record.recorded) == 3
+
+
+def test_a_model_without_experts_records_no_rows():
+    """And an engine without kept sets none of those."""
+    records = StepRecords(100)
+    for name in ("a", "b"):
+        records.open(name, np.arange(5))
+    for token in range(3):
+        step = Step(
+            names="a\nb",
+            starts=np.zeros(2),
+            counts=np.zeros(2),
+            sampled=np.array([token > 0, True]),
+            token_ids=np.array([10 + token, 20 + token][token == 0 :]),
+            logprobs=np.array([-1.0, -2.0][token == 0 :]),
+            kept_sizes=None,
+            kept_ids=np.zeros(0),
+            rows=np.zeros((0, 0), np.uint8),
+        )
+        records.add(Step.of_plain(step.to_plain()))
+    first = records.read("a", 2, width=0)
+    assert first.token_ids.tolist() == [11, 12] and first.logprobs.tolist() == [-1, -1]
+    assert first.kept is None and first.rows.shape == (7, 0) and not first.recorded.any()
+    assert records.read("b", 3, width=0).token_ids.tolist() == [20, 21, 22]
