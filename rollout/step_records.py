@@ -206,10 +206,15 @@ class StepRecords:
 
         Raises TimeoutError when its tokens are not recorded within ``timeout_s``.
         """
-        async with asyncio.timeout(timeout_s):
-            while sum(run.num_tokens(name) for run in self._open[name].runs) < num_tokens:
-                self._news.clear()
-                await self._news.wait()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while sum(run.num_tokens(name) for run in self._open[name].runs) < num_tokens:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            raise TimeoutError(
+                f"request {name}: its tokens came, but not what they recorded ({timeout_s:g} s)"
+            ) from None
         return self.read(name, num_tokens, width=width)
 
     def read(self, name: str, num_tokens: int, *, width: int) -> Record:

@@ -181,7 +181,7 @@ def test_prefixes_that_were_not_used_for_long_are_forgotten():
 def test_what_never_comes_is_not_waited_for():
     records = StepRecords(100)
     records.open("a", np.arange(3))
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="request a: its tokens came, but not what"):
         asyncio.run(records.take("a", 1, width=0, timeout_s=0.05))
     records.close("a")
     records.open("b", np.arange(3))
