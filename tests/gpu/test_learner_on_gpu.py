@@ -24,7 +24,7 @@ from kernels import reference
 from model import DeepseekV32, ModelConfig, save_model
 from model.costs import model_costs
 from rl.choices import Offload
-from rl.config import Domain, Learner, Model, Recipe
+from rl.config import Domain, Learner, Model, Objective, Recipe
 from rl.durable import FileRecord
 from rl.hardware import peak_flops
 from rl.sample import Prompt, Sample
@@ -64,18 +64,45 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def recipe_of(*, ranks: int = 1, **learner: Any) -> Recipe:
+def recipe_of(*, ranks: int = 1, objective: Objective | None = None, **learner: Any) -> Recipe:
     settings: dict[str, Any] = {"lr": 1e-4, "micro_tokens": 16384, "zero_stage": 2, "ranks": ranks} | learner
     return Recipe(
         name="test",
         model=Model(path="unused", dtype="bfloat16"),
         domains={"a": Domain(prompts="unused")},
+        objective=objective or Objective(),
         learner=Learner(**settings),
     )
 
 
-def minibatch(ranks: int = 1, *, lengths: tuple[int, ...] = (1500, 1200, 900, 1024, 700, 600)) -> Minibatch:
-    """Random tokens with advantages of both signs, all but the first 32 of a sequence trained."""
+def smooth_recipe(**learner: Any) -> Recipe:
+    """With `smooth_minibatch`: three steps in which roundings are not amplified.
+
+    Adam's first updates are lr times a sign: a rounding of a gradient near zero turns whole updates, and the ratio's
+    clip then drops tokens. Here the gradient's elements (norm 0.79 at advantages of 1, 196M of them: 6e-5) are of the
+    size of Adam's eps, so that updates are nearly proportional to them, nothing is clipped or masked, and weight decay
+    is so large that it would be missed. RESULTS.md says what noise and faults do to the norms.
+
+    Equal bits are not asked for: torch's flash attention sums the gradient of the queries by atomics
+    (`kernels/varlen.py`); by the code, our own kernels sum in a fixed order.
+    """
+    objective = Objective(clip_low=1.0, off_policy_delta=None)
+    settings: dict[str, Any] = {"lr": 6e-5, "weight_decay": 30.0} | learner
+    return recipe_of(objective=objective, **settings)
+
+
+def smooth_minibatch(ranks: int = 1) -> Minibatch:
+    """All advantages are negative: then a ``clip_low`` of 1 never clips, and ratios fall instead of running away."""
+    return minibatch(ranks, advantages=(-4e-4, -4e-4))
+
+
+def minibatch(
+    ranks: int = 1,
+    *,
+    lengths: tuple[int, ...] = (1500, 1200, 900, 1024, 700, 600),
+    advantages: tuple[float, float] = (-1.0, 1.0),
+) -> Minibatch:
+    """Random tokens with advantages by turns, all but the first 32 of a sequence trained."""
     rng = np.random.default_rng(0)
     samples = []
     for number, length in enumerate(lengths):
@@ -87,7 +114,7 @@ def minibatch(ranks: int = 1, *, lengths: tuple[int, ...] = (1500, 1200, 900, 10
             rollout_logprobs=np.where(sampled, -np.log(CONFIG.vocab_size), 0).astype(np.float32),
             versions=np.where(sampled, 0, -1).astype(np.int32),
         )
-        samples.append(WeightedSample(sample=sample, advantage=1.0 if number % 2 else -1.0))
+        samples.append(WeightedSample(sample=sample, advantage=advantages[number % 2]))
     return pack_step(samples, ranks=ranks, micro_tokens=4096)
 
 
@@ -125,20 +152,16 @@ def report(**figures: Any) -> None:
 
 
 def test_zero_stages_agree(alone: Any, model_dir: Path):
-    """In a first step, in a second, which follows an update of each stage's own, and in a third.
-
-    The third's bound has been missed: its norm has differed by 3 % between two runs of one stage (RESULTS.md).
-    """
+    """In a first step, in a second, which follows an update of each stage's own, and in a third."""
     norms = {}
     for stage in (1, 2, 3):
-        rank = alone(recipe_of(zero_stage=stage), model_dir)
-        norms[stage] = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
+        rank = alone(smooth_recipe(zero_stage=stage), model_dir)
+        norms[stage] = [rank.step([smooth_minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
         finish(rank)
     report(grad_norms=norms)
     for stage in (2, 3):
         assert norms[stage][0] == pytest.approx(norms[1][0], rel=2e-3)
-        assert norms[stage][1] == pytest.approx(norms[1][1], rel=0.01)
-        assert norms[stage] == pytest.approx(norms[1], rel=0.02)
+        assert norms[stage] == pytest.approx(norms[1], rel=0.01)
 
 
 def test_recomputed_layers_give_the_same_norm_from_less_memory(alone: Any, model_dir: Path):
@@ -315,12 +338,12 @@ def answer(results: Any, processes: list[Any]) -> Any:
 
 
 def train_one(rank: int, port: int, model_dir: Path, settings: dict[str, Any], results: Any) -> None:
-    learner = LearnerRank(recipe_of(ranks=2, **settings), rank=rank, world_size=2)
+    learner = LearnerRank(smooth_recipe(ranks=2, **settings), rank=rank, world_size=2)
     if rank == 0:
         results.put(learner.open_store(LOOPBACK))
     learner.join(LOOPBACK, port or 0, 120.0)
     learner.begin(Phase.REINFORCEMENT, model_dir)
-    norms = [learner.step([minibatch(2).share(rank)])[0].outcome.grad_norm for _ in range(3)]
+    norms = [learner.step([smooth_minibatch(2).share(rank)])[0].outcome.grad_norm for _ in range(3)]
     results.put((rank, norms, weight_checksums(learner.policy.model, 1 << 30)))
 
 
@@ -347,9 +370,8 @@ def test_two_ranks_over_nccl_step_like_one(alone: Any, model_dir: Path, settings
         for process in processes:
             process.kill()
     assert ranks[0][1:] == ranks[1][1:]
-    rank = alone(recipe_of(), model_dir)
-    norms = [rank.step([minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
+    rank = alone(smooth_recipe(), model_dir)
+    norms = [rank.step([smooth_minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
     finish(rank)
     report(settings=settings, two_ranks=ranks[0][1], one_rank=norms)
-    assert ranks[0][1][:2] == pytest.approx(norms[:2], rel=0.01)
-    assert ranks[0][1] == pytest.approx(norms, rel=0.02)
+    assert ranks[0][1] == pytest.approx(norms, rel=0.01)
