@@ -7,6 +7,8 @@ added modulo 2**64, hence in any order, and the sums of a tensor's parts add up 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Odd multipliers of splitmix64, as signed 64-bit integers.
@@ -18,15 +20,39 @@ MIX_2 = -7723592293110705685
 _BLOCK = 1 << 22
 
 
+Words = tuple[torch.Tensor, int, int]
+"""``words`` [A, B], ``first`` and ``stride`` of :func:`word_hash_sum`; on a GPU the words of a row lie side by side."""
+
+
+class HashTable:
+    """:func:`word_hash_sum` of many tensors, again and again: it keeps the views, not what they read."""
+
+    def __init__(self, parts: Sequence[Words]) -> None:
+        self.parts = list(parts)
+        """All of one device."""
+        self._on_gpu = None
+        if self.parts and self.parts[0][0].is_cuda:
+            from kernels.checksum_triton import DeviceTable
+
+            self._on_gpu = DeviceTable(self.parts)
+
+    def sums(self) -> torch.Tensor:
+        """int64 [parts] of what the tensors hold now. On a GPU it is one kernel for all of them."""
+        if self._on_gpu is not None:
+            return self._on_gpu.sums()
+        if not self.parts:
+            return torch.zeros(0, dtype=torch.int64)
+        return torch.stack([word_hash_sum(*part) for part in self.parts])
+
+
 def word_hash_sum(words: torch.Tensor, first: int, stride: int) -> torch.Tensor:
     """int64 scalar: the sum of the hashes of ``words`` [A, B] (uint8 or int16, int32, int64; unsigned bits).
 
     ``words[a, b]`` has the place ``first + a * stride + b``. On a GPU it is one kernel, which reads every word once.
     """
     if words.is_cuda:
-        from kernels.checksum_triton import word_hash_sum as on_gpu
-
-        return on_gpu(words, first, stride)
+        side_by_side = words if words.shape[1] < 2 or words.stride(1) == 1 else words.contiguous()
+        return HashTable([(side_by_side, first, stride)]).sums()[0]
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     rows, columns = words.shape
     width = min(max(columns, 1), _BLOCK)

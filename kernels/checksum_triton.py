@@ -1,56 +1,112 @@
-"""`kernels.checksum.word_hash_sum` for NVIDIA GPUs."""
+"""`kernels.checksum.HashTable` for NVIDIA GPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-_MAX_BLOCK = 2048
+_BLOCK = 1024
+_TILE = 16 * _BLOCK
+"""Words of one program, of one tensor."""
+_LONGEST = 1 << 30
+"""Words of a row; with those of a tile, they fit into 32 bits."""
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
 _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 
+_FIELDS = tl.constexpr(9)
+"""Of a row of the table: address, bytes of a word, rows, columns, words from a row in memory to the next, place of the
+first word, places from a row to the next, first tile, and which sum the hashes go into."""
+
 
 @triton.jit
-def _word_hash_kernel(
-    words, total, columns, num_blocks, row_stride, first, stride, MASK: tl.constexpr, BLOCK: tl.constexpr
-):
+def _load_words(address, offsets, inside, width):
+    """int64 [BLOCK] of unsigned words."""
+    if width == 8:
+        words = tl.load(address.to(tl.pointer_type(tl.int64)) + offsets, mask=inside, other=0)
+    elif width == 4:
+        words = tl.load(address.to(tl.pointer_type(tl.int32)) + offsets, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+    elif width == 2:
+        words = tl.load(address.to(tl.pointer_type(tl.int16)) + offsets, mask=inside, other=0).to(tl.int64) & 0xFFFF
+    else:
+        words = tl.load(address.to(tl.pointer_type(tl.int8)) + offsets, mask=inside, other=0).to(tl.int64) & 0xFF
+    return words
+
+
+@triton.jit
+def _word_hashes_kernel(table, owners, sums, TILE: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
-    row = (program // num_blocks).to(tl.int64)
-    column = (program % num_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    word = tl.load(words + row * row_stride + column, mask=inside, other=0).to(tl.int64)  # [BLOCK]
-    word = word & MASK  # unsigned
-    place = first + row * stride + column
-    x = word.to(tl.uint64, bitcast=True) * _MIX_1 + place.to(tl.uint64, bitcast=True) * _GAMMA
-    x = (x ^ (x >> 30)) * _MIX_1
-    x = (x ^ (x >> 27)) * _MIX_2
-    x = x ^ (x >> 31)
-    hashes = tl.where(inside, x.to(tl.int64, bitcast=True), 0)
-    tl.atomic_add(total, tl.sum(hashes, axis=0))
+    entry = table + tl.load(owners + program).to(tl.int64) * _FIELDS
+    address, width = tl.load(entry), tl.load(entry + 1)
+    rows, columns = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
+    row_stride, first, stride = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+    start = (program - tl.load(entry + 7)) * TILE
+    row = start // columns  # of the tile's first word
+    column = (start % columns).to(tl.int32)
+    total = tl.zeros((BLOCK,), dtype=tl.int64)
+    for offset in range(0, TILE, BLOCK):
+        across = column + offset + tl.arange(0, BLOCK)  # [BLOCK], words from the beginning of the tile's first row
+        down = across // columns
+        across = (across - down * columns).to(tl.int64)
+        at = row + down.to(tl.int64)
+        inside = at < rows
+        word = _load_words(address, at * row_stride + across, inside, width)
+        place = first + at * stride + across
+        x = word.to(tl.uint64, bitcast=True) * _MIX_1 + place.to(tl.uint64, bitcast=True) * _GAMMA
+        x = (x ^ (x >> 30)) * _MIX_1
+        x = (x ^ (x >> 27)) * _MIX_2
+        x = x ^ (x >> 31)
+        total += tl.where(inside, x.to(tl.int64, bitcast=True), 0)
+    tl.atomic_add(sums + tl.load(entry + 8), tl.sum(total, axis=0))
 
 
-def word_hash_sum(words: torch.Tensor, first: int, stride: int) -> torch.Tensor:
-    """As `kernels.checksum.word_hash_sum`: an int64 sum, whose order does not matter; words are [rows, columns]."""
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
+class DeviceTable:
+    """Where the words of many tensors are, for one launch.
+
+    It waits in host memory and travels with every launch: what a GPU's memory holds may be lost between two.
+    """
+
+    def __init__(self, parts: Sequence[tuple[torch.Tensor, int, int]]) -> None:
+        """Raises ValueError where the words of a row do not lie side by side."""
+        self._device = parts[0][0].device
+        self._num_sums = len(parts)
+        rows, tiles = [], []
+        for number, part in enumerate(parts):
+            for row in _rows_of(*part):
+                rows.append((*row, rows[-1][7] + tiles[-1] if rows else 0, number))
+                tiles.append(-(-row[2] * row[3] // _TILE))
+        self._num_tiles = sum(tiles)
+        table = np.asarray(rows, dtype=np.int64).tobytes()
+        owners = np.repeat(np.arange(len(rows), dtype=np.int32), tiles).tobytes()
+        self._owners_at = -(-len(table) // 16) * 16
+        octets = bytearray(table.ljust(self._owners_at, b"\0") + owners) or bytearray(1)
+        self._bytes = torch.frombuffer(octets, dtype=torch.uint8)
+        if self._device.type == "cuda":
+            self._bytes = self._bytes.pin_memory()
+
+    def sums(self) -> torch.Tensor:
+        sums = torch.zeros(self._num_sums, dtype=torch.int64, device=self._device)
+        if self._num_tiles:
+            octets = self._bytes.to(self._device, non_blocking=True)
+            table, owners = octets[: self._owners_at].view(torch.int64), octets[self._owners_at :].view(torch.int32)
+            _word_hashes_kernel[(self._num_tiles,)](table, owners, sums, TILE=_TILE, BLOCK=_BLOCK)  # pyright: ignore[reportArgumentType]
+        return sums
+
+
+def _rows_of(words: torch.Tensor, first: int, stride: int) -> Iterator[tuple[int, ...]]:
+    """The first seven fields of a tensor's rows in the table: one where nothing is too long."""
     rows, columns = words.shape
     if words.numel() == 0:
-        return total
-    if words.stride(1) != 1 and columns > 1:
-        words = words.contiguous()
-    block = min(_MAX_BLOCK, triton.next_power_of_2(columns))
-    num_blocks = triton.cdiv(columns, block)
-    bits = 8 * words.element_size()
-    _word_hash_kernel[(rows * num_blocks,)](
-        words,
-        total,
-        columns,
-        num_blocks,
-        words.stride(0),
-        first,
-        stride,
-        MASK=(1 << bits) - 1 if bits < 64 else -1,  # pyright: ignore[reportArgumentType]
-        BLOCK=block,  # pyright: ignore[reportArgumentType]
-    )
-    return total
+        return
+    if columns > 1 and words.stride(1) != 1:
+        raise ValueError("the words of a row do not lie side by side in memory")
+    width, row_stride = words.element_size(), words.stride(0)
+    if rows == 1 or row_stride == columns == stride:
+        rows, columns = 1, rows * columns
+    for begin in range(0, columns, _LONGEST):
+        length = min(_LONGEST, columns - begin)
+        yield words.data_ptr() + begin * width, width, rows, length, row_stride, first + begin, stride

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from kernels.checksum import word_hash_sum
+from kernels.checksum import HashTable, Words
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -24,7 +25,7 @@ def checksums(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, in
     """
     sums = Checksums()
     for name, tensor in named_tensors:
-        sums.add(name, tensor)
+        sums.add({name: tensor})
     return sums.result()
 
 
@@ -35,12 +36,14 @@ class Checksums:
         self._descriptions: dict[str, int] = {}
         self._sums: list[torch.Tensor] = []
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        self._descriptions[name] = hash_description(tensor.shape, tensor.dtype)
-        self._sums.append(word_sum(tensor))
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Of one device; on a GPU at one launch."""
+        for name, tensor in tensors.items():
+            self._descriptions[name] = hash_description(tuple(tensor.shape), tensor.dtype)
+        self._sums.append(word_sums((tensor, None) for tensor in tensors.values()))
 
     def result(self) -> dict[str, int]:
-        totals = to_integers(self._sums)
+        totals = torch.cat(self._sums).tolist() if self._sums else []
         return {
             name: (description + total) % (1 << 64)
             for (name, description), total in zip(self._descriptions.items(), totals, strict=True)
@@ -67,11 +70,50 @@ class Piece:
 
 
 def word_sum(tensor: torch.Tensor, piece: Piece | None = None) -> torch.Tensor:
-    """int64 scalar on the tensor's device: the hashes of its words, at the places that they have in the whole tensor.
+    """:func:`word_sums` of one tensor, an int64 scalar."""
+    return word_sums([(tensor, piece)])[0]
+
+
+def word_sums(parts: Iterable[tuple[torch.Tensor, Piece | None]]) -> torch.Tensor:
+    """int64 [parts] on the tensors' device: of each the hashes of its words, at the places that they have in the whole.
 
     A word is as many bytes, 8 at most, as divide a row of the whole. Raises ValueError for a shard whose columns are
     cut inside one.
     """
+    return HashTable([_words(tensor, piece) for tensor, piece in parts]).sums()
+
+
+class LiveSums:
+    """:func:`word_sums` of tensors that others write, again and again."""
+
+    def __init__(self, parts: Iterable[tuple[torch.Tensor, Piece, torch.dtype]]) -> None:
+        """``parts``: each with its dtype in the whole; from a wider one that a tensor may have, it is converted."""
+        words, self._read_in_place, self._copied = [], [], []
+        for place, (tensor, piece, dtype) in enumerate(parts):
+            found = _words(tensor, piece) if tensor.dtype == dtype else None
+            if found is not None and found[0].data_ptr() == tensor.data_ptr():
+                self._read_in_place.append(place)
+                words.append(found)
+            else:
+                self._copied.append((place, tensor, piece, dtype))
+        self._table = HashTable(words)
+
+    def take(self, *beside: torch.Tensor) -> list[int]:
+        """Of what the tensors hold now, and the scalars ``beside`` after them, of the same device: one wait for all.
+
+        It is one launch, and a second one where something is converted.
+        """
+        converted = [(tensor.to(dtype), piece) for _, tensor, piece, dtype in self._copied]
+        found = [self._table.sums()] if self._read_in_place else []
+        found += [word_sums(converted)] if converted else []
+        found += [scalar.to(torch.int64).reshape(1) for scalar in beside]
+        values = torch.cat(found).tolist() if found else []
+        sums = dict(zip([*self._read_in_place, *(place for place, *_ in self._copied)], values, strict=False))
+        return [sums[place] for place in range(len(sums))] + values[len(sums) :]
+
+
+def _words(tensor: torch.Tensor, piece: Piece | None) -> Words:
+    """As :class:`kernels.checksum.HashTable` takes them; views, where layout and alignment allow it."""
     piece = piece or Piece.whole(tensor.shape)
     tensor = tensor.detach().reshape(piece.shard_shape)
     size = tensor.element_size()
@@ -79,25 +121,19 @@ def word_sum(tensor: torch.Tensor, piece: Piece | None = None) -> torch.Tensor:
     if piece.axis == len(piece.shape) - 1 and (piece.start * size % width or piece.length * size % width):
         raise ValueError(f"columns {piece.start} to {piece.start + piece.length} are not whole words of {width} bytes")
     if tensor.numel() == 0:
-        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+        return torch.zeros(0, 1, dtype=torch.int64, device=tensor.device), 0, 0
     words = _as_words(tensor, width)
     rows = math.prod(piece.shape[: piece.axis])
     inner = math.prod(piece.shape[piece.axis + 1 :])  # elements of the whole to one step along the axis
-    return word_hash_sum(
-        words.reshape(rows, piece.length * inner * size // width),
-        piece.start * inner * size // width,
-        piece.shape[piece.axis] * inner * size // width,
-    )
+    columns = piece.length * inner * size // width
+    first, stride = (steps * inner * size // width for steps in (piece.start, piece.shape[piece.axis]))
+    return words.reshape(rows, columns), first, stride
 
 
-def hash_description(shape: Sequence[int], dtype: torch.dtype) -> int:
+@functools.lru_cache(maxsize=1 << 16)
+def hash_description(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """What a tensor's shape and dtype contribute to its checksum."""
-    return int.from_bytes(f"{dtype}{tuple(shape)}".encode(), "little") % ((1 << 64) - 59)
-
-
-def to_integers(sums: Sequence[torch.Tensor]) -> list[int]:
-    """Scalars of one device as Python integers, fetched at once."""
-    return torch.stack(list(sums)).tolist() if sums else []
+    return int.from_bytes(f"{dtype}{shape}".encode(), "little") % ((1 << 64) - 59)
 
 
 def _as_words(tensor: torch.Tensor, width: int) -> torch.Tensor:

@@ -185,8 +185,7 @@ class LearnerRank:
             if self.rank == 0:
                 refs.append(ray.put({name: tensor.cpu() for name, tensor in bucket.items()}))
                 num_bytes += sum(tensor.nbytes for tensor in bucket.values())
-                for name, tensor in bucket.items():
-                    sums.add(name, tensor)
+                sums.add(bucket)
         return refs, Sent(num_bytes=num_bytes, checksums=sums.result())
 
     def open_transfer(self, host: str) -> int:

@@ -120,6 +120,5 @@ def _summed(buckets: Iterator[Bucket], sums: Checksums | None) -> Iterator[Bucke
     """The buckets as they are, with their checksums taken on the way."""
     for tensors in buckets:
         if sums is not None:
-            for name, tensor in tensors.items():
-                sums.add(name, tensor)
+            sums.add(tensors)
         yield tensors

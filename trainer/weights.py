@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from model import LanguageModel, checksums, write_checkpoint
+from model import LanguageModel, write_checkpoint
+from model.checksum import Checksums
 from model.expert_exchange import exchange_of
 from trainer.deepspeed_engine import full_shape, gathered
 
@@ -47,10 +48,10 @@ def _with_all_experts(tensor: Tensor) -> Tensor:
 
 def weight_checksums(model: LanguageModel, max_bytes: int) -> dict[str, int]:
     """``model.checksums`` of every tensor of :func:`whole_weights`."""
-    sums: dict[str, int] = {}
+    sums = Checksums()
     for bucket in whole_weights(model, max_bytes):
-        sums |= checksums(bucket.items())
-    return sums
+        sums.add(bucket)
+    return sums.result()
 
 
 def save_whole_model(model: LanguageModel, path: Path, *, writer: bool, max_bytes: int) -> None:

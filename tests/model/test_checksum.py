@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import checksums
-from model.checksum import Piece, hash_description, to_integers, word_sum
+from model.checksum import LiveSums, Piece, hash_description, word_sum, word_sums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn]
 MASK = (1 << 64) - 1
@@ -65,8 +65,8 @@ def test_shards_add_up_to_the_whole(cut: tuple[torch.Tensor, int, list[int]], co
     for start, end in itertools.pairwise(edges):
         shard = tensor.narrow(axis, start, end - start)
         piece = Piece(shape=tuple(tensor.shape), axis=axis, start=start, length=end - start)
-        sums.append(word_sum(shard.clone() if copied else shard, piece))
-    total = sum(to_integers(sums)) + hash_description(tensor.shape, tensor.dtype)
+        sums.append((shard.clone() if copied else shard, piece))
+    total = sum(word_sums(sums).tolist()) + hash_description(tuple(tensor.shape), tensor.dtype)
     assert total % (1 << 64) == checksum(tensor)
 
 
@@ -120,3 +120,21 @@ def test_large_tensors_are_hashed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> 
 def test_empty_and_scalar_tensors_have_checksums() -> None:
     assert checksum(torch.empty(0, 3)) != checksum(torch.empty(0, 4))
     assert checksum(torch.tensor(1.0)) != checksum(torch.tensor(2.0))
+
+
+def test_live_sums_are_of_what_tensors_hold_when_they_are_taken() -> None:
+    """In place, converted from a wider dtype, and where no view of whole words is to be had."""
+    wide, odd = torch.randn(4, 8).bfloat16().float(), torch.arange(7, dtype=torch.uint8)[1:].view(2, 3)
+    tensors = [torch.randn(6, 4), wide, torch.randn(8, 4).T, odd, torch.empty(0, 4), torch.randn(5, 16)[:, 4:12]]
+    dtypes = [tensor.dtype for tensor in tensors]
+    dtypes[1] = torch.bfloat16
+    pieces = [Piece.whole(tensor.shape) for tensor in tensors]
+    live = LiveSums(zip(tensors, pieces, dtypes, strict=True))
+    for _ in range(3):
+        converted = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        expected = [int(word_sum(*part)) for part in zip(converted, pieces, strict=True)]
+        assert live.take(torch.tensor(True), torch.tensor(7)) == [*expected, 1, 7]
+        assert live.take() == expected
+        for tensor in tensors:
+            tensor.add_(1)
+    assert LiveSums([]).take() == []
