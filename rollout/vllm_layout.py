@@ -7,15 +7,12 @@ what that loader did. A wrong guess about a place cannot pass: places count in t
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from model.checksum import Piece, hash_description, to_integers, word_sum
+from model.checksum import Piece, hash_description
 
 _STACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -33,62 +30,40 @@ _PADDED = ("embed_tokens", "lm_head")
 Shapes = Mapping[str, Sequence[int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What one worker holds of one tensor, and the sum of its hashes: :func:`model.checksum.word_sum`."""
-
-    name: str
-    piece: Piece
-    word_sum: int
-
-    def plain(self) -> list[Any]:
-        """For the way between processes."""
-        return [self.name, list(self.piece.shape), self.piece.axis, self.piece.start, self.piece.length, self.word_sum]
-
-    @classmethod
-    def of_plain(cls, fields: Sequence[Any]) -> Held:
-        name, shape, axis, start, length, word_sum = fields
-        return cls(name, Piece(shape=tuple(shape), axis=axis, start=start, length=length), word_sum)
-
-
 class LayoutError(ValueError):
     """An engine holds a tensor in no way that is known; names the tensor."""
 
 
-def held_sums(
-    live: Mapping[str, torch.Tensor], tensors: Mapping[str, tuple[Sequence[int], str]], *, rank: int, size: int
-) -> list[Held]:
-    """What worker ``rank`` of ``size`` holds in its ``live`` tensors of those of ours: {name: (shape, dtype)}.
+class Coverage:
+    """How what an engine's workers hold makes up whole tensors: settled once, for all updates that lie alike."""
 
-    A tensor that vLLM keeps in a wider dtype is taken in ours, which loses nothing of what came from there.
-    """
-    shapes = {name: shape for name, (shape, _) in tensors.items()}
-    names, pieces, sums = [], [], []
-    for name, piece, tensor in held_parts(live, shapes, rank=rank, size=size):
-        names.append(name)
-        pieces.append(piece)
-        sums.append(word_sum(tensor.to(getattr(torch, tensors[name][1])), piece))
-    return [Held(*held) for held in zip(names, pieces, to_integers(sums), strict=True)]
+    def __init__(
+        self, workers: Sequence[Sequence[tuple[str, Piece]]], tensors: Mapping[str, tuple[Sequence[int], str]]
+    ) -> None:
+        """``workers``: the parts that each holds, in the order of its sums; ``tensors``: {name: (shape, dtype)}."""
+        places: dict[str, dict[Piece, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+        for worker, parts in enumerate(workers):
+            for index, (name, piece) in enumerate(parts):
+                places[name][piece].append((worker, index))
+        self._whole = []
+        for name, (shape, dtype) in tensors.items():
+            copies = places.get(name, {})
+            if _covers(shape, copies):
+                description = hash_description(tuple(shape), getattr(torch, dtype))
+                self._whole.append((name, description, list(copies.values())))
 
+    def checksums(self, sums: Sequence[Sequence[int]], left_out: Collection[str] = ()) -> dict[str, int]:
+        """`model.checksums` of the tensors, from each worker's :func:`model.checksum.word_sums` of its parts.
 
-def whole_checksums(
-    workers: Iterable[Iterable[Held]], tensors: Mapping[str, tuple[Sequence[int], str]]
-) -> dict[str, int]:
-    """`model.checksums` of the tensors that an engine's workers hold together.
-
-    A tensor is left out, so that it does not pass for verified, where its parts leave gaps or overlap, and where
-    copies of a part on two workers differ.
-    """
-    parts: dict[str, dict[Piece, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for held in itertools.chain.from_iterable(workers):
-        parts[held.name][held.piece].add(held.word_sum)
-    sums = {}
-    for name, (shape, dtype) in tensors.items():
-        copies = parts.get(name, {})
-        if _covers(shape, copies) and all(len(sums_of_copies) == 1 for sums_of_copies in copies.values()):
-            words = sum(word_sum for sums_of_copies in copies.values() for word_sum in sums_of_copies)
-            sums[name] = (hash_description(shape, getattr(torch, dtype)) + words) % (1 << 64)
-    return sums
+        A tensor is left out, so that it does not pass for verified, where its parts leave gaps or overlap, where copies
+        of a part on two workers differ, and where it is to be.
+        """
+        found = {}
+        for name, description, pieces in self._whole:
+            copies = [{sums[worker][index] for worker, index in places} for places in pieces]
+            if all(len(values) == 1 for values in copies) and name not in left_out:
+                found[name] = (description + sum(values.pop() for values in copies)) % (1 << 64)
+        return found
 
 
 def held_parts(
@@ -230,11 +205,13 @@ def _covers(shape: Sequence[int], pieces: Iterable[Piece]) -> bool:
     return end == whole[pieces[0].axis]
 
 
-def absorbed(kv_b: torch.Tensor, w_uk_t: torch.Tensor, w_uv: torch.Tensor) -> bool:
-    """Whether the matrices that decoding uses in place of kv_b_proj are made of it.
+def absorbed_parts(
+    kv_b: torch.Tensor, w_uk_t: torch.Tensor, w_uv: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The matrices that decoding uses in place of kv_b_proj, each with the view of it that it is made of.
 
     kv_b [H * (nope + v), latent], w_uk_t [H, nope, latent], w_uv [H, latent, v].
     """
     heads, nope, latent = w_uk_t.shape
     rows = kv_b.view(heads, -1, latent)
-    return torch.equal(rows[:, :nope], w_uk_t) and torch.equal(rows[:, nope:].transpose(1, 2), w_uv)
+    return (w_uk_t, rows[:, :nope]), (w_uv, rows[:, nope:].transpose(1, 2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # pyright: ignore[reportMissingImports]
 
 from model import split_experts
+from rollout.direct_update import DirectUpdates, obstacle
+from rollout.vllm_layout import Shapes
 from rollout.weight_receiver import Tensors, WeightReceiver
 
 BACKEND = "keel"
@@ -49,7 +51,8 @@ class Offer(WeightTransferUpdateInfo):
 
 
 class KeelTransfer(WeightTransferEngine):
-    """Loads what :class:`WeightReceiver` receives, through vLLM's layerwise reloading."""
+    """Loads what :class:`WeightReceiver` receives: straight, or through vLLM's layerwise reloading; `DirectUpdates`
+    decides."""
 
     init_info_cls = JoinInfo
     update_info_cls = Offer
@@ -57,6 +60,14 @@ class KeelTransfer(WeightTransferEngine):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self.receiver = WeightReceiver(device)
+        self.shapes: Shapes = {}
+        """Of the tensors that an update may bring."""
+
+    @cached_property
+    def updates(self) -> DirectUpdates:
+        # Later than the model is there: layers get more on their way to the first token.
+        barred = obstacle(self.model, self.vllm_config)
+        return DirectUpdates(self.model, barred, rank=self.parallel_config.rank, size=self.parallel_config.world_size)
 
     def init_transfer_engine(self, init_info: JoinInfo) -> None:
         from vllm.utils.nccl import unpinned_nccl_env  # pyright: ignore[reportMissingImports]
@@ -77,25 +88,32 @@ class KeelTransfer(WeightTransferEngine):
         )
 
         self.receiver.begin()
-        initialize_layerwise_reload(self.model)
+        self._take = self.updates.write
+        if not self.updates.begin(self.shapes):
+            self._take = self._load
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Offer) -> None:
         if update_info.bucket is None:
             for tensors in self.receiver.receive():
-                self._load(tensors)
+                self._take(tensors)
         else:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
             handle = (update_info.handles or {}).get(uuid)
             if handle is None:
                 raise ValueError(f"no learner rank offers weights on this worker's GPU, {uuid}")
-            self._load(self.receiver.take(update_info.bucket, handle))
+            copied = bool(self.updates.through_loader)  # which keeps tensors until it has a layer's
+            self._take(self.receiver.take(update_info.bucket, handle, copied=copied))
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
             finalize_layerwise_reload,
         )
 
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self.updates.through_loader:
+            finalize_layerwise_reload(self.model, self.model_config)
+        else:
+            self.updates.finish()
 
     def shutdown(self) -> None:
         self.receiver.close()
@@ -105,6 +123,7 @@ class KeelTransfer(WeightTransferEngine):
             disable_mtp_completeness_check,
         )
 
+        self.updates.note(tensors)
         stacked = {} if self.parallel_config.enable_expert_parallel else _stacked_loaders(self.model)
         for name in filter(stacked.__contains__, tensors):
             stacked[name](tensors[name])

@@ -5,14 +5,15 @@ Importing this module needs vLLM; it also makes our transfer known to the worker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from rollout import vllm_recording
-from rollout.vllm_layout import Shapes, absorbed, held_parts, held_sums
+from rollout.held_weights import live_tensors
+from rollout.vllm_layout import Shapes, held_parts
 from rollout.vllm_sleep import SleepingMemory
 from rollout.vllm_transfer import KeelTransfer
 
@@ -28,31 +29,36 @@ class WeightReader:
     weight_transfer_engine: KeelTransfer
     parallel_config: Any
     rank: int
-    wake_up: Callable[[list[str]], None]  # this and the next are those of vLLM's worker
+    finish_weight_update: Callable[[], None]  # this and the next ones are those of vLLM's worker
+    wake_up: Callable[[list[str]], None]
     sleep_mode_backend: Any
 
-    @torch.inference_mode()
-    def held_weights(self) -> tuple[dict[str, tuple[tuple[int, ...], str]], list[list[Any]]]:
-        """The tensors that the last update brought, {name: (shape, dtype)}, and what this worker now runs of them, as
-        `Held.plain` puts it.
+    def expect_updates(self, shapes: Shapes) -> None:
+        """``shapes``: of what an update may bring."""
+        self.weight_transfer_engine.shapes = shapes
 
-        Of kv_b_proj nothing is held when the matrices that decoding uses in its place were not made of it.
-        """
-        tensors = self.weight_transfer_engine.receiver.tensors
-        held = held_sums(self._live_tensors(), tensors, rank=self.rank, size=self.parallel_config.world_size)
-        broken = {
-            f"{name}.kv_b_proj.weight"
-            for name, module in self.model_runner.get_model().named_modules()
-            if isinstance(getattr(module, "W_UK_T", None), torch.Tensor)
-            and not absorbed(module.kv_b_proj.weight, module.W_UK_T, module.W_UV)
-        }
-        return tensors, [part.plain() for part in held if part.name not in broken]
+    def finish_update(self, known: Collection[str]) -> Any:
+        """As vLLM's ``finish_weight_update``; returns what :meth:`held_weights` does."""
+        self.finish_weight_update()
+        return self.held_weights(known)
+
+    def held_weights(self, known: Collection[str]) -> tuple[Any, ...]:
+        """What this worker now runs of the last update's tensors: the fields of a `rollout.held_weights.Answer`."""
+        transfer = self.weight_transfer_engine
+        held, taken = transfer.updates.taken(transfer.receiver.tensors)
+        return held.answer(known, taken).plain()
+
+    def update_way(self) -> str:
+        """Why the last update went through vLLM's loader; empty when it was written straight into the parameters."""
+        return self.weight_transfer_engine.updates.through_loader
 
     def keep_beside_update(self, shapes: Shapes) -> int:
         """Before a sleep that keeps no weights: what lies in their memory and is not of an update of tensors of these
         ``shapes`` goes to host memory; its bytes."""
         torch.cuda.synchronize()
-        parts = held_parts(self._live_tensors(), shapes, rank=self.rank, size=self.parallel_config.world_size)
+        parts = held_parts(
+            live_tensors(self.model_runner.get_model()), shapes, rank=self.rank, size=self.parallel_config.world_size
+        )
         return self.sleeping_memory.keep(part for _, _, part in parts)
 
     def wake_with_clean_memory(self, tags: list[str]) -> None:
@@ -66,11 +72,6 @@ class WeightReader:
         from vllm.device_allocator import cumem  # pyright: ignore[reportMissingImports]
 
         return SleepingMemory(cumem.CuMemAllocator.get_instance().pointer_to_data, cumem.libcudart)
-
-    def _live_tensors(self) -> dict[str, torch.Tensor]:
-        model = self.model_runner.get_model()
-        # With duplicates: a module that two others hold has a name in each.
-        return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
     def peak_memory_gb(self) -> float:
         """The most memory that torch, vLLM's own pools included, has had reserved on this worker's GPU so far."""

@@ -44,13 +44,14 @@ class WeightReceiver:
         for tensors in self._group.receive():
             yield self._noted(tensors)
 
-    def take(self, description: str, handle: str) -> Tensors:
+    def take(self, description: str, handle: str, *, copied: bool = True) -> Tensors:
         """One bucket out of a buffer on this worker's own GPU, which another process offers with ``handle``.
 
-        Returns a copy: what is loaded may be kept beyond the update of its own bucket, and the buffer is used again.
+        Returns a copy for whoever keeps it beyond the update of its own bucket: the buffer is used again.
         """
         bucket = Bucket.from_json(description)
-        return self._noted(bucket.unpack(self._open(handle)[: bucket.num_bytes].clone()))
+        octets = self._open(handle)[: bucket.num_bytes]
+        return self._noted(bucket.unpack(octets.clone() if copied else octets))
 
     def close(self) -> None:
         self._opened = {}

@@ -10,7 +10,7 @@ import torch
 
 import model.transport
 from model import split_experts
-from rollout.vllm_layout import held_sums
+from rollout.held_weights import HeldWeights
 from rollout.weight_receiver import WeightReceiver
 from tests.rollout.vllm_shards import Shapes, as_vllm
 
@@ -48,7 +48,7 @@ class Worker:
                 time.sleep(600)
         return largest
 
-    def held(self, flip: str = "") -> tuple[Any, list[Any]]:
+    def held(self, known: list[str], flip: str = "") -> tuple[Any, ...]:
         shapes = Shapes(kv_heads=1)
         weights = self.tensors
         shapes.vocab, shapes.hidden = weights["lm_head.weight"].shape
@@ -57,7 +57,7 @@ class Worker:
         if flip:
             live[flip].view(-1)[0] += 1
         tensors = self.receiver.tensors
-        return tensors, [part.plain() for part in held_sums(live, tensors, rank=self.rank, size=self.size)]
+        return HeldWeights(live, tensors, rank=self.rank, size=self.size).answer(known).plain()
 
     def received(self) -> dict[str, torch.Tensor]:
         return {name: part for stack in self.tensors.items() for name, part in split_experts(*stack)}

@@ -23,8 +23,8 @@ from rl.errors import RunStopped
 from rl.initial_model import create_initial_model, initial_config
 from rl.sync import Broadcast, publish
 from rollout.engine import EngineDied
+from rollout.held_weights import Answer, Verifier
 from rollout.pool import EnginePool
-from rollout.vllm_layout import Held, whole_checksums
 from tests.rl.receiving_worker import Worker
 from tests.rl.tiny_runs import tiny_recipe
 from trainer.learner import Learner
@@ -40,6 +40,7 @@ class WorkersOnly:
         self.down: set[int] = set()
         self.trouble = self.join_trouble = self.flip = ""
         self.largest = 0
+        self.verifier = Verifier()
 
     @staticmethod
     def _new() -> list[Any]:
@@ -106,9 +107,9 @@ class WorkersOnly:
             assert number in engines
             engine = self.engines[number]
             flips = ["", self.flip if number == len(self.engines) - 1 else ""]
-            reports = await asyncio.gather(*(w.held.remote(f) for w, f in zip(engine, flips, strict=True)))
-            parts = [[Held.of_plain(fields) for fields in held] for _, held in reports]
-            sums[number] = whole_checksums(parts, reports[0][0])
+            known = self.verifier.known
+            answers = await asyncio.gather(*(w.held.remote(known, f) for w, f in zip(engine, flips, strict=True)))
+            sums[number] = self.verifier.checksums([Answer(*fields) for fields in answers])
         return sums
 
     async def peak_memory_gb(self) -> float:

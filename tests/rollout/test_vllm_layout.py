@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import checksums
-from rollout.vllm_layout import Held, LayoutError, absorbed, held_parts, held_sums, whole_checksums
+from rollout.held_weights import HeldWeights, Verifier
+from rollout.vllm_layout import Coverage, LayoutError, absorbed_parts, held_parts
 from tests.rollout.vllm_shards import Shapes, Weights, as_vllm
 
 
@@ -81,14 +82,17 @@ def deepseek_model(s: Shapes) -> Weights:
 MODELS = {"dense": dense_model, "moe": moe_model, "deepseek": deepseek_model}
 
 
-def described(weights: Weights) -> dict[str, tuple[list[int], str]]:
-    return {name: (list(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in weights.items()}
+def described(weights: Weights) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in weights.items()}
+
+
+def holders(workers: list[Weights], weights: Weights) -> list[HeldWeights]:
+    tensors, size = described(weights), len(workers)
+    return [HeldWeights(live, tensors, rank=rank, size=size) for rank, live in enumerate(workers)]
 
 
 def read_back(workers: list[Weights], weights: Weights) -> dict[str, int]:
-    tensors = described(weights)
-    size = len(workers)
-    return whole_checksums([held_sums(live, tensors, rank=r, size=size) for r, live in enumerate(workers)], tensors)
+    return Verifier().checksums([held.answer(()) for held in holders(workers, weights)])
 
 
 def engine_of(weights: Weights, s: Shapes, size: int, by_expert: bool = False) -> list[Weights]:
@@ -138,16 +142,38 @@ def test_parts_on_the_wrong_worker_do_not_pass():
 def test_a_part_that_is_missing_or_differs_between_copies_leaves_its_tensor_out():
     s = Shapes(kv_heads=1)
     weights = dense_model(s)
-    tensors = described(weights)
-    first, second = (held_sums(live, tensors, rank=r, size=2) for r, live in enumerate(engine_of(weights, s, 2)))
-    norm, keys, mlp_down = (
+    both = holders(engine_of(weights, s, 2), weights)
+    parts = [[(name, piece) for name, piece, _ in held.parts] for held in both]
+    sums = [held.take()[0] for held in both]
+    norm, keys, mlp_down, named = (
         "model.norm.weight",
         "model.layers.0.self_attn.k_proj.weight",
         "model.layers.0.mlp.down_proj.weight",
+        "lm_head.weight",
     )
-    changed = [Held(h.name, h.piece, h.word_sum + (h.name in (norm, keys))) for h in second if h.name != mlp_down]
-    sums = whole_checksums([first, changed], tensors)
-    assert checksums(weights.items()).keys() - sums.keys() == {norm, keys, mlp_down}
+    for index, (name, _) in enumerate(parts[1]):
+        sums[1][index] += name in (norm, keys)
+    gone = next(index for index, (name, _) in enumerate(parts[1]) if name == mlp_down)
+    del parts[1][gone], sums[1][gone]
+    found = Coverage(parts, described(weights)).checksums(sums, [named])
+    expected = checksums(weights.items())
+    assert expected.keys() - found.keys() == {norm, keys, mlp_down, named}
+    assert found.items() <= expected.items()
+
+
+def test_a_description_travels_once():
+    s = Shapes()
+    weights = moe_model(s)
+    both, verifier = holders(engine_of(weights, s, 2), weights), Verifier()
+    for turn in range(3):
+        answers = [held.answer(verifier.known) for held in both]
+        assert all((answer.description is None) == (turn > 0) for answer in answers)
+        assert verifier.checksums(answers) == checksums(weights.items())
+        both[0].parts[0][2].add_(1)  # an update
+        weights[both[0].parts[0][0]][: len(both[0].parts[0][2])].add_(1)
+    fewer = {name: weights[name] for name in list(weights)[:-1]}
+    answers = [held.answer(verifier.known) for held in holders(engine_of(weights, s, 2), fewer)]
+    assert verifier.checksums(answers) == checksums(fewer.items())
 
 
 @pytest.mark.parametrize(
@@ -187,10 +213,13 @@ def test_a_shape_that_no_cut_explains_is_refused():
 def test_absorbed_matrices_are_those_of_the_projection():
     heads, nope, value, latent = 3, 4, 5, 6
     kv_b = torch.randn(heads * (nope + value), latent)
-    rows = kv_b.view(heads, nope + value, latent)
-    w_uk_t, w_uv = rows[:, :nope].clone(), rows[:, nope:].transpose(1, 2).clone()
+    w_uk_t, w_uv = torch.empty(heads, nope, latent), torch.empty(heads, latent, value)
+    for made, of in absorbed_parts(kv_b, w_uk_t, w_uv):
+        made.copy_(of)
     # They are what decoding multiplies with: q -> latent space, latent space -> values.
-    torch.testing.assert_close(torch.einsum("hl,hlv->hv", kv_b.new_ones(heads, latent), w_uv), rows[:, nope:].sum(-1))
-    assert absorbed(kv_b, w_uk_t, w_uv)
-    assert not absorbed(kv_b, w_uk_t + 1e-3, w_uv)
-    assert not absorbed(kv_b, w_uk_t, w_uv.flip(0))
+    queries, latents = torch.randn(heads, nope), torch.randn(heads, latent)
+    keys, values = kv_b.view(heads, nope + value, latent).split([nope, value], dim=1)
+    torch.testing.assert_close(
+        torch.einsum("hn,hnl,hl->h", queries, w_uk_t, latents), torch.einsum("hn,hnl,hl->h", queries, keys, latents)
+    )
+    torch.testing.assert_close(torch.einsum("hl,hlv->hv", latents, w_uv), torch.einsum("hvl,hl->hv", values, latents))

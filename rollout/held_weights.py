@@ -1,0 +1,205 @@
+"""What one engine worker holds of an update: where it lies, what it adds up to, and how an update is written into it.
+
+Knows nothing of vLLM but its names; `rollout.vllm_transfer` has one for a worker's model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.checksum import LiveSums, Piece
+from rollout.vllm_layout import Coverage, absorbed_parts, held_parts
+
+Described = Mapping[str, tuple[tuple[int, ...], str]]
+"""{name: (shape, dtype by torch's name)} of the tensors of an update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a worker holds after an update, as plain data."""
+
+    key: str  # of the description
+    sums: bytes  # int64 of `model.checksum.word_sums`, one a part
+    unabsorbed: list[str]  # of kv_b_proj, whose matrices for decoding are not made of it
+    description: tuple[Any, Any] | None  # (tensors, parts), where it is not known already
+
+    def plain(self) -> tuple[Any, ...]:
+        return self.key, self.sums, self.unabsorbed, self.description
+
+
+class Verifier:
+    """`model.checksums` of what an engine holds, out of its workers' answers."""
+
+    def __init__(self) -> None:
+        self._coverage: dict[tuple[str, ...], Coverage] = {}  # the last one
+        self._descriptions: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def known(self) -> list[str]:
+        """The keys of the descriptions that answers may leave out."""
+        return list(self._descriptions)
+
+    def checksums(self, answers: Sequence[Answer]) -> dict[str, int]:
+        """Without tensors that the workers do not hold completely and consistently."""
+        keys = tuple(answer.key for answer in answers)
+        if keys not in self._coverage:
+            self._descriptions |= {answer.key: answer.description for answer in answers if answer.description}
+            self._descriptions = {key: self._descriptions[key] for key in keys}
+            self._coverage = {keys: self._cover(keys)}
+        sums = [np.frombuffer(answer.sums, dtype=np.int64).tolist() for answer in answers]
+        left_out = {name for answer in answers for name in answer.unabsorbed}
+        return self._coverage[keys].checksums(sums, left_out)
+
+    def _cover(self, keys: Sequence[str]) -> Coverage:
+        described = [self._descriptions[key] for key in keys]
+        workers = [
+            [
+                (name, Piece(shape=tuple(shape), axis=axis, start=start, length=length))
+                for name, shape, axis, start, length in parts
+            ]
+            for _, parts in described
+        ]
+        return Coverage(workers, described[0][0])
+
+
+class Census:
+    """The modules and tensors of a model, and where they lie, at one time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen = [(module, list(module._modules.values()), _tensors(module)) for module in model.modules()]
+        self._places = [_places(tensors) for _, _, tensors in self._seen]
+
+    def holds(self) -> bool:
+        """Whether every module still has the same modules, and the same tensors of the same shape at the same address.
+
+        For every read and write of kept views: those of tensors that were replaced would read what nobody uses.
+        """
+        return all(
+            list(module._modules.values()) == modules and _places(_tensors(module)) == places
+            for (module, modules, _), places in zip(self._seen, self._places, strict=True)
+        )
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [t for t in itertools.chain(module._parameters.values(), module._buffers.values()) if t is not None]
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    # By identity too, which is that of a name: the tensors that are compared with are held.
+    return [(id(tensor), tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """With duplicates: a module that two others hold has a name in each."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+class HeldWeights:
+    """Of worker ``rank`` of ``size``. It keeps views of live tensors: :meth:`is_live` comes before any use of them."""
+
+    def __init__(self, live: Mapping[str, torch.Tensor], tensors: Described, *, rank: int, size: int) -> None:
+        """Raises `rollout.vllm_layout.LayoutError` as `held_parts` does."""
+        self.tensors = dict(tensors)
+        shapes = {name: shape for name, (shape, _) in tensors.items()}
+        self.parts = list(held_parts(live, shapes, rank=rank, size=size))
+        dtypes = (getattr(torch, tensors[name][1]) for name, _, _ in self.parts)
+        self._sums = LiveSums((view, piece, dtype) for (_, piece, view), dtype in zip(self.parts, dtypes, strict=True))
+        self._absorbed: list[tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]] = []
+        self._census: Census | None = None
+        self._matrices: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+        self.knows_absorbed = True
+        """Whether of everything that decoding uses in place of kv_b_proj it is known what it is made of."""
+
+    @classmethod
+    def of_model(cls, model: nn.Module, tensors: Described, *, rank: int, size: int) -> HeldWeights:
+        held = cls(live_tensors(model), tensors, rank=rank, size=size)
+        held._census = Census(model)
+        names = {view.data_ptr(): name for name, _, view in held.parts}
+        for module in model.modules():
+            if isinstance(getattr(module, "W_UK_T", None), torch.Tensor):
+                held._note_absorbed(names.get(module.kv_b_proj.weight.data_ptr()), module)
+        return held
+
+    def _note_absorbed(self, name: str | None, module: Any) -> None:
+        if name is None:
+            self.knows_absorbed = False
+            return
+        self._matrices.append((module, module.W_UK_T, module.W_UV))
+        pairs = absorbed_parts(module.kv_b_proj.weight, module.W_UK_T, module.W_UV)
+        # What is a view of kv_b_proj cannot differ from it.
+        self._absorbed.append((name, [(made, of) for made, of in pairs if _place(made) != _place(of)]))
+
+    def is_of(self, tensors: Described) -> bool:
+        """Whether it is what the model holds of these tensors."""
+        return self.tensors == tensors and self.is_live()
+
+    def is_live(self) -> bool:
+        """Whether all modules and tensors of the model are those that are kept."""
+        kept = all(module.W_UK_T is w_uk_t and module.W_UV is w_uv for module, w_uk_t, w_uv in self._matrices)
+        return kept and self._census is not None and self._census.holds()
+
+    @cached_property
+    def _description(self) -> tuple[Any, Any]:
+        parts = [[name, list(p.shape), p.axis, p.start, p.length] for name, p, _ in self.parts]
+        return self.tensors, parts
+
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(repr(self._description).encode()).hexdigest()
+
+    def take(self) -> tuple[list[int], list[str]]:
+        """The parts' sums, of what they hold now, and the names of kv_b_proj that decoding does not use."""
+        apart = [(name, pairs) for name, pairs in self._absorbed if pairs]
+        differ = [torch.stack([(made != of).any() for made, of in pairs]).any() for _, pairs in apart]
+        values = self._sums.take(*differ)
+        flags = values[len(self.parts) :]
+        return values[: len(self.parts)], [name for (name, _), flag in zip(apart, flags, strict=True) if flag]
+
+    def answer(self, known: Collection[str], taken: tuple[list[int], list[str]] | None = None) -> Answer:
+        """``known``: keys of descriptions that need not be told again."""
+        sums, unabsorbed = taken or self.take()
+        description = None if self.key in known else self._description
+        return Answer(self.key, np.array(sums, dtype=np.int64).tobytes(), unabsorbed, description)
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies the worker's parts of whole tensors to where it holds them.
+
+        Raises ValueError for a tensor that is none of these, or has another shape or dtype.
+        """
+        alike, others = defaultdict(list), []
+        for name, tensor in tensors.items():
+            described = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            if self.tensors.get(name) != described:
+                raise ValueError(f"weight update: {name} came as {described}, but before as {self.tensors.get(name)}")
+            for target, piece in self._targets[name]:
+                source = tensor.reshape(piece.shape).narrow(piece.axis, piece.start, piece.length)
+                fast = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
+                (alike[source.dtype] if fast else others).append((target, source))
+        for pairs in filter(None, [*alike.values(), others]):
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+    @cached_property
+    def _targets(self) -> dict[str, list[tuple[torch.Tensor, Piece]]]:
+        targets = {name: [] for name in self.tensors}  # a worker may hold nothing of one
+        for name, piece, view in self.parts:
+            targets[name].append((view.view(piece.shard_shape), piece))
+        return targets
+
+    def absorb(self) -> None:
+        """Makes the matrices that decoding uses in place of kv_b_proj of what was written, where they lie apart."""
+        for made, of in itertools.chain.from_iterable(pairs for _, pairs in self._absorbed):
+            made.copy_(of)
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
