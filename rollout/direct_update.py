@@ -144,7 +144,12 @@ def _transforms(name: str, module: nn.Module) -> str:
     if method is not None and (_path(type(method)) not in _COPYING_METHODS or _AFTER in vars(method)):
         return f"{name} has its weights from {_path(type(method))}"
     after_loading = getattr(type(module), _AFTER, None)
-    if after_loading is not None and _path(after_loading) not in _COPYING_LAYERS:
+    # Methods of experts are modules of their layers too.
+    if (
+        after_loading is not None
+        and _path(type(module)) not in _COPYING_METHODS
+        and _path(after_loading) not in _COPYING_LAYERS
+    ):
         return f"{name} transforms weights in {_path(after_loading)}"
     inner = getattr(type(getattr(module, "impl", None)), _AFTER, None)
     if inner is not None and _path(inner) != f"vllm.v1.attention.backend.AttentionImplBase.{_AFTER}":

@@ -304,6 +304,7 @@ def with_layer(**attributes: Any) -> nn.Module:
 
 
 LAYERS = "vllm.model_executor.layers"
+EXPERTS = "fused_moe.unquantized_fused_moe_method.UnquantizedFusedMoEMethod"
 
 
 @pytest.mark.parametrize(
@@ -314,6 +315,8 @@ LAYERS = "vllm.model_executor.layers"
         ({}, {"enable_eplb": True}, "moving experts"),
         ({}, {"lora_config": object()}, "adapters"),
         ({"quant_method": named(f"{LAYERS}.linear.UnquantizedLinearMethod")()}, {}, ""),
+        ({"quant_method": after_loading(f"{LAYERS}.{EXPERTS}", nn.Module)()}, {}, ""),
+        ({"quant_method": after_loading(f"{LAYERS}.{EXPERTS}Twin", nn.Module)()}, {}, "UnquantizedFusedMoEMethodTwin"),
         ({"quant_method": named(f"{LAYERS}.quantization.fp8.Fp8LinearMethod")()}, {}, "Fp8LinearMethod"),
         ({"impl": after_loading("vllm.v1.attention.backend.AttentionImplBase")()}, {}, ""),
         ({"impl": after_loading("vllm.v1.attention.backends.flashinfer.FlashInferImpl")()}, {}, "FlashInferImpl"),
