@@ -108,6 +108,8 @@ class LiveSums:
         found += [word_sums(converted)] if converted else []
         found += [scalar.to(torch.int64).reshape(1) for scalar in beside]
         values = torch.cat(found).tolist() if found else []
+        if not self._copied:
+            return values
         sums = dict(zip([*self._read_in_place, *(place for place, *_ in self._copied)], values, strict=False))
         return [sums[place] for place in range(len(sums))] + values[len(sums) :]
 

@@ -13,10 +13,11 @@ import math
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -62,17 +63,22 @@ class Bucket:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Bucket:
-        fields = json.loads(text)
-        slots = tuple(Slot(**{**slot, "shape": tuple(slot["shape"])}) for slot in fields["slots"])
-        return cls(slots=slots, num_bytes=fields["num_bytes"])
+        num_bytes, slots = json.loads(text)
+        return cls(
+            num_bytes=num_bytes,
+            slots=tuple(Slot(name=n, shape=tuple(shape), dtype=d, offset=at) for n, shape, d, at in slots),
+        )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps([self.num_bytes, [[slot.name, slot.shape, slot.dtype, slot.offset] for slot in self.slots]])
 
     def pack(self, tensors: Mapping[str, torch.Tensor], buffer: torch.Tensor) -> None:
         """Copies the tensors into a uint8 ``buffer`` of at least ``num_bytes``."""
+        alike = defaultdict(list)  # for one launch each
         for slot, view in zip(self.slots, self._views(buffer), strict=True):
-            view.copy_(tensors[slot.name])
+            alike[slot.dtype].append((view, tensors[slot.name].detach()))
+        for pairs in alike.values():
+            torch._foreach_copy_([view for view, _ in pairs], [tensor for _, tensor in pairs])  # pyright: ignore[reportPrivateImportUsage]
 
     def unpack(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of the packed tensors, by name."""

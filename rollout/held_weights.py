@@ -76,27 +76,30 @@ class Census:
     """The modules and tensors of a model, and where they lie, at one time."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._seen = [(module, list(module._modules.values()), _tensors(module)) for module in model.modules()]
-        self._places = [_places(tensors) for _, _, tensors in self._seen]
+        holders = [(m._modules, m._parameters, m._buffers) for m in model.modules()]
+        self._empty = [holder for three in holders for holder in three if not holder]
+        self._names = [(holder, list(holder), list(holder.values())) for three in holders for holder in three if holder]
+        self._ids = [_ids(holder) for holder, _, _ in self._names]  # of what is held, and hence of nothing else
+        held = itertools.chain.from_iterable(values for _, _, values in self._names)
+        self._tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        self._places = self._now()
 
     def holds(self) -> bool:
         """Whether every module still has the same modules, and the same tensors of the same shape at the same address.
 
         For every read and write of kept views: those of tensors that were replaced would read what nobody uses.
         """
-        return all(
-            list(module._modules.values()) == modules and _places(_tensors(module)) == places
-            for (module, modules, _), places in zip(self._seen, self._places, strict=True)
-        )
+        if any(self._empty) or [_ids(holder) for holder, _, _ in self._names] != self._ids:
+            return False
+        return all(list(holder) == names for holder, names, _ in self._names) and self._now() == self._places
+
+    def _now(self) -> list[tuple[Any, ...]]:
+        with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters look at every call
+            return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in self._tensors]
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [t for t in itertools.chain(module._parameters.values(), module._buffers.values()) if t is not None]
-
-
-def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
-    # By identity too, which is that of a name: the tensors that are compared with are held.
-    return [(id(tensor), tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+def _ids(holder: Mapping[str, Any]) -> list[int]:
+    return list(map(id, holder.values()))
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -127,10 +130,11 @@ class HeldWeights:
         names = {view.data_ptr(): name for name, _, view in held.parts}
         for module in model.modules():
             if isinstance(getattr(module, "W_UK_T", None), torch.Tensor):
-                held._note_absorbed(names.get(module.kv_b_proj.weight.data_ptr()), module)
+                held._note_absorbed(names, module)
         return held
 
-    def _note_absorbed(self, name: str | None, module: Any) -> None:
+    def _note_absorbed(self, names: Mapping[int, str], module: Any) -> None:
+        name = names.get(module.kv_b_proj.weight.data_ptr())
         if name is None:
             self.knows_absorbed = False
             return
@@ -186,7 +190,7 @@ class HeldWeights:
                 fast = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
                 (alike[source.dtype] if fast else others).append((target, source))
         for pairs in filter(None, [*alike.values(), others]):
-            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateImportUsage]
 
     @cached_property
     def _targets(self) -> dict[str, list[tuple[torch.Tensor, Piece]]]:

@@ -45,12 +45,17 @@ class Coverage:
         for worker, parts in enumerate(workers):
             for index, (name, piece) in enumerate(parts):
                 places[name][piece].append((worker, index))
-        self._whole = []
+        self._held_once: list[tuple[str, int, list[tuple[int, int]]]] = []
+        self._copied: list[tuple[str, int, list[list[tuple[int, int]]]]] = []
         for name, (shape, dtype) in tensors.items():
             copies = places.get(name, {})
-            if _covers(shape, copies):
-                description = hash_description(tuple(shape), getattr(torch, dtype))
-                self._whole.append((name, description, list(copies.values())))
+            if not _covers(shape, copies):
+                continue
+            description, pieces = hash_description(tuple(shape), getattr(torch, dtype)), list(copies.values())
+            if all(len(holders) == 1 for holders in pieces):
+                self._held_once.append((name, description, [holder for holders in pieces for holder in holders]))
+            else:
+                self._copied.append((name, description, pieces))
 
     def checksums(self, sums: Sequence[Sequence[int]], left_out: Collection[str] = ()) -> dict[str, int]:
         """`model.checksums` of the tensors, from each worker's :func:`model.checksum.word_sums` of its parts.
@@ -58,11 +63,16 @@ class Coverage:
         A tensor is left out, so that it does not pass for verified, where its parts leave gaps or overlap, where copies
         of a part on two workers differ, and where it is to be.
         """
-        found = {}
-        for name, description, pieces in self._whole:
-            copies = [{sums[worker][index] for worker, index in places} for places in pieces]
-            if all(len(values) == 1 for values in copies) and name not in left_out:
+        found = {
+            name: (description + sum([sums[worker][index] for worker, index in holders])) % (1 << 64)
+            for name, description, holders in self._held_once
+        }
+        for name, description, pieces in self._copied:
+            copies = [{sums[worker][index] for worker, index in holders} for holders in pieces]
+            if all(len(values) == 1 for values in copies):
                 found[name] = (description + sum(values.pop() for values in copies)) % (1 << 64)
+        for name in left_out:
+            found.pop(name, None)
         return found
 
 

@@ -25,11 +25,11 @@ def module_of(live: Weights) -> nn.Module:
     root = nn.Module()
     for name, tensor in live.items():
         *path, kind = name.split(".")
-        owner = root
+        owner: nn.Module = root
         for part in path:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
-            owner = owner._modules[part]
+            owner = owner.get_submodule(part)
         owner.register_parameter(kind, nn.Parameter(tensor, requires_grad=False))
     return root
 
