@@ -202,8 +202,7 @@ class SharedMemory:
     pool: EnginePool
 
     async def send(self, engines: Sequence[int]) -> Sent:
-        await self.pool.begin_update(engines)
-        offer = await self.learner.offer_weights(first=True)
+        offer, _ = await together(self.learner.offer_weights(first=True), self.pool.begin_update(engines))
         while not isinstance(offer, Sent):
             # The next bucket is put together while engines load this one.
             offer, _ = await together(

@@ -218,9 +218,10 @@ async def sync(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figur
         for version in range(options.passes + 1):
             await system.learners_turn()
             updates.append(await system.publish(version))
+        gpus = recipe.rollout.engine == EngineKind.vllm
+        ways = [await engine.actor.update_way.remote() for engine in system.pool._engines if gpus]
     seconds = [update.seconds for update in updates[1:]]
     num_bytes = updates[0].num_bytes
-    gpus = recipe.rollout.engine == EngineKind.vllm
     plain = copy_speed(num_bytes, across=recipe.placement.value == "split", on_gpu=gpus)
     speed = num_bytes / statistics.median(seconds) / 1e9
     return {
@@ -230,6 +231,7 @@ async def sync(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figur
         "gb_per_s": speed,
         "plain_gb_per_s": plain,
         "share_of_plain": speed / plain,
+        "through_loader": ", ".join(filter(None, ways)) or "no, written straight" if gpus else "not vLLM's",
     }
 
 

@@ -2,8 +2,9 @@
 
 Measures, and writes to KEEL_FIGURES_SYNC when that names a file:
 
-* one GPU: bytes, seconds and GB/s of an update through GPU memory that two processes share, the seconds of its
-  verification, and of a plain device-to-device copy of the same bytes; memory of the GPU before, in and after sleep;
+* one GPU: bytes, seconds and GB/s of an update through GPU memory that two processes share, the seconds of its parts
+  and the way that it took (the first through vLLM's loader, others straight), the seconds of its verification, and of a
+  plain device-to-device copy of the same bytes; memory of the GPU before, in and after sleep;
 * two GPUs: an update by broadcast through a real learner rank, a plain NCCL broadcast of the same bytes, and an engine
   of two workers, tensor parallel and expert parallel;
 * three GPUs: two engines at once.
@@ -102,6 +103,9 @@ async def update(actor: VllmEngineActor, sender: WeightSender, module: DeepseekV
     verified = time.perf_counter()
     await actor.checksums()
     verify_s = time.perf_counter() - verified
+    asked = time.perf_counter()
+    through_loader = await actor.update_way()
+    ask_s = time.perf_counter() - asked
     return {
         "sums": sums,
         "sent": offer,
@@ -109,7 +113,9 @@ async def update(actor: VllmEngineActor, sender: WeightSender, module: DeepseekV
         "load_s": loaded - ready,
         "finish_s": done - loaded,
         "verify_s": verify_s,
+        "ask_s": ask_s,  # of verify_s, the way to the worker and back
         "total_s": done - began,
+        "through_loader": through_loader,  # why; empty when the update was written straight
     }
 
 
@@ -165,6 +171,7 @@ async def sleep_amid_generation(actor: VllmEngineActor, sender: WeightSender, mo
     began = time.perf_counter()
     outcome = await update(actor, sender, module, 4)
     seen.figures["wake_with_update_s"] = time.perf_counter() - began
+    seen.figures["update_in_sleep"] = {name: outcome[name] for name in outcome.keys() - {"sums", "sent"}}
     seen.sums.append(outcome["sums"])
     seen.used_gb["awake_again"] = used_gb()
     seen.woken["update"] = await generate_woken(actor, "updated")
@@ -201,6 +208,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(model_path: Path) -> Seen:
     observed = asyncio.run(scenario(model_path))
+    print(json.dumps(observed.figures, indent=2))
     record("shared_memory", observed.figures)
     return observed
 
@@ -209,6 +217,12 @@ def test_every_update_through_shared_memory_arrives(seen: Seen):
     expected = [checksums(make_module(seed).state_dict().items()) for seed in (1, 2, 1, 2)]
     assert seen.sums == expected
     assert [sent.checksums for sent in seen.sent] == expected[:3]
+
+
+def test_updates_after_the_first_are_written_straight(seen: Seen):
+    ways = [seen.figures[name]["through_loader"] for name in ("update_1", "update_2", "update_3", "update_in_sleep")]
+    assert ways[0].startswith("no update has shown yet")
+    assert ways[1:] == ["", "", ""]
 
 
 def test_verification_is_a_small_part_of_an_update(seen: Seen):
@@ -294,6 +308,7 @@ async def publish_twice(recipe: Recipe, model_path: Path) -> dict[str, Any]:
         completions = [(await engine.actor.generate.remote([request]))[0] for engine in pool._engines]
         assert all(set(completion.versions.tolist()) == {1} for completion in completions)
         figures = {"bytes": sync.num_bytes, "seconds": sync.seconds, "gb_per_s": sync.num_bytes / sync.seconds / 1e9}
+        figures["through_loader"] = [await engine.actor.update_way.remote() for engine in pool._engines]
         return figures | {"memory_gb": sync.memory_gb, "num_tensors": sync.num_tensors}
     finally:
         pool.close()
@@ -318,6 +333,7 @@ def test_an_update_by_broadcast_beside_a_plain_one(cluster: None, model_path: Pa
 def test_an_engine_of_two_workers_holds_what_was_sent(cluster: None, model_path: Path, expert_parallel: bool):
     recipe = recipe_for(model_path, tensor_parallel=2, expert_parallel=expert_parallel)
     figures = asyncio.run(publish_twice(recipe, model_path))
+    assert figures["through_loader"] == [""]
     record(f"two_workers_{'experts' if expert_parallel else 'tensors'}", figures)
 
 
