@@ -1,5 +1,5 @@
-"""The indexer's kernels, grouped products and packed attention's Gluon kernels compiled for an H100 or H200 as they are
-launched, without a GPU.
+"""The indexer's kernels, grouped products, checksums and packed attention's Gluon kernels compiled for an H100 or H200
+as they are launched, without a GPU.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportPrivateUsage=false
@@ -18,7 +18,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
-from kernels import grouped, indexer, indexer_loss, masked_mha_hopper, masked_mha_hopper_backward, paged, topk  # noqa: E402
+from kernels import (  # noqa: E402
+    checksum_triton,
+    grouped,
+    indexer,
+    indexer_loss,
+    masked_mha_hopper,
+    masked_mha_hopper_backward,
+    paged,
+    topk,
+)
 
 SHARED_MEMORY = 227 * 1024
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -67,6 +76,11 @@ def learn() -> None:
     indexer_loss.packed_indexer_loss(*index, *attention, int32(256), int32(256), 0.1, zeros(256, 64, dtype=torch.int32))
 
 
+def verify() -> None:
+    words = zeros(256, 512).view(torch.int16), zeros(64, 512).view(torch.int64)
+    checksum_triton.DeviceTable([(part, 0, part.shape[1]) for part in words]).sums()
+
+
 def multiply() -> None:
     rows, weights = zeros(256, 512).requires_grad_(), zeros(4, 384, 512).requires_grad_()
     grouped.triton_grouped_linear(rows, weights, int32(4)).sum().backward()
@@ -109,6 +123,7 @@ CASES: dict[str, tuple[Callable[[], object], list[str]]] = {
     "pages": (attend_pages, ["_paged_kernel"]),
     "loss": (learn, ["target_kernel", "normaliser_kernel", "queries_kernel", "keys_kernel"]),
     "packed attention": (attend, ["forward_kernel", "grad_queries_kernel"]),
+    "checksums": (verify, []),
     "grouped": (multiply, ["_rows_kernel", "_weights_kernel"]),
 }
 
