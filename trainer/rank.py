@@ -183,9 +183,9 @@ class LearnerRank:
         refs, sums, num_bytes = [], Checksums(), 0
         for bucket in whole_weights(self.policy.model, max_bytes):
             if self.rank == 0:
+                sums.add(bucket)  # before the copies, which wait for it: afterwards the bucket's memory is given up
                 refs.append(ray.put({name: tensor.cpu() for name, tensor in bucket.items()}))
                 num_bytes += sum(tensor.nbytes for tensor in bucket.values())
-                sums.add(bucket)
         return refs, Sent(num_bytes=num_bytes, checksums=sums.result())
 
     def open_transfer(self, host: str) -> int:

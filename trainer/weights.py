@@ -48,10 +48,12 @@ def _with_all_experts(tensor: Tensor) -> Tensor:
 
 def weight_checksums(model: LanguageModel, max_bytes: int) -> dict[str, int]:
     """``model.checksums`` of every tensor of :func:`whole_weights`."""
-    sums = Checksums()
+    sums: dict[str, int] = {}
     for bucket in whole_weights(model, max_bytes):
-        sums.add(bucket)
-    return sums.result()
+        of_bucket = Checksums()
+        of_bucket.add(bucket)
+        sums |= of_bucket.result()  # waits: gathered tensors give their memory up at the end of their turn
+    return sums
 
 
 def save_whole_model(model: LanguageModel, path: Path, *, writer: bool, max_bytes: int) -> None:
