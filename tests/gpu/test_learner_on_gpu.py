@@ -81,7 +81,7 @@ def smooth_recipe(**learner: Any) -> Recipe:
     Adam's first updates are lr times a sign: a rounding of a gradient near zero turns whole updates, and the ratio's
     clip then drops tokens. Here the gradient's elements (norm 0.79 at advantages of 1, 196M of them: 6e-5) are of the
     size of Adam's eps, so that updates are nearly proportional to them, nothing is clipped or masked, and weight decay
-    is so large that it would be missed. RESULTS.md says what noise and faults do to the norms.
+    is so large that it would be missed. A fault that only scales gradients after their norm is taken is not seen.
 
     Equal bits are not asked for: torch's flash attention sums the gradient of the queries by atomics
     (`kernels/varlen.py`); by the code, our own kernels sum in a fixed order.
