@@ -25,7 +25,7 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _ALIGNMENT = 256  # bytes; what device allocators align to, and enough for any dtype
-_POLL_S = 0.0005
+_POLL_S = 0.0001
 _LOOK_S = 0.5
 """How often a process that waits looks whether its group was abandoned, and while the group meets, who is there."""
 _ABANDONED = "abandoned"
@@ -192,15 +192,24 @@ class BroadcastGroup:
         return num_bytes
 
     def receive(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The buckets of one transfer, each in fresh memory."""
-        number = 0
-        while description := self._store.get(self._key(number)):
-            bucket = Bucket.from_json(description)
-            buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
-            self._wait(self._broadcast(buffer))
-            yield bucket.unpack(buffer)
+        """The buckets of one transfer, each in fresh memory; the next one arrives while one is used."""
+        number, coming = 0, self._take(0)
+        while coming is not None:
+            bucket, buffer, work = coming
+            self._wait(work)
             number += 1
+            coming = self._take(number)
+            yield bucket.unpack(buffer)
         self._num_rounds += 1
+
+    def _take(self, number: int) -> tuple[Bucket, torch.Tensor, Any] | None:
+        """A bucket, the memory that it arrives in and the broadcast that brings it; None at the transfer's end."""
+        description = self._store.get(self._key(number))
+        if not description:
+            return None
+        bucket = Bucket.from_json(description)
+        buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
+        return bucket, buffer, self._broadcast(buffer)
 
     def close(self) -> None:
         """Ends the group without waiting for the others."""
