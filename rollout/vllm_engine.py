@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +45,10 @@ _WITHOUT_MULTICAST = {
 _ROUTER = {"moe_router_dtype": "float32", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _CONFIGURED_ROUTERS = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
 """Architectures that route in one way only in the learner, but in vLLM as config.json says, which may say nothing."""
+
+_DEAD = "a vLLM engine's own process died; its log above says why"
+_LOOK_S = 0.5
+"""How often whoever waits for vLLM's own processes looks whether they live."""
 
 _OURS = {"DeepseekV32ForCausalLM": "rollout.vllm_dsa:KeelV32ForCausalLM"}
 
@@ -266,9 +270,9 @@ class VllmEngineActor:
         from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
 
         try:
-            return await answer
+            return await answered(answer, lambda: self._engine.errored)
         except EngineDeadError as error:
-            raise EngineDied("a vLLM engine's own process died; its log above says why") from error
+            raise EngineDied(_DEAD) from error
 
     def _enter(self, request_id: str, name: str) -> None:
         self._in_flight[request_id] = name
@@ -300,6 +304,22 @@ class VllmEngineActor:
         """Tokens sampled from now on carry this version."""
         await self._ask(self._engine.update_weight_version(str(version)))
         self._version = version
+
+
+async def answered(answer: Awaitable[T], died: Callable[[], bool]) -> T:
+    """The answer of processes that may die. Raises EngineDied soon after they ``died`` without one.
+
+    A process that is about to die takes what it is asked and never answers, and vLLM does not tell who waits.
+    """
+    asked = asyncio.ensure_future(answer)
+    try:
+        while not asked.done():
+            if died():
+                raise EngineDied(_DEAD)
+            await asyncio.wait([asked], timeout=_LOOK_S)
+        return asked.result()
+    finally:
+        asked.cancel()
 
 
 async def _all(outputs: Any) -> list[Any]:

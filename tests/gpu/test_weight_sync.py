@@ -28,7 +28,6 @@ import torch
 
 from model import DeepseekV32, checksums, save_model
 from model.tokenizer import save_byte_tokenizer
-from model.transport import BroadcastGroup, open_store
 from rl.choices import Placement
 from rl.config import Learner as LearnerSettings
 from rl.config import Model, Recipe, Rollout, Sampling
@@ -37,6 +36,7 @@ from rl.system import reserve
 from rollout.engine import Completion, Finish, Request
 from rollout.pool import EnginePool
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.plain_copy import copy_speed
 from tests.gpu.replay import figures, log_ratios
 from tests.gpu.selection import fix_cache_as_asked
 from tests.gpu.soil import soil_free_memory
@@ -255,22 +255,6 @@ def test_what_a_woken_engine_samples_is_what_its_weights_say(seen: Seen, woken_b
     assert ours["mean_abs"] < 0.05
 
 
-def broadcast_seconds(rank: int, port: int, num_bytes: int) -> float | None:
-    """A plain broadcast of so many bytes between two processes on two GPUs; rank 0's best of five."""
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    settings = {"rank": rank, "size": 2, "device": device, "timeout_s": 120.0}
-    group = BroadcastGroup.join("127.0.0.1", port, **settings)
-    buffer, seconds = torch.empty(num_bytes, dtype=torch.uint8, device=device), []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        group._wait(group._broadcast(buffer))
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as rl.system.join_cluster
@@ -319,12 +303,7 @@ async def publish_twice(recipe: Recipe, model_path: Path) -> dict[str, Any]:
 @needs_two
 def test_an_update_by_broadcast_beside_a_plain_one(cluster: None, model_path: Path):
     figures = asyncio.run(publish_twice(recipe_for(model_path), model_path))
-    store = open_store("127.0.0.1")
-    actor = ray.remote(num_gpus=0)(broadcast_seconds)
-    environment = {"env_vars": {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1"}}
-    both = [actor.options(runtime_env=environment).remote(r, store.port, figures["bytes"]) for r in (0, 1)]
-    plain = ray.get(both, timeout=300)[0]
-    record("broadcast", figures | {"plain_s": plain, "plain_gb_per_s": figures["bytes"] / plain / 1e9})
+    record("broadcast", figures | {"plain_gb_per_s": copy_speed(figures["bytes"], across=True, on_gpu=True)})
     assert figures["num_tensors"] == len(DeepseekV32(CONFIG).state_dict())
 
 
