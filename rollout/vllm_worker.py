@@ -5,11 +5,13 @@ Importing this module needs vLLM; it also makes our transfer known to the worker
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from vllm.distributed.device_communicators import flashinfer_all_reduce as sums  # pyright: ignore[reportMissingImports]
 
 from rollout import vllm_recording
 from rollout.held_weights import live_tensors
@@ -20,6 +22,10 @@ from rollout.vllm_transfer import KeelTransfer
 _GB = 1e9
 
 vllm_recording.install()
+if os.environ.get("NCCL_NVLS_ENABLE") == "0":
+    # FlashInfer's workspaces, for sums that are fused with norms, are multicast; the kind that is not takes minutes to
+    # compile at an engine's first start. To vLLM it looks as if there could be none, and it sums up in the usual way.
+    sums._fi_ar_workspace_failed = sums._fi_ar_quant_workspace_failed = True
 
 
 class WeightReader:
