@@ -2,7 +2,7 @@
 
 vLLM would hand out everything it records of a token as objects of that token's own: log-probability, kept set, experts.
 With hundreds of requests at once they cost more than generating does. Here a step stays whole (:class:`Step`: a handful
-of arrays), steps of the same requests are put together when one of those requests ends, and nothing is done for every
+of arrays), steps of the same requests are put together as they come, and nothing is done for every
 token in Python. Knows vLLM by its names only; `rollout.vllm_recording` makes the steps.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -29,6 +28,9 @@ _DTYPES = {
     "kept_ids": np.int32,
     "rows": np.uint8,
 }
+
+_TURNED_AT_ONCE = 32
+"""Steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,9 @@ class Step:
     def to_plain(self) -> dict[str, Any]:
         """As text, bytes and integers, for whatever can carry these."""
         streams = {name: getattr(self, name) for name in _DTYPES}
-        plain = {name: stream.astype(_DTYPES[name]).tobytes() for name, stream in streams.items() if stream is not None}
+        plain = {
+            name: np.asarray(stream, _DTYPES[name]).tobytes() for name, stream in streams.items() if stream is not None
+        }
         return {
             "names": self.names,
             "block": self.block,
@@ -81,77 +85,92 @@ class Record:
     recorded: NDArray  # bool [P + C]
 
 
+class Chunk:
+    """Steps of the same requests, S of them, turned round: what a request got of them lies together."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.token_ids = np.stack([step.token_ids for step in steps])  # [S, N]
+        self.logprobs = np.stack([step.logprobs for step in steps])
+        self.rows = np.stack([step.rows for step in steps])  # [S, R, W]
+        sizes = [step.kept_sizes for step in steps if step.kept_sizes is not None]
+        self.kept_sizes = np.stack(sizes) if sizes else np.zeros_like(self.token_ids)
+        ends = np.cumsum(self.kept_sizes.reshape(-1), dtype=np.int64).reshape(self.kept_sizes.shape)
+        spans = _spans((ends - self.kept_sizes).T.reshape(-1), self.kept_sizes.T.reshape(-1))
+        self._kept_ids = np.concatenate([step.kept_ids for step in steps])[spans]
+        self._edges = np.concatenate([[0], np.cumsum(self.kept_sizes.sum(axis=0, dtype=np.int64))])
+
+    def kept_ids(self, token: int) -> NDArray:
+        """Of the steps' token number ``token``, 0 to N - 1, one step after another."""
+        return self._kept_ids[self._edges[token] : self._edges[token + 1]]
+
+
 class Run:
-    """Steps of the same requests that follow each other, as one."""
+    """Steps of the same requests that follow each other, as one.
+
+    They are turned round as they come, some at a time: all at once would keep those who wait for requests that end
+    together.
+    """
 
     def __init__(self, step: Step) -> None:
-        self.steps = [step]
+        self.first = step
         self.names = step.names.split("\n")
-        self.place = {name: at for at, name in enumerate(self.names)}
+        self._place = {name: at for at, name in enumerate(self.names)}
         self._first_row = np.cumsum(step.counts) - step.counts
         self._first_token = np.cumsum(step.sampled, dtype=np.int64) - step.sampled
         self._next = step.starts + step.counts
+        self._num_steps = 1
+        self._loose, self._turned = [step], []
 
     def take(self, step: Step) -> bool:
         """Whether the step goes on with this run; it is part of it then."""
-        first = self.steps[0]
+        first = self.first
         if (step.names, step.generation) != (first.names, first.generation) or not (
             np.array_equal(step.counts, first.counts)
             and np.array_equal(step.sampled, first.sampled)
             and np.array_equal(step.starts, self._next)
         ):
             return False
-        self.steps.append(step)
         self._next = step.starts + step.counts
-        for name in ("_tokens", "_logprobs", "_kept", "_rows"):
-            self.__dict__.pop(name, None)
+        self._num_steps += 1
+        self._loose.append(step)
+        if len(self._loose) == _TURNED_AT_ONCE:
+            self._chunks()
         return True
 
     def num_tokens(self, name: str) -> int:
-        return len(self.steps) * int(self.steps[0].sampled[self.place[name]])
+        return self._num_steps * self._got(name)
 
     def start(self, name: str) -> int:
-        return int(self.steps[0].starts[self.place[name]])
+        return int(self.first.starts[self._place[name]])
 
     def rows(self, name: str) -> NDArray:
         """uint8 [steps * count, W] of the tokens from :meth:`start` on."""
-        at = self.place[name]
-        first, count = self._first_row[at], self.steps[0].counts[at]
-        return self._rows[:, first : first + count].reshape(len(self.steps) * count, self._rows.shape[2])
+        at = self._place[name]
+        first, width = self._first_row[at], self.first.rows.shape[1]
+        parts = [chunk.rows[:, first : first + self.first.counts[at]] for chunk in self._chunks()]
+        return np.concatenate(parts).reshape(-1, width) if width else np.zeros((0, 0), np.uint8)
 
     def tokens(self, name: str) -> tuple[NDArray, NDArray]:
         """Ids and log-probabilities of the tokens that the request got."""
-        at = self.place[name]
-        if not self.steps[0].sampled[at]:
-            return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        return self._tokens[:, self._first_token[at]], self._logprobs[:, self._first_token[at]]
+        at, chunks = self._first_token[self._place[name]], self._chunks() if self._got(name) else []
+        ids = _joined([chunk.token_ids[:, at] for chunk in chunks], np.int32)
+        return ids, _joined([chunk.logprobs[:, at] for chunk in chunks], np.float32)
 
     def kept(self, name: str) -> tuple[NDArray, NDArray]:
         """Sizes of these tokens' kept sets, and all their ids."""
-        at = self.place[name]
-        if not self.steps[0].sampled[at] or self.steps[0].kept_sizes is None:
-            return np.zeros(0, np.int32), np.zeros(0, np.int32)
-        sizes, offsets, ids = self._kept
-        of_name = sizes[:, self._first_token[at]]
-        return of_name, ids[_spans(offsets[:, self._first_token[at]], of_name)]
+        at, chunks = self._first_token[self._place[name]], self._chunks() if self._got(name) else []
+        sizes = _joined([chunk.kept_sizes[:, at] for chunk in chunks], np.int32)
+        return sizes, _joined([chunk.kept_ids(at) for chunk in chunks], np.int32)
 
-    @cached_property
-    def _tokens(self) -> NDArray:
-        return np.stack([step.token_ids for step in self.steps])
+    def _got(self, name: str) -> int:
+        """1 for a request that gets a token at every step, else 0."""
+        return int(self.first.sampled[self._place[name]])
 
-    @cached_property
-    def _logprobs(self) -> NDArray:
-        return np.stack([step.logprobs for step in self.steps])
-
-    @cached_property
-    def _rows(self) -> NDArray:
-        return np.stack([step.rows for step in self.steps])
-
-    @cached_property
-    def _kept(self) -> tuple[NDArray, NDArray, NDArray]:
-        sizes = np.stack([step.kept_sizes for step in self.steps if step.kept_sizes is not None])
-        ends = np.cumsum(sizes.reshape(-1), dtype=np.int64).reshape(sizes.shape)
-        return sizes, ends - sizes, np.concatenate([step.kept_ids for step in self.steps])
+    def _chunks(self) -> list[Chunk]:
+        if self._loose:
+            self._turned.append(Chunk(self._loose))
+            self._loose = []
+        return self._turned
 
 
 @dataclass(slots=True)
@@ -245,11 +264,11 @@ class StepRecords:
     def _shared_rows(self, name: str, opened: _Open) -> Iterator[tuple[int, NDArray]]:
         """What lies in the engine's cache of the request, the newest last."""
         for run in opened.runs:
-            if run.steps[0].generation == self._generation:
+            if run.first.generation == self._generation:
                 yield run.start(name), run.rows(name)
 
     def _keep_for_others(self, name: str, opened: _Open, sequence: NDArray) -> None:
-        block = max((run.steps[0].block for run in opened.runs), default=0)
+        block = max((run.first.block for run in opened.runs), default=0)
         self._prefixes.add(sequence, block, self._shared_rows(name, opened))
 
     def _find_cached(self, name: str, block: int) -> None:
@@ -275,7 +294,7 @@ def _fill(rows: NDArray, recorded: NDArray, start: int, piece: NDArray) -> None:
 
 
 def _kept(name: str, runs: Sequence[Run], num_tokens: int) -> Kept | None:
-    if any(run.steps[0].kept_sizes is None for run in runs):
+    if any(run.first.kept_sizes is None for run in runs):
         return None
     found = [run.kept(name) for run in runs]
     sizes = _joined([sizes for sizes, _ in found], np.int32)[:num_tokens]
@@ -289,5 +308,7 @@ def _joined(parts: Sequence[NDArray], dtype: Any) -> NDArray:
 
 def _spans(starts: NDArray, sizes: NDArray) -> NDArray:
     """start, start + 1, ... of each span, one after another."""
-    before = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)
+    ends = np.cumsum(sizes, dtype=np.int64)
+    dtype = np.int64 if len(ends) and ends[-1] > np.iinfo(np.int32).max else np.int32
+    within = np.arange(ends[-1] if len(ends) else 0, dtype=dtype)
+    return np.add(within, np.repeat((starts - ends + sizes).astype(dtype), sizes), out=within)

@@ -141,8 +141,8 @@ def compact_masks(masks: Any, num_sampled_tokens: Any = None) -> Any:
     if masks.rows_per_request != 1 or (counts > ids.shape[1]).any():
         return _THEIRS(masks, num_sampled_tokens)
     offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    places = np.arange(offsets[-1]) + np.repeat(np.arange(len(counts)) * ids.shape[1] - offsets[:-1], counts)
-    return SamplingMaskLists(ids.reshape(-1)[places], offsets)
+    widest = ids[:, : counts.max(initial=0)]
+    return SamplingMaskLists(widest[np.arange(widest.shape[1]) < counts[:, None]], offsets)
 
 
 class RowRecorder:
