@@ -111,11 +111,8 @@ class Broadcast:
         if not engines:
             return Sent(num_bytes=0, checksums=await self.learner.checksums())
         try:
-            await self.pool.begin_update(engines)
-            self._check_members(engines)
-            sent, *_ = await self._together(
-                self.learner.send_weights(), *(self.pool.receive(None, [engine]) for engine in engines)
-            )
+            # The first buckets are made ready while engines are.
+            sent, *_ = await self._together(self.learner.send_weights(), *map(self._take_in, engines))
             return sent
         except EngineDied as death:
             members, self._members = set(self._members), ()
@@ -125,6 +122,11 @@ class Broadcast:
         except BaseException:
             self._members = ()  # of no use any more, whatever broke it
             raise
+
+    async def _take_in(self, engine: int) -> None:
+        await self.pool.begin_update([engine])
+        self._check_members([engine])
+        await self.pool.receive(None, [engine])
 
     async def _connected(self, engines: Sequence[int]) -> Sequence[int]:
         """Those of ``engines`` that are in a group with the learner now; others died meanwhile."""
@@ -163,7 +165,7 @@ class Broadcast:
 
     def _check_members(self, engines: Sequence[int]) -> None:
         """Raises EngineDied when a process of the group is not there any more: the others would wait for it."""
-        if self.pool.membership(engines) != self._members:
+        if not set(self.pool.membership(engines)).issubset(self._members):
             raise EngineDied("an engine of the group died")
 
     async def _together(self, *parts: Coroutine[Any, Any, Any]) -> list[Any]:

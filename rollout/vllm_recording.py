@@ -13,6 +13,8 @@ Importing this module needs vLLM.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -50,7 +52,8 @@ class RecordingScheduler(AsyncScheduler):
         self._generation = 0
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        cleared = super().reset_prefix_cache(*args, **kwargs)
+        with only_cached_blocks(self.kv_cache_manager.block_pool):
+            cleared = super().reset_prefix_cache(*args, **kwargs)
         self._generation += int(cleared)
         return cleared
 
@@ -71,6 +74,23 @@ class RecordingScheduler(AsyncScheduler):
                 # A field for others' statistics, which leaves a dictionary as it is; nobody else uses it here.
                 outputs.scheduler_stats.kv_connector_stats = step.to_plain()
         return by_client
+
+
+@contextmanager
+def only_cached_blocks(pool: Any) -> Iterator[None]:
+    """vLLM clears its prefix cache by going through all its blocks, a hundred thousand where a GPU is large. Those that
+    cache nothing have nothing to clear."""
+    every, pool.blocks = pool.blocks, _cached_blocks(pool.cached_block_hash_to_block)
+    try:
+        yield
+    finally:
+        pool.blocks = every
+
+
+def _cached_blocks(by_hash: Any) -> Iterator[Any]:
+    """When they are asked for: what is preempted first may be cached yet."""
+    for held in by_hash._cache.values():
+        yield from held.values() if isinstance(held, dict) else [held]
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,14 +275,18 @@ def test_steps_that_new_weights_overtook_are_left_out(model_dir: Path, seed: int
     """The cache is cleared while two steps are under way: their tokens are thrown away, and computed again."""
     engine, generator = Engine(RecordingScheduler, model_dir, 200), np.random.default_rng(seed)
     prompts = {f"{n}.r": generator.integers(0, VOCAB, int(generator.integers(3, 60))).tolist() for n in range(12)}
+    blocks, cached = engine.scheduler.kv_cache_manager.block_pool.blocks, 0
     for name, prompt in prompts.items():
         engine.add(name, prompt, 12)
     for at in range(300):
         if at in (2, 5, 9, 14):
+            cached += sum(block.block_hash is not None for block in blocks)
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+            assert engine.scheduler.kv_cache_manager.block_pool.blocks is blocks
+            assert all(block.block_hash is None and block.block_hash_num_tokens is None for block in blocks)
             engine.model.weights += 1
         engine.step()
-    assert engine.outputs.keys() == prompts.keys()
+    assert engine.outputs.keys() == prompts.keys() and cached
     for name, prompt in prompts.items():
         output, record = engine.outputs[name]
         assert record.token_ids.tolist() == output.token_ids
