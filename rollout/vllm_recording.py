@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -28,6 +29,7 @@ from rollout.step_records import Step
 _NONE = np.zeros(0, np.int32)
 
 
+@lru_cache(maxsize=1 << 14)
 def key_of(request_id: str) -> str:
     """Of a request in `rollout.step_records`; the id that vLLM was given begins with it, the rest is for logs."""
     return request_id.partition(".")[0]
@@ -118,7 +120,7 @@ class Seen:
     def step(self, emitted: set[str], *, stale: bool, **of_cache: int) -> Step | None:
         """Without the requests whose token vLLM threw away: they were aborted, or will compute it again. So will those
         amid their prompt when the cache was cleared meanwhile, which makes the step ``stale``."""
-        goes = np.fromiter((n in emitted for n in self.names), bool, count=len(self.names))
+        goes = np.fromiter(map(emitted.__contains__, self.names), bool, count=len(self.names))
         goes |= ~self.sampled & (not stale)
         got = np.flatnonzero(goes & self.sampled)
         if not goes.any():
