@@ -334,6 +334,7 @@ def _start(model_path: str, model: ModelOutline, settings: EngineSettings) -> tu
     root = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every update of parts that have no weights
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds; its bars come as lines of their own through Ray
     if settings.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpus
     if not torch.cuda.is_available():
