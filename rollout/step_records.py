@@ -242,8 +242,13 @@ class StepRecords:
         tokens = [run.tokens(name) for run in opened.runs]
         token_ids = _joined([ids for ids, _ in tokens], np.int32)[:num_tokens]
         sequence = np.concatenate([opened.prompt, token_ids])
-        rows, recorded = self._rows(name, opened, len(sequence), width)
-        self._keep_for_others(name, opened, sequence)
+        pieces = [(run, run.start(name), run.rows(name)) for run in opened.runs]
+        fed = [*opened.cached, *((start, piece) for _, start, piece in pieces)]
+        rows, recorded = _rows(fed, len(sequence), width)
+        # What lies in the engine's cache of the request, for others.
+        block = max((run.first.block for run in opened.runs), default=0)
+        shared = ((start, piece) for run, start, piece in pieces if run.first.generation == self._generation)
+        self._prefixes.add(sequence, block, shared)
         self.close(name)
         return Record(
             token_ids=token_ids,
@@ -253,23 +258,11 @@ class StepRecords:
             recorded=recorded,
         )
 
-    def _rows(self, name: str, opened: _Open, length: int, width: int) -> tuple[NDArray, NDArray]:
-        """Of a position that was fed more than once (after a preemption), what it was first; none of the last token."""
-        rows, recorded = np.zeros((length, width), np.uint8), np.zeros(length, bool)
-        pieces = [*opened.cached, *((run.start(name), run.rows(name)) for run in opened.runs)]
-        for start, piece in pieces:
-            _fill(rows, recorded, start, piece[: max(0, length - 1 - start)])
-        return rows, recorded
-
     def _shared_rows(self, name: str, opened: _Open) -> Iterator[tuple[int, NDArray]]:
         """What lies in the engine's cache of the request, the newest last."""
         for run in opened.runs:
             if run.first.generation == self._generation:
                 yield run.start(name), run.rows(name)
-
-    def _keep_for_others(self, name: str, opened: _Open, sequence: NDArray) -> None:
-        block = max((run.first.block for run in opened.runs), default=0)
-        self._prefixes.add(sequence, block, self._shared_rows(name, opened))
 
     def _find_cached(self, name: str, block: int) -> None:
         """When a request begins behind its first token, what others computed of its prompt is in the cache."""
@@ -280,6 +273,14 @@ class StepRecords:
             (other.prompt, self._shared_rows(of, other)) for of, other in self._open.items() if other is not opened
         )
         opened.cached = self._prefixes.find(opened.prompt[:until], block, others)
+
+
+def _rows(pieces: Sequence[tuple[int, NDArray]], length: int, width: int) -> tuple[NDArray, NDArray]:
+    """Of a position that was fed more than once (after a preemption), what it was first; none of the last token."""
+    rows, recorded = np.zeros((length, width), np.uint8), np.zeros(length, bool)
+    for start, piece in pieces:
+        _fill(rows, recorded, start, piece[: max(0, length - 1 - start)])
+    return rows, recorded
 
 
 def _fill(rows: NDArray, recorded: NDArray, start: int, piece: NDArray) -> None:

@@ -13,7 +13,7 @@ Importing this module needs vLLM.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +33,13 @@ _NONE = np.zeros(0, np.int32)
 def key_of(request_id: str) -> str:
     """Of a request in `rollout.step_records`; the id that vLLM was given begins with it, the rest is for logs."""
     return request_id.partition(".")[0]
+
+
+@lru_cache(maxsize=4)
+def keys_of(request_ids: tuple[str, ...]) -> tuple[list[str], str]:
+    """And all of them as `rollout.step_records.Step` has them; most steps are of the requests of the one before."""
+    keys = list(map(key_of, request_ids))
+    return keys, "\n".join(keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +76,9 @@ class RecordingScheduler(AsyncScheduler):
         by_client = super().update_from_output(scheduler_output, model_runner_output)
         outputs = by_client.get(0)
         if seen is not None and outputs is not None and outputs.scheduler_stats is not None:
-            emitted = {key_of(output.request_id) for output in outputs.outputs if output.new_token_ids}
             generation = scheduler_output.keel_generation
             stale = generation != self._generation
-            if step := seen.step(emitted, stale=stale, block=self.hash_block_size, generation=generation):
+            if step := seen.step(outputs.outputs, stale=stale, block=self.hash_block_size, generation=generation):
                 # A field for others' statistics, which leaves a dictionary as it is; nobody else uses it here.
                 outputs.scheduler_stats.kv_connector_stats = step.to_plain()
         return by_client
@@ -100,6 +106,7 @@ class Seen:
     """What workers return of a step of B requests, in their order."""
 
     names: list[str]
+    joined: str
     sampled: NDArray  # bool [B]
     logprobs: Any  # vLLM's LogprobsLists
     masks: Any  # vLLM's SamplingMaskLists
@@ -107,8 +114,10 @@ class Seen:
 
     @classmethod
     def taken_from(cls, output: Any) -> Self:
+        names, joined = keys_of(tuple(output.req_ids))
         seen = cls(
-            names=list(map(key_of, output.req_ids)),
+            names=names,
+            joined=joined,
             sampled=np.fromiter(map(len, output.sampled_token_ids), np.int64, count=len(output.req_ids)) > 0,
             logprobs=output.logprobs,
             masks=output.sampling_masks,
@@ -117,11 +126,10 @@ class Seen:
         output.logprobs = output.sampling_masks = output.aux_output_connector_output = None
         return seen
 
-    def step(self, emitted: set[str], *, stale: bool, **of_cache: int) -> Step | None:
+    def step(self, outputs: Sequence[Any], *, stale: bool, **of_cache: int) -> Step | None:
         """Without the requests whose token vLLM threw away: they were aborted, or will compute it again. So will those
         amid their prompt when the cache was cleared meanwhile, which makes the step ``stale``."""
-        goes = np.fromiter(map(emitted.__contains__, self.names), bool, count=len(self.names))
-        goes |= ~self.sampled & (not stale)
+        goes = self._emitted(outputs) | (~self.sampled & (not stale))
         got = np.flatnonzero(goes & self.sampled)
         if not goes.any():
             return None
@@ -132,7 +140,7 @@ class Seen:
             rows = rows if goes.all() else rows[np.repeat(goes, counts)]
         sizes, ids = (None, _NONE) if self.masks is None else _of_rows(self.masks.token_ids, self.masks.offsets, got)
         return Step(
-            names="\n".join(itertools.compress(self.names, goes.tolist())),
+            names=self.joined if goes.all() else "\n".join(itertools.compress(self.names, goes.tolist())),
             starts=starts[goes],
             counts=counts[goes],
             sampled=self.sampled[goes],
@@ -143,6 +151,13 @@ class Seen:
             rows=rows,
             **of_cache,
         )
+
+    def _emitted(self, outputs: Sequence[Any]) -> NDArray:
+        """bool [B]: the requests whose token leaves vLLM."""
+        if len(outputs) == self.sampled.sum() and all(output.new_token_ids for output in outputs):
+            return self.sampled  # tokens come from nowhere else
+        emitted = {key_of(output.request_id) for output in outputs if output.new_token_ids}
+        return np.fromiter(map(emitted.__contains__, self.names), bool, count=len(self.names))
 
 
 def _of_rows(ids: NDArray, offsets: NDArray, rows: NDArray) -> tuple[NDArray, NDArray]:
