@@ -2,8 +2,8 @@
 
 vLLM would hand out everything it records of a token as objects of that token's own: log-probability, kept set, experts.
 With hundreds of requests at once they cost more than generating does. Here a step stays whole (:class:`Step`: a handful
-of arrays), steps of the same requests are put together as they come, and nothing is done for every
-token in Python. Knows vLLM by its names only; `rollout.vllm_recording` makes the steps.
+of arrays), steps of the same requests are put together as they come, and nothing is done for every token in Python.
+Knows vLLM by its names only; `rollout.vllm_recording` makes the steps.
 """
 
 from __future__ import annotations
