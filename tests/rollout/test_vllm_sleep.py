@@ -154,6 +154,8 @@ def test_gaps_are_the_bytes_that_nothing_takes(whole: tuple[int, int], taken: li
 class Calls:
     """Of `AsyncLLM`'s coroutines, in their order."""
 
+    errored = False
+
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
 
