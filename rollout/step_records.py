@@ -9,7 +9,7 @@ Knows vLLM by its names only; `rollout.vllm_recording` makes the steps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -152,19 +152,23 @@ class Run:
 
     def tokens(self, name: str) -> tuple[NDArray, NDArray]:
         """Ids and log-probabilities of the tokens that the request got."""
-        at, chunks = self._first_token[self._place[name]], self._chunks() if self._got(name) else []
-        ids = _joined([chunk.token_ids[:, at] for chunk in chunks], np.int32)
-        return ids, _joined([chunk.logprobs[:, at] for chunk in chunks], np.float32)
+        token, chunks = self._column(name)
+        ids = _joined([chunk.token_ids[:, token] for chunk in chunks], np.int32)
+        return ids, _joined([chunk.logprobs[:, token] for chunk in chunks], np.float32)
 
     def kept(self, name: str) -> tuple[NDArray, NDArray]:
         """Sizes of these tokens' kept sets, and all their ids."""
-        at, chunks = self._first_token[self._place[name]], self._chunks() if self._got(name) else []
-        sizes = _joined([chunk.kept_sizes[:, at] for chunk in chunks], np.int32)
-        return sizes, _joined([chunk.kept_ids(at) for chunk in chunks], np.int32)
+        token, chunks = self._column(name)
+        sizes = _joined([chunk.kept_sizes[:, token] for chunk in chunks], np.int32)
+        return sizes, _joined([chunk.kept_ids(token) for chunk in chunks], np.int32)
 
     def _got(self, name: str) -> int:
         """1 for a request that gets a token at every step, else 0."""
         return int(self.first.sampled[self._place[name]])
+
+    def _column(self, name: str) -> tuple[int, list[Chunk]]:
+        """Which of a step's tokens is the request's, and the chunks; none where it gets no tokens."""
+        return int(self._first_token[self._place[name]]), self._chunks() if self._got(name) else []
 
     def _chunks(self) -> list[Chunk]:
         if self._loose:
@@ -242,13 +246,11 @@ class StepRecords:
         tokens = [run.tokens(name) for run in opened.runs]
         token_ids = _joined([ids for ids, _ in tokens], np.int32)[:num_tokens]
         sequence = np.concatenate([opened.prompt, token_ids])
-        pieces = [(run, run.start(name), run.rows(name)) for run in opened.runs]
+        pieces = list(_pieces(name, opened.runs))
         fed = [*opened.cached, *((start, piece) for _, start, piece in pieces)]
         rows, recorded = _rows(fed, len(sequence), width)
-        # What lies in the engine's cache of the request, for others.
         block = max((run.first.block for run in opened.runs), default=0)
-        shared = ((start, piece) for run, start, piece in pieces if run.first.generation == self._generation)
-        self._prefixes.add(sequence, block, shared)
+        self._prefixes.add(sequence, block, self._cached_now(pieces))
         self.close(name)
         return Record(
             token_ids=token_ids,
@@ -258,11 +260,9 @@ class StepRecords:
             recorded=recorded,
         )
 
-    def _shared_rows(self, name: str, opened: _Open) -> Iterator[tuple[int, NDArray]]:
-        """What lies in the engine's cache of the request, the newest last."""
-        for run in opened.runs:
-            if run.first.generation == self._generation:
-                yield run.start(name), run.rows(name)
+    def _cached_now(self, pieces: Iterable[tuple[int, int, NDArray]]) -> Iterator[tuple[int, NDArray]]:
+        """What lies in the engine's cache of a request, the newest last."""
+        return ((start, piece) for generation, start, piece in pieces if generation == self._generation)
 
     def _find_cached(self, name: str, block: int) -> None:
         """When a request begins behind its first token, what others computed of its prompt is in the cache."""
@@ -270,9 +270,16 @@ class StepRecords:
         if opened is None or len(opened.runs) > 1 or not (until := opened.runs[0].start(name)):
             return
         others = (
-            (other.prompt, self._shared_rows(of, other)) for of, other in self._open.items() if other is not opened
+            (other.prompt, self._cached_now(_pieces(of, other.runs)))
+            for of, other in self._open.items()
+            if other is not opened
         )
         opened.cached = self._prefixes.find(opened.prompt[:until], block, others)
+
+
+def _pieces(name: str, runs: Iterable[Run]) -> Iterator[tuple[int, int, NDArray]]:
+    """(generation, position of the first row, rows) of what a request was fed."""
+    return ((run.first.generation, run.start(name), run.rows(name)) for run in runs)
 
 
 def _rows(pieces: Sequence[tuple[int, NDArray]], length: int, width: int) -> tuple[NDArray, NDArray]:
