@@ -40,6 +40,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "paged_sparse_attention": "kernels.paged",
         "project_in_fp32": "kernels.paged",
         "quantise_index_heads": "kernels.indexer",
+        "record_draws": "kernels.draws",
         "rotate_heads": "kernels.paged",
         "select_keys": "kernels.indexer",
         "select_paged_keys": "kernels.paged",
@@ -93,6 +94,7 @@ cache_rows = _by_device(reference.cache_rows)
 paged_sparse_attention = _by_device(reference.paged_sparse_attention)
 grouped_linear = _by_device(reference.grouped_linear)
 kept_logprobs = _by_device(reference.kept_logprobs)
+record_draws = _by_device(reference.record_draws)
 
 __all__ = [
     "cache_rows",
@@ -114,6 +116,7 @@ __all__ = [
     "paged_sparse_attention",
     "project_in_fp32",
     "quantise_index_heads",
+    "record_draws",
     "rotate_heads",
     "select_keys",
     "select_paged_keys",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from vllm.distributed.device_communicators import flashinfer_all_reduce as sums  # pyright: ignore[reportMissingImports]
 
-from rollout import vllm_recording
+from rollout import vllm_step
 from rollout.held_weights import live_tensors
 from rollout.vllm_layout import Shapes, held_parts
 from rollout.vllm_sleep import SleepingMemory
@@ -21,7 +21,7 @@ from rollout.vllm_transfer import KeelTransfer
 
 _GB = 1e9
 
-vllm_recording.install()
+vllm_step.install()
 if os.environ.get("NCCL_NVLS_ENABLE") == "0":
     # FlashInfer's workspaces, for sums that are fused with norms, are multicast; the kind that is not takes minutes to
     # compile at an engine's first start. To vLLM it looks as if there could be none, and it sums up in the usual way.

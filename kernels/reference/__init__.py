@@ -11,6 +11,7 @@ from kernels.reference.attention import (
     selection_bitmask,
     sparse_attention,
 )
+from kernels.reference.draws import record_draws
 from kernels.reference.grouped import grouped_linear
 from kernels.reference.indexer import (
     indexer_kl,
@@ -54,6 +55,7 @@ __all__ = [
     "paged_sparse_attention",
     "project_in_fp32",
     "quantise_index_heads",
+    "record_draws",
     "rotate_heads",
     "select_keys",
     "select_paged_keys",

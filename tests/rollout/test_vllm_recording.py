@@ -34,9 +34,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
 
-from rollout import vllm_recording
+from kernels.reference.draws import DRAW_FIELDS
 from rollout.step_records import Step, StepRecords
-from rollout.vllm_recording import PendingRows, RecordingScheduler, compact_masks, key_of
+from rollout.vllm_recording import RecordingScheduler, key_of
+from rollout.vllm_step import Drawn, PendingRows
 
 BLOCK, LAYERS, TOP_K, VOCAB = 8, 3, 2, 50
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -111,37 +112,46 @@ class Model:
         output = ModelRunnerOutput(
             req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=sampled
         )
-        chosen = torch.tensor([[s[0] if s else -1] for s in sampled], dtype=torch.int32)
-        output.logprobs = LogprobsTensors(chosen, torch.tensor(logprobs).float()[:, None], chosen[:, 0]).tolists()
-        output.sampling_masks = self._masks(kept)
         edges = np.concatenate([[0], np.cumsum(counts)])
         first = np.array([starts[name] for name in names])
         taken = torch.tensor(np.array(rows)).to(torch.uint8)
+        if self.connector is None:
+            output.aux_output_connector_output = ours(sampled, logprobs, kept, first, edges, taken)
+            return output
+        chosen = torch.tensor([[s[0] if s else -1] for s in sampled], dtype=torch.int32)
+        output.logprobs = LogprobsTensors(chosen, torch.tensor(logprobs).float()[:, None], chosen[:, 0]).tolists()
+        output.sampling_masks = their_masks(kept)
         output.aux_output_connector_output = self._recorded(names, first, edges, taken, sampled)
         return output
 
-    def _masks(self, kept: list[np.ndarray]) -> Any:
-        width = 5
-        ids = torch.tensor(np.stack([np.pad(k, (0, width - len(k))) for k in kept]), dtype=torch.int32)
-        counts = torch.tensor([len(k) for k in kept], dtype=torch.int32)
-        masks = SamplingMaskTensors(ids, torch.zeros(len(kept), 7, dtype=torch.uint8), counts, VOCAB)
-        theirs = masks.tolists(np.array([len(k) > 0 for k in kept]))
-        ours = compact_masks(masks)
-        np.testing.assert_array_equal(theirs.token_ids, ours.token_ids)
-        np.testing.assert_array_equal(theirs.offsets, ours.offsets)
-        return ours
-
     def _recorded(self, names: list[str], starts: Any, edges: Any, rows: torch.Tensor, sampled: list[list[int]]) -> Any:
-        if self.connector is None:
-            pending: Any = PendingRows(starts, edges, rows)
-            pending.enqueue_cpu_copy(np.zeros(0), np.zeros(0))
-            return pending.process_output()
-        pending = connectors.PendingAuxOutput(self.connector, names, starts, edges, rows)
+        pending: Any = connectors.PendingAuxOutput(self.connector, names, starts, edges, rows)
         pending.enqueue_cpu_copy(np.array(list(map(len, sampled))), np.zeros(len(names), int))
+        assert self.connector is not None
         self.connector._pending_outputs.append(pending)
         for name in names:
             self.connector._requests[name].pending_outputs += 1
         return pending.process_output()
+
+
+def their_masks(kept: list[np.ndarray]) -> Any:
+    ids = torch.tensor(np.stack([np.pad(k, (0, 5 - len(k))) for k in kept]), dtype=torch.int32)
+    counts = torch.tensor([len(k) for k in kept], dtype=torch.int32)
+    masks = SamplingMaskTensors(ids, torch.zeros(len(kept), 7, dtype=torch.uint8), counts, VOCAB)
+    return masks.tolists(np.array([len(k) > 0 for k in kept]))
+
+
+def ours(sampled: list[list[int]], logprobs: list[Any], kept: list[np.ndarray], *rows: Any) -> Drawn:
+    """In a table with room for three ids, of sets of up to five."""
+    table = np.full((len(sampled), DRAW_FIELDS + 3), -9, np.int32)
+    table[:, 1] = list(map(len, sampled))
+    for row, tokens, ids in zip(table, sampled, kept, strict=True):
+        row[0], row[3] = tokens[0] if tokens else -9, len(ids)
+        row[DRAW_FIELDS : DRAW_FIELDS + len(ids)] = ids[:3]
+    table[:, 2] = np.array(logprobs, np.float32).view(np.int32)
+    pending = PendingRows(*rows)
+    pending.enqueue_cpu_copy()
+    return Drawn.of_table(table, pending.process_output(), kept.__getitem__)
 
 
 def their_connector(room: int) -> Any:
@@ -224,8 +234,7 @@ class Engine:
 
 
 @pytest.fixture(autouse=True)
-def theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_recording, "_THEIRS", SamplingMaskTensors.tolists)
+def theirs() -> None:
     init_none_hash(sha256)
 
 
