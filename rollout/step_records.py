@@ -148,27 +148,17 @@ class Run:
         at = self._place[name]
         first, width = self._first_row[at], self.first.rows.shape[1]
         parts = [chunk.rows[:, first : first + self.first.counts[at]] for chunk in self._chunks()]
-        return np.concatenate(parts).reshape(-1, width) if width else np.zeros((0, 0), np.uint8)
+        return _joined(parts, np.uint8).reshape(-1, width) if width else np.zeros((0, 0), np.uint8)
 
-    def tokens(self, name: str) -> tuple[NDArray, NDArray]:
-        """Ids and log-probabilities of the tokens that the request got."""
-        token, chunks = self._column(name)
-        ids = _joined([chunk.token_ids[:, token] for chunk in chunks], np.int32)
-        return ids, _joined([chunk.logprobs[:, token] for chunk in chunks], np.float32)
-
-    def kept(self, name: str) -> tuple[NDArray, NDArray]:
-        """Sizes of these tokens' kept sets, and all their ids."""
-        token, chunks = self._column(name)
-        sizes = _joined([chunk.kept_sizes[:, token] for chunk in chunks], np.int32)
-        return sizes, _joined([chunk.kept_ids(token) for chunk in chunks], np.int32)
+    def columns(self, name: str) -> Iterator[tuple[Chunk, int]]:
+        """The chunks one after another, and which of a step's tokens is the request's; none where it gets no tokens."""
+        if self._got(name):
+            token = int(self._first_token[self._place[name]])
+            yield from ((chunk, token) for chunk in self._chunks())
 
     def _got(self, name: str) -> int:
         """1 for a request that gets a token at every step, else 0."""
         return int(self.first.sampled[self._place[name]])
-
-    def _column(self, name: str) -> tuple[int, list[Chunk]]:
-        """Which of a step's tokens is the request's, and the chunks; none where it gets no tokens."""
-        return int(self._first_token[self._place[name]]), self._chunks() if self._got(name) else []
 
     def _chunks(self) -> list[Chunk]:
         if self._loose:
@@ -243,8 +233,10 @@ class StepRecords:
     def read(self, name: str, num_tokens: int, *, width: int) -> Record:
         """What there is of the request and its first ``num_tokens`` tokens; forgets it."""
         opened = self._open[name]
-        tokens = [run.tokens(name) for run in opened.runs]
-        token_ids = _joined([ids for ids, _ in tokens], np.int32)[:num_tokens]
+        columns = [column for run in opened.runs for column in run.columns(name)]
+        token_ids = _joined([chunk.token_ids[:, token] for chunk, token in columns], np.int32)[:num_tokens]
+        logprobs = _joined([chunk.logprobs[:, token] for chunk, token in columns], np.float32)[:num_tokens]
+        records_kept = all(run.first.kept_sizes is not None for run in opened.runs)
         sequence = np.concatenate([opened.prompt, token_ids])
         pieces = list(_pieces(name, opened.runs))
         fed = [*opened.cached, *((start, piece) for _, start, piece in pieces)]
@@ -254,8 +246,8 @@ class StepRecords:
         self.close(name)
         return Record(
             token_ids=token_ids,
-            logprobs=_joined([logprobs for _, logprobs in tokens], np.float32)[:num_tokens],
-            kept=_kept(name, opened.runs, num_tokens),
+            logprobs=logprobs,
+            kept=_kept(columns, num_tokens) if records_kept else None,
             rows=rows,
             recorded=recorded,
         )
@@ -301,16 +293,17 @@ def _fill(rows: NDArray, recorded: NDArray, start: int, piece: NDArray) -> None:
     recorded[span] = True
 
 
-def _kept(name: str, runs: Sequence[Run], num_tokens: int) -> Kept | None:
-    if any(run.first.kept_sizes is None for run in runs):
-        return None
-    found = [run.kept(name) for run in runs]
-    sizes = _joined([sizes for sizes, _ in found], np.int32)[:num_tokens]
+def _kept(columns: Sequence[tuple[Chunk, int]], num_tokens: int) -> Kept:
+    sizes = _joined([chunk.kept_sizes[:, token] for chunk, token in columns], np.int32)[:num_tokens]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return Kept(ids=_joined([ids for _, ids in found], np.int32)[: offsets[-1]], offsets=offsets)
+    ids = _joined([chunk.kept_ids(token) for chunk, token in columns], np.int32)
+    return Kept(ids=ids[: offsets[-1]], offsets=offsets)
 
 
 def _joined(parts: Sequence[NDArray], dtype: Any) -> NDArray:
+    """A copy: a part would keep all of its chunk."""
+    if len(parts) == 1:
+        return parts[0].copy()
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
