@@ -1,5 +1,7 @@
 """A decode step's draws in one launch: `kernels.reference.draws` on the GPU."""
 
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import torch

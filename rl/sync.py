@@ -124,9 +124,8 @@ class Broadcast:
             raise
 
     async def _take_in(self, engine: int) -> None:
-        await self.pool.begin_update([engine])
         self._check_members([engine])
-        await self.pool.receive(None, [engine])
+        await self.pool.take_broadcast(engine)
 
     async def _connected(self, engines: Sequence[int]) -> Sequence[int]:
         """Those of ``engines`` that are in a group with the learner now; others died meanwhile."""

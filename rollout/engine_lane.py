@@ -7,13 +7,15 @@ from contextlib import contextmanager
 
 from rl.timeline import Timeline
 
-_PHASES = {"load": "load", "stage": "sync", "begin_update": "sync", "receive": "sync", "commit": "sync", "wake": "wake"}
+_PHASES = {"load": "load", "wake": "wake"} | dict.fromkeys(
+    ("stage", "begin_update", "receive", "take_broadcast", "commit"), "sync"
+)
 """Calls that are spans of the file."""
 _LAUNCH = "__ray_call__"
 """Waits for a process to come up, and so for room."""
 REQUEST = "request"
 """The phase of each call that generates, which is not written."""
-_WAKING = ("stage", "begin_update", "wake")
+_WAKING = ("stage", "begin_update", "take_broadcast", "wake")
 
 
 class EngineLane:

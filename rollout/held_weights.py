@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,12 +77,12 @@ class Census:
     """The modules and tensors of a model, and where they lie, at one time."""
 
     def __init__(self, model: nn.Module) -> None:
-        holders = [(m._modules, m._parameters, m._buffers) for m in model.modules()]
-        self._empty = [holder for three in holders for holder in three if not holder]
-        self._names = [(holder, list(holder), list(holder.values())) for three in holders for holder in three if holder]
-        self._ids = [_ids(holder) for holder, _, _ in self._names]  # of what is held, and hence of nothing else
-        held = itertools.chain.from_iterable(values for _, _, values in self._names)
-        self._tensors = [value for value in held if isinstance(value, torch.Tensor)]
+        holders = [holder for m in model.modules() for holder in (m._modules, m._parameters, m._buffers)]
+        self._empty = [holder for holder in holders if not holder]
+        self._holders = [holder for holder in holders if holder]
+        self._sizes = list(map(len, self._holders))
+        self._names, self._held = list(itertools.chain(*self._holders)), list(self._values())
+        self._tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
         self._places = self._now()
 
     def holds(self) -> bool:
@@ -89,17 +90,20 @@ class Census:
 
         For every read and write of kept views: those of tensors that were replaced would read what nobody uses.
         """
-        if any(self._empty) or [_ids(holder) for holder, _, _ in self._names] != self._ids:
-            return False
-        return all(list(holder) == names for holder, names, _ in self._names) and self._now() == self._places
+        return (
+            not any(self._empty)
+            and list(map(len, self._holders)) == self._sizes
+            and all(map(operator.is_, self._values(), self._held))
+            and list(itertools.chain(*self._holders)) == self._names
+            and self._now() == self._places
+        )
+
+    def _values(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(holder.values() for holder in self._holders)
 
     def _now(self) -> list[tuple[Any, ...]]:
         with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters look at every call
             return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in self._tensors]
-
-
-def _ids(holder: Mapping[str, Any]) -> list[int]:
-    return list(map(id, holder.values()))
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

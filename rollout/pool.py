@@ -252,16 +252,16 @@ class EnginePool:
         """Makes engines ready for :meth:`receive`; generation stands still until the commit."""
         await self._call_all("begin_update", engines=engines)
 
-    async def receive(self, offer: Mapping[str, Any] | None = None, engines: Sequence[int] | None = None) -> None:
-        """Lets engines load a bucket that the learner offers, or all that the learner broadcasts.
+    async def receive(self, offer: Mapping[str, Any], engines: Sequence[int] | None = None) -> None:
+        """Lets engines load a bucket that the learner offers."""
+        await self._call_all("receive", offer, engines=engines)
 
-        Of a broadcast that an engine does not live through it raises EngineDied: others are waiting for it.
+    async def take_broadcast(self, engine: int) -> None:
+        """Lets an engine load all that the learner broadcasts; generation stands still until the commit.
+
+        Raises EngineDied where the engine does not live through it: others are waiting for it.
         """
-        if offer is None:
-            indices = self.present if engines is None else engines
-            await asyncio.gather(*(self._call(self._engines[index], "receive", None) for index in indices))
-        else:
-            await self._call_all("receive", offer, engines=engines)
+        await self._call(self._engines[engine], "take_broadcast")
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
         """Lets the engines give up their memory where they share it with the learner; elsewhere does nothing.

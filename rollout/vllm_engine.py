@@ -153,7 +153,12 @@ class VllmEngineActor:
         await self._ask(self._engine.start_weight_update())
         self._updating = True
 
-    async def receive(self, offer: Mapping[str, Any] | None = None) -> None:
+    async def take_broadcast(self) -> None:
+        """Begins an update, and loads all that comes over the group."""
+        await self.begin_update()
+        await self.receive(None)
+
+    async def receive(self, offer: Mapping[str, Any] | None) -> None:
         """Loads the bucket that ``offer`` describes (`trainer.sender`), or all that comes over the group."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # pyright: ignore[reportMissingImports]
 
@@ -167,15 +172,16 @@ class VllmEngineActor:
         """
         if not self._updating:
             raise ValueError("weight update: nothing was received")
-        # Both before anything is sampled again, in whatever order.
-        answers, _ = await asyncio.gather(self._of_workers("finish_update"), self._relabel(version))
+        # vLLM does them in this order, one after the other.
+        steps = [self._of_workers("finish_update"), self._relabel(version)]
+        if not self._asleep:
+            steps.append(self._ask(self._engine.resume_generation()))
+        answers, *_ = await asyncio.gather(*steps)
         self._updating = False
         sums = self._verifier.checksums(answers)
         if self._asleep:
             await self._rise(["kv_cache"])
             self._asleep = False
-        else:
-            await self._ask(self._engine.resume_generation())
         self._stand(False)
         return sums
 

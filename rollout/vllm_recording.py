@@ -23,8 +23,8 @@ import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from rl.sample import NDArray
+from rollout.drawn import Drawn
 from rollout.step_records import Step
-from rollout.vllm_step import Drawn
 
 _NONE = np.zeros(0, np.int32)
 

@@ -167,7 +167,7 @@ class Learner:
         """Returns when all ``size`` processes are in the group that :meth:`open_transfer` opened."""
         await self._one(0, "join_transfer", host, size, timeout_s)
 
-    async def send_weights(self, max_bytes: int = 256 << 20) -> Sent:
+    async def send_weights(self, max_bytes: int = 512 << 20) -> Sent:
         """Broadcasts the current weights to the engines that joined, at most ``max_bytes`` whole at a time."""
         return (await self._all("send_weights", max_bytes))[0]
 

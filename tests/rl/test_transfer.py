@@ -78,12 +78,9 @@ class WorkersOnly:
         except RayTaskError as error:
             raise error.cause from error
 
-    async def begin_update(self, engines: Sequence[int]) -> None:
-        pass
-
-    async def receive(self, offer: None, engines: Sequence[int]) -> None:
-        workers = self.membership(engines)
-        troubles = [self.trouble if engines[0] == 0 else ""] + [""] * (len(workers) - 1)
+    async def take_broadcast(self, engine: int) -> None:
+        workers = self.membership([engine])
+        troubles = [self.trouble if engine == 0 else ""] + [""] * (len(workers) - 1)
         calls = [
             asyncio.wrap_future(worker.receive.remote(trouble).future())
             for worker, trouble in zip(workers, troubles, strict=True)
@@ -93,7 +90,7 @@ class WorkersOnly:
             done, waiting = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_EXCEPTION)
             for error in [call.exception() for call in done]:
                 if isinstance(error, RayActorError):  # a worker takes its engine along
-                    raise EngineDied(f"engine {engines[0]} died during receive") from error
+                    raise EngineDied(f"engine {engine} died during take_broadcast") from error
             if not done:
                 break
         try:

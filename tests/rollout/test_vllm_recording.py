@@ -35,9 +35,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
 
 from kernels.reference.draws import DRAW_FIELDS
+from rollout.drawn import Drawn
 from rollout.step_records import Step, StepRecords
 from rollout.vllm_recording import RecordingScheduler, key_of
-from rollout.vllm_step import Drawn, PendingRows
+from rollout.vllm_step import PendingRows
 
 BLOCK, LAYERS, TOP_K, VOCAB = 8, 3, 2, 50
 SHAPE = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
