@@ -31,6 +31,8 @@ def test_the_kernel_compiles_for_hopper(dtype: str, kept: bool) -> None:
 
     kinds = {"logits": f"*{dtype}", "token_ids": "*i64", "num_sampled": "*i32", "table": "*i32"}
     constants = {"KEPT": kept, "BLOCK": _BLOCK}
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in _record_kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, "i32") for name in _record_kernel.arg_names
+    }
     source = ASTSource(fn=_record_kernel, signature=signature, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
