@@ -10,13 +10,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from model import save_model
@@ -30,7 +29,6 @@ from rl.sample import Prompt, Sample
 from rl.sync import Publisher, transport_for
 from rl.system import reserve
 from rollout.pool import EnginePool
-from tests.gpu.selection import fix_cache_as_asked
 from tests.gpu.test_vllm_engine import make_module
 from trainer.learner import Learner
 from trainer.sender import Sent
@@ -40,15 +38,6 @@ SAMPLING = Sampling(top_p=0.95, max_tokens=400)
 SEEDS = range(8)
 LIMIT_S = 480.0
 """An engine starts three times."""
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as rl.system.join_cluster
-    hook = {"worker_process_setup_hook": fix_cache_as_asked}
-    ray.init(address="local", include_dashboard=False, num_cpus=16, runtime_env=hook)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

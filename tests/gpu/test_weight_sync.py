@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from model import DeepseekV32, checksums, save_model
@@ -38,7 +37,6 @@ from rollout.pool import EnginePool
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
 from tests.gpu.plain_copy import copy_speed
 from tests.gpu.replay import figures, log_ratios
-from tests.gpu.selection import fix_cache_as_asked
 from tests.gpu.soil import soil_free_memory
 from tests.gpu.test_vllm_engine import CONFIG, endless, make_module, make_requests
 from trainer.learner import Learner
@@ -253,15 +251,6 @@ def test_what_a_woken_engine_samples_is_what_its_weights_say(seen: Seen, woken_b
     ours = figures(log_ratios(make_module(2).to("cuda"), *pair))
     record(f"woken by {woken_by}", ours)
     assert ours["mean_abs"] < 0.05
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as rl.system.join_cluster
-    hook = {"worker_process_setup_hook": fix_cache_as_asked}
-    ray.init(address="local", include_dashboard=False, num_cpus=16, runtime_env=hook)
-    yield
-    ray.shutdown()
 
 
 def recipe_for(model_path: Path, **rollout: Any) -> Recipe:
