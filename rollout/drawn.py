@@ -29,19 +29,21 @@ class Drawn:
     sampled: NDArray  # bool [B], whether the request got a token
     token_ids: NDArray  # int32 [B], and the next one: of requests that got one
     logprobs: NDArray  # float32 [B]
-    kept_sizes: NDArray | None  # int32 [B], 0 for the others; None where kept sets are not recorded
+    kept_sizes: NDArray | None  # int32 [B], 0 for the others, and where all was kept; None where it is not recorded
     kept_ids: NDArray  # int32 [sum of kept_sizes]
     rows: StepRows | None = None
 
     @classmethod
-    def of_table(cls, table: NDArray, rows: StepRows | None, whole: Callable[[int], NDArray] | None) -> Self:
-        """``table``: of `kernels.record_draws`. ``whole``: all ids of a row that kept more than fit there; None where
-        kept sets are not recorded."""
+    def of_table(
+        cls, table: NDArray, num_ids: int, rows: StepRows | None, whole: Callable[[int], NDArray] | None
+    ) -> Self:
+        """``table``: of `kernels.record_draws`, of a vocabulary of ``num_ids``. ``whole``: all ids of a row that kept
+        more than fit there; None where kept sets are not recorded."""
         sampled = table[:, 1] > 0
         ids = np.zeros(0, np.int32)
         sizes = None
         if whole is not None:
-            sizes = np.where(sampled, table[:, 3], 0).astype(np.int32)
+            sizes = np.where(sampled & (table[:, 3] < num_ids), table[:, 3], 0).astype(np.int32)
             ids = _kept_ids(table[:, DRAW_FIELDS:], sizes, whole)
         return cls(sampled, table[:, 0].copy(), table[:, 2].copy().view(np.float32), sizes, ids, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,7 @@ def to_completion(output: Any, record: Record, request: Request, recording: Reco
         if kept is None or len(kept) != num_tokens:
             raise ValueError(f"request {request.id}: there are not as many kept sets as its {num_tokens} tokens")
     _check_finite(record.logprobs, token_ids, kept, request)
+    kept = kept and _with_whole_sets(kept, recording.vocab_size)
     routes, routed, selections = _rows(record, recording)
     return Completion(
         token_ids=token_ids,
@@ -134,6 +136,15 @@ def to_completion(output: Any, record: Record, request: Request, recording: Reco
         selections=selections,
         finish=_FINISH[output.finish_reason],
     )
+
+
+def _with_whole_sets(kept: Kept, vocab_size: int) -> Kept:
+    """With the ids of sets that hold all of them, which engines leave out."""
+    if kept.sizes.all():
+        return kept
+    spans = itertools.pairwise(kept.offsets.tolist())
+    every = np.arange(vocab_size, dtype=np.int32)
+    return Kept.from_rows([kept.ids[start:end] if end > start else every for start, end in spans])
 
 
 def _check_finite(logprobs: NDArray, token_ids: NDArray, kept: Kept | None, request: Request) -> None:

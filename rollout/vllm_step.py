@@ -65,6 +65,7 @@ class StepOutput(AsyncModelRunnerOutput):
         self._output, self._rows = model_runner_output, pending_aux_output
         self._kept = sampler_output.sampling_mask_tensors
         processed = self._kept or sampler_output.logprobs_tensors
+        self._num_ids = processed.logits.shape[1]
         self._on_gpu = record_draws(
             processed.logits, sampler_output.sampled_token_ids.squeeze(1), num_sampled_tokens, processed.width
         )
@@ -79,7 +80,8 @@ class StepOutput(AsyncModelRunnerOutput):
     def get_output(self) -> Any:
         self._done.synchronize()
         rows = None if self._rows is None else self._rows.process_output()
-        drawn = Drawn.of_table(self._table.numpy(), rows, None if self._kept is None else self._whole)
+        whole = None if self._kept is None else self._whole
+        drawn = Drawn.of_table(self._table.numpy(), self._num_ids, rows, whole)
         tokens = zip(drawn.token_ids.tolist(), drawn.sampled.tolist(), strict=True)
         self._output.sampled_token_ids = [[token] if sampled else [] for token, sampled in tokens]
         self._output.aux_output_connector_output = drawn

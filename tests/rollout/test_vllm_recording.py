@@ -152,7 +152,7 @@ def ours(sampled: list[list[int]], logprobs: list[Any], kept: list[np.ndarray], 
     table[:, 2] = np.array(logprobs, np.float32).view(np.int32)
     pending = PendingRows(*rows)
     pending.enqueue_cpu_copy()
-    return Drawn.of_table(table, pending.process_output(), kept.__getitem__)
+    return Drawn.of_table(table, VOCAB, pending.process_output(), kept.__getitem__)
 
 
 def their_connector(room: int) -> Any:

@@ -74,6 +74,15 @@ def test_every_stream_is_aligned_with_the_tokens(recording, request_of_5):
     assert to_sample(prompt, 0, request_of_5, completion, "").num_sampled == 4
 
 
+def test_a_set_that_came_without_ids_holds_all_of_them(recording, request_of_5):
+    kept = Kept(ids=np.array([4, 9, 1], np.int32), offsets=np.array([0, 2, 2, 3]))
+    completion = to_completion(output_of([9, 8, 1]), record_of([9, 8, 1], kept=kept), request_of_5, recording)
+    assert completion.kept is not None
+    assert completion.kept.sizes.tolist() == [2, recording.vocab_size, 1]
+    assert completion.kept.ids.tolist() == [4, 9, *range(recording.vocab_size), 1]
+    assert completion.kept.contains(completion.token_ids).all()
+
+
 def test_rows_that_are_missing_are_not_recorded(recording, request_of_5):
     recorded = np.array([True] * 3 + [False] * 3 + [True, False])
     completion = to_completion(output_of([9, 8, 7]), record_of([9, 8, 7], recorded=recorded), request_of_5, recording)

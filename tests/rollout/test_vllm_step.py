@@ -59,7 +59,8 @@ def test_a_step_leaves_with_what_it_drew(room: int | None):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(5, 40, generator=generator)
     logits[torch.rand(5, 40, generator=generator) < 0.9] = float("-inf")
-    logits[3] = torch.randn(40, generator=generator)  # a row that keeps everything
+    logits[3], logits[4] = torch.randn(2, 40, generator=generator)
+    logits[3, 7] = float("-inf")  # all but one; row 4 keeps all, which goes without saying
     tokens = logits.argmax(dim=1)
     rows = torch.arange(24, dtype=torch.uint8).reshape(6, 2, 2)
     pending = PendingRows(np.array([0, 7, 3, 9, 4]), np.array([0, 1, 2, 4, 5, 6]), rows)
@@ -73,7 +74,7 @@ def test_a_step_leaves_with_what_it_drew(room: int | None):
     if room is None:
         assert drawn.kept_sizes is None and not len(drawn.kept_ids)
         return
-    kept = [row.isfinite().nonzero().squeeze(1).tolist() if n != 2 else [] for n, row in enumerate(logits)]
+    kept = [row.isfinite().nonzero().squeeze(1).tolist() if n not in (2, 4) else [] for n, row in enumerate(logits)]
     assert drawn.kept_sizes.tolist() == list(map(len, kept))
     assert drawn.kept_ids.tolist() == list(itertools.chain.from_iterable(kept))
     assert drawn.kept_ids.dtype == np.int32
@@ -81,5 +82,6 @@ def test_a_step_leaves_with_what_it_drew(room: int | None):
 
 def test_a_model_without_experts_has_no_rows():
     logits = torch.randn(2, 9)
+    logits[0, 1:] = float("-inf")
     drawn = output_of(logits, logits.argmax(dim=1), [1, 1], 9, None).aux_output_connector_output
-    assert drawn.rows is None and drawn.kept_ids.tolist() == [*range(9), *range(9)]
+    assert drawn.rows is None and drawn.kept_ids.tolist() == [0] and drawn.kept_sizes.tolist() == [1, 0]
