@@ -105,6 +105,7 @@ JOBS = (
     _test("killed", "test_killed_engine.py", select="shared", figures=FAULTS),
     _test("killed_broadcast", "test_killed_engine.py", 2, select="not shared", figures=FAULTS),
     _test("engine", "test_vllm_engine.py"),
+    _test("draws", "test_draw_kernels.py"),
     _test("dsa", "test_vllm_dsa.py"),
     _test("updates", "test_weight_sync.py", figures=SYNC, alone=True),
     _test("updates_two", "test_weight_sync.py", 2, select="beside or share", figures=SYNC),
