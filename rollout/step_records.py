@@ -211,7 +211,7 @@ class StepRecords:
         self._generation = generation
         self._prefixes.clear()
         for name, opened in self._open.items():
-            if not any(run.num_tokens(name) for run in opened.runs):
+            if not self._num_tokens(name):
                 opened.runs, opened.cached = [], []
 
     async def take(self, name: str, num_tokens: int, *, width: int, timeout_s: float = 60.0) -> Record:
@@ -219,16 +219,20 @@ class StepRecords:
 
         Raises TimeoutError when its tokens are not recorded within ``timeout_s``.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                while sum(run.num_tokens(name) for run in self._open[name].runs) < num_tokens:
-                    self._news.clear()
-                    await self._news.wait()
-        except TimeoutError:
-            raise TimeoutError(
-                f"request {name}: its tokens came, but not what they recorded ({timeout_s:g} s)"
-            ) from None
+        if self._num_tokens(name) < num_tokens:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while self._num_tokens(name) < num_tokens:
+                        self._news.clear()
+                        await self._news.wait()
+            except TimeoutError:
+                raise TimeoutError(
+                    f"request {name}: its tokens came, but not what they recorded ({timeout_s:g} s)"
+                ) from None
         return self.read(name, num_tokens, width=width)
+
+    def _num_tokens(self, name: str) -> int:
+        return sum(run.num_tokens(name) for run in self._open[name].runs)
 
     def read(self, name: str, num_tokens: int, *, width: int) -> Record:
         """What there is of the request and its first ``num_tokens`` tokens; forgets it."""
@@ -242,7 +246,10 @@ class StepRecords:
         fed = [*opened.cached, *((start, piece) for _, start, piece in pieces)]
         rows, recorded = _rows(fed, len(sequence), width)
         block = max((run.first.block for run in opened.runs), default=0)
-        self._prefixes.add(sequence, block, self._cached_now(pieces))
+        cached_now = list(self._cached_now(pieces))
+        if len(cached_now) == len(pieces) and _follow_each_other(fed):
+            cached_now = [(0, rows[: np.count_nonzero(recorded)])]  # all of it, put together already
+        self._prefixes.add(sequence, block, cached_now)
         self.close(name)
         return Record(
             token_ids=token_ids,
@@ -277,9 +284,21 @@ def _pieces(name: str, runs: Iterable[Run]) -> Iterator[tuple[int, int, NDArray]
 def _rows(pieces: Sequence[tuple[int, NDArray]], length: int, width: int) -> tuple[NDArray, NDArray]:
     """Of a position that was fed more than once (after a preemption), what it was first; none of the last token."""
     rows, recorded = np.zeros((length, width), np.uint8), np.zeros(length, bool)
+    if _follow_each_other(pieces):
+        pieces = [(0, np.concatenate([piece for _, piece in pieces]))]
     for start, piece in pieces:
         _fill(rows, recorded, start, piece[: max(0, length - 1 - start)])
     return rows, recorded
+
+
+def _follow_each_other(pieces: Sequence[tuple[int, NDArray]]) -> bool:
+    """From the first position on, as nearly always."""
+    end = 0
+    for start, piece in pieces:
+        if start != end:
+            return False
+        end += len(piece)
+    return end > 0
 
 
 def _fill(rows: NDArray, recorded: NDArray, start: int, piece: NDArray) -> None:
