@@ -63,12 +63,12 @@ class StepOutput(AsyncModelRunnerOutput):
     ) -> None:
         del check_ep_fault  # of exchanges between nodes, which an engine here has none of
         self._output, self._rows = model_runner_output, pending_aux_output
-        self._kept = sampler_output.sampling_mask_tensors
-        processed = self._kept or sampler_output.logprobs_tensors
-        self._num_ids = processed.logits.shape[1]
-        self._on_gpu = record_draws(
-            processed.logits, sampler_output.sampled_token_ids.squeeze(1), num_sampled_tokens, processed.width
-        )
+        kept, tokens = sampler_output.sampling_mask_tensors, sampler_output.sampled_token_ids.squeeze(1)
+        logits, width = (kept or sampler_output.logprobs_tensors).logits, 0 if kept is None else kept.width
+        self._num_ids, self._records_kept = logits.shape[1], kept is not None
+        self._on_gpu = record_draws(logits, tokens, num_sampled_tokens, width)
+        # Of rows that keep more than there is room for; the logits themselves would be kept for two steps.
+        self._is_kept = logits.isfinite() if 0 < width < self._num_ids else None
         self._done = torch.cuda.Event(blocking=True)
         with stream(copy_stream, main_stream):
             copy_stream.wait_stream(main_stream)
@@ -80,7 +80,7 @@ class StepOutput(AsyncModelRunnerOutput):
     def get_output(self) -> Any:
         self._done.synchronize()
         rows = None if self._rows is None else self._rows.process_output()
-        whole = None if self._kept is None else self._whole
+        whole = self._whole if self._records_kept else None
         drawn = Drawn.of_table(self._table.numpy(), self._num_ids, rows, whole)
         tokens = zip(drawn.token_ids.tolist(), drawn.sampled.tolist(), strict=True)
         self._output.sampled_token_ids = [[token] if sampled else [] for token, sampled in tokens]
@@ -88,7 +88,8 @@ class StepOutput(AsyncModelRunnerOutput):
         return self._output
 
     def _whole(self, row: int) -> NDArray:
-        return self._kept.logits[row].isfinite().nonzero().squeeze(1).cpu().numpy()
+        assert self._is_kept is not None
+        return self._is_kept[row].nonzero().squeeze(1).cpu().numpy()
 
 
 def step_output(**parts: Any) -> AsyncModelRunnerOutput:
