@@ -16,7 +16,7 @@ from rl.resume import open_run
 from rl.saver import Saver
 from rl.timeline import Timeline
 from rollout.engine_handle import EngineHandle
-from tests.rl.test_run_checkpoint import write
+from tests.rl.saved_runs import write
 from tests.rl.tiny_runs import tiny_recipe
 
 
