@@ -98,7 +98,7 @@ def test_sparse_attention_is_tested_where_it_differs_from_dense() -> None:
     dense = make_model(make_config(index_topk=4096))
     ids = tokens(2, 33)
     difference = (module(ids) - dense(ids)).abs()
-    assert difference[:, :6].max() == 0
+    assert difference[:, :6].max() < 1e-5  # nothing is left out yet; products of other shapes may round otherwise
     assert difference[:, 12:].max() > 0.1
 
 
