@@ -31,7 +31,8 @@ def test_a_row_is_what_was_drawn_and_of_what(seed: int, num_ids: int, width: int
     token_ids = torch.randint(num_ids, (num_rows,), generator=generator)
     left_out = torch.rand(num_rows, num_ids, generator=generator) < 0.6
     left_out[torch.arange(num_rows), token_ids] = False
-    logits = logits.masked_fill(left_out, float("-inf"))
+    logits.masked_fill_(left_out, float("-inf"))
+    assert logits.stride(0) == num_ids + 3
     num_sampled = torch.tensor([1, 0, 1, 1], dtype=torch.int32)
 
     table = draws.record_draws(logits, token_ids, num_sampled, width)
