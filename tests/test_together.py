@@ -64,9 +64,22 @@ def test_a_job_that_fails_or_takes_too_long_is_said(tmp_path: Path):
 
 def test_what_a_job_comes_after_is_run_too():
     assert [job.name for job in chosen(["sync", "engine"])] == ["loop", "sync", "engine"]
+    assert [job.name for job in chosen(["sync"], done=["loop"])] == ["sync"]
+    assert [job.name for job in chosen(["sync", "loop"], done=["loop"])] == ["loop", "sync"]
     assert chosen([]) == list(together.JOBS)
     with pytest.raises(SystemExit):
         main(["nonsense", "--out", "nowhere"])
+
+
+def test_what_ended_before_stays_said(tmp_path: Path):
+    Together(
+        [Job(name="a", command=SAY), Job(name="b", command="{python} -c 'raise SystemExit(3)'")], Machine(1), tmp_path
+    ).run()
+    assert together.ended_in(tmp_path)["b"]["exit"] == 3
+    again = [Job(name="b", command=SAY), Job(name="c", command=SAY, after=("a",))]
+    assert Together(again, Machine(1), tmp_path).run()
+    ended = together.ended_in(tmp_path)
+    assert {name: end["exit"] for name, end in ended.items()} == {"a": 0, "b": 0, "c": 0}
 
 
 def test_every_job_names_what_there_is(capsys: pytest.CaptureFixture[str]):

@@ -6,7 +6,8 @@
 
 Each job gets the GPUs that it needs: measurements have theirs to themselves, up to three tests share one. In ``--out``
 lie NAME.log, NAME.json (its figures) and status.json, which says at any time what runs, what ended how and what waits;
-runs of recipes are in ``--out``/runs. Ends with 1 if a job failed.
+runs of recipes are in ``--out``/runs. What ended well there before is not run again for those that come after it, only
+when it is named. Ends with 1 if a job failed.
 """
 
 from __future__ import annotations
@@ -168,8 +169,9 @@ class Together:
         self._waiting = [job for job in jobs if job.gpus <= machine.num_gpus]
         self.left_out = [job.name for job in jobs if job.gpus > machine.num_gpus]
         self._running: list[Running] = []
-        self.ended: dict[str, dict[str, float]] = {}
         out.mkdir(parents=True, exist_ok=True)
+        names = {job.name for job in jobs}
+        self.ended = {name: end for name, end in ended_in(out).items() if name not in names}
 
     def run(self) -> bool:
         """Whether all of them did."""
@@ -237,14 +239,23 @@ def _threads(machine: Machine) -> str:
     return str(max(1, (os.cpu_count() or 1) // (4 * machine.num_gpus)))
 
 
-def chosen(names: Sequence[str], jobs: Sequence[Job] = JOBS) -> list[Job]:
-    """Those jobs and what they come after, in the order of ``jobs``; all without names. Raises KeyError."""
+def ended_in(out: Path) -> dict[str, dict[str, float]]:
+    """What ended in that folder until now, and how."""
+    status = out / "status.json"
+    return json.loads(status.read_text())["ended"] if status.is_file() else {}
+
+
+def chosen(names: Sequence[str], jobs: Sequence[Job] = JOBS, done: Iterable[str] = ()) -> list[Job]:
+    """Those jobs and what they come after and is not ``done``, in the order of ``jobs``; all without names.
+
+    Raises KeyError.
+    """
     by_name = {job.name: job for job in jobs}
     wanted, open_ = set(), list(names or by_name)
     while open_:
         name = open_.pop()
         wanted.add(name)
-        open_ += set(by_name[name].after) - wanted
+        open_ += set(by_name[name].after) - wanted - set(done)
     return [job for job in jobs if job.name in wanted]
 
 
@@ -262,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is None:
         parser.error("--out says where logs and figures go")
     try:
-        jobs = chosen(options.names)
+        done = [name for name, end in ended_in(options.out).items() if end["exit"] == 0]
+        jobs = chosen(options.names, done=done)
     except KeyError as error:
         parser.error(f"there is no job {error}; --list names them")
     if options.gpus is None:
