@@ -88,30 +88,21 @@ class LiveSums:
 
     def __init__(self, parts: Iterable[tuple[torch.Tensor, Piece, torch.dtype]]) -> None:
         """``parts``: each with its dtype in the whole; from a wider one that a tensor may have, it is converted."""
-        words, self._read_in_place, self._copied = [], [], []
-        for place, (tensor, piece, dtype) in enumerate(parts):
+        words, self._copies = [], []
+        for tensor, piece, dtype in parts:
             found = _words(tensor, piece) if tensor.dtype == dtype else None
-            if found is not None and found[0].data_ptr() == tensor.data_ptr():
-                self._read_in_place.append(place)
-                words.append(found)
-            else:
-                self._copied.append((place, tensor, piece, dtype))
+            if found is None or found[0].data_ptr() != tensor.data_ptr():
+                copy = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+                self._copies.append((copy, tensor))
+                found = _words(copy, piece)
+            words.append(found)
         self._table = HashTable(words)
 
-    def take(self, *beside: torch.Tensor) -> list[int]:
-        """Of what the tensors hold now, and the scalars ``beside`` after them, of the same device: one wait for all.
-
-        It is one launch, and a second one where something is converted.
-        """
-        converted = [(tensor.to(dtype), piece) for _, tensor, piece, dtype in self._copied]
-        found = [self._table.sums()] if self._read_in_place else []
-        found += [word_sums(converted)] if converted else []
-        found += [scalar.to(torch.int64).reshape(1) for scalar in beside]
-        values = torch.cat(found).tolist() if found else []
-        if not self._copied:
-            return values
-        sums = dict(zip([*self._read_in_place, *(place for place, *_ in self._copied)], values, strict=False))
-        return [sums[place] for place in range(len(sums))] + values[len(sums) :]
+    def sums(self) -> torch.Tensor:
+        """int64 [parts], of what the tensors hold now. One launch, and one for each that has to be copied first."""
+        for copy, tensor in self._copies:
+            copy.copy_(tensor)
+        return self._table.sums()
 
 
 def _words(tensor: torch.Tensor, piece: Piece | None) -> Words:

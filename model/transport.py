@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _ALIGNMENT = 256  # bytes; what device allocators align to, and enough for any dtype
 _POLL_S = 0.0001
@@ -192,19 +192,19 @@ class BroadcastGroup:
         return num_bytes
 
     def receive(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The buckets of one transfer, each in fresh memory; the next one arrives while one is used."""
+        """The buckets of one transfer, each in fresh memory; the next one is on its way while one is used."""
         number, coming = 0, self._take(0)
         while coming is not None:
             bucket, buffer, work = coming
-            self._wait(work)
             number += 1
-            coming = self._take(number)
+            coming = self._take(number)  # before this one is there, so that nothing stands between the two
+            self._wait(work)
             yield bucket.unpack(buffer)
         self._num_rounds += 1
 
     def _take(self, number: int) -> tuple[Bucket, torch.Tensor, Any] | None:
         """A bucket, the memory that it arrives in and the broadcast that brings it; None at the transfer's end."""
-        description = self._store.get(self._key(number))
+        description = self._description(number)
         if not description:
             return None
         bucket = Bucket.from_json(description)
@@ -255,6 +255,14 @@ class BroadcastGroup:
     def _publish(self, number: int, description: str) -> None:
         self._store.set(self._key(number), description)
         self._keys.append(self._key(number))
+
+    def _description(self, number: int) -> bytes:
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            with contextlib.suppress(DistStoreError):
+                self._store.wait([self._key(number)], timedelta(seconds=_LOOK_S))
+                return self._store.get(self._key(number))
+            self._look(deadline)
 
     def _forget_last_round(self) -> None:
         for key in self._keys:

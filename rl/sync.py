@@ -55,8 +55,12 @@ class Sync:
         return {"sync/version": self.version, "sync/bytes": self.num_bytes, "sync/verified": 1.0, **memory}
 
 
+EngineSums = dict[int, dict[str, int]]
+"""Checksums of all live tensors, by the engine's number."""
+
+
 class Transport(Protocol):
-    """The way that weights take from the learner into engines, where they wait for a commit."""
+    """The way that weights take from the learner into engines."""
 
     @property
     def learner(self) -> Learner: ...
@@ -64,10 +68,11 @@ class Transport(Protocol):
     @property
     def pool(self) -> EnginePool: ...
 
-    async def send(self, engines: Sequence[int]) -> Sent:
-        """Sends the learner's current weights to the engines of these numbers; returns what was sent.
+    async def update(self, version: int, engines: Sequence[int]) -> tuple[Sent, EngineSums]:
+        """Puts the learner's current weights into effect, as ``version``, in the engines of these numbers.
 
-        An engine that dies of it is the pool's to start again, and holds up nobody.
+        Returns what was sent, and what engines hold now. One that dies of it is not among them: it is the pool's to
+        start again, and holds up nobody.
         """
         ...
 
@@ -83,10 +88,10 @@ class ObjectStore:
     learner: Learner
     pool: EnginePool
 
-    async def send(self, engines: Sequence[int]) -> Sent:
+    async def update(self, version: int, engines: Sequence[int]) -> tuple[Sent, EngineSums]:
         buckets = await self.learner.weight_buckets()
         await self.pool.stage(buckets.refs, engines)
-        return buckets.sent
+        return buckets.sent, await self.pool.commit(version, engines)
 
     async def memory_gb(self) -> dict[str, float]:
         return {}
@@ -96,8 +101,8 @@ class Broadcast:
     """From learner rank 0 to all workers of engines at once, GPU to GPU, in a group made anew for other engines.
 
     Of engines that are to join a group one may die: the others, who have not been written yet, make one without it.
-    A broadcast that an engine does not live through leaves the others half written, and vLLM cannot begin again there:
-    they are all started again, and get the weights when they are back.
+    A broadcast that an engine does not live through leaves others half written, and vLLM cannot begin again there:
+    they are started again too, and get the weights when they are back.
     """
 
     def __init__(self, learner: Learner, pool: EnginePool) -> None:
@@ -106,26 +111,27 @@ class Broadcast:
         self._members: tuple[Any, ...] = ()
         self._address: tuple[str, int] = "", 0
 
-    async def send(self, engines: Sequence[int]) -> Sent:
-        engines = await self._connected(engines)
-        if not engines:
-            return Sent(num_bytes=0, checksums=await self.learner.checksums())
+    async def update(self, version: int, engines: Sequence[int]) -> tuple[Sent, EngineSums]:
+        engines, sums = await self._connected(engines), {}
+
+        async def take(engine: int) -> None:
+            self._check_members([engine])
+            sums[engine] = await self.pool.take_broadcast(version, engine)
+
         try:
-            # The first buckets are made ready while engines are.
-            sent, *_ = await self._together(self.learner.send_weights(), *map(self._take_in, engines))
-            return sent
+            if engines:
+                # The first buckets are made ready while engines are.
+                sent, *_ = await self._together(self.learner.send_weights(), *map(take, engines))
+                return sent, sums
         except EngineDied as death:
             members, self._members = set(self._members), ()
-            left = [engine for engine in engines if members.issuperset(self.pool.membership([engine]))]
+            half = [engine for engine in engines if engine not in sums]
+            left = [engine for engine in half if members.issuperset(self.pool.membership([engine]))]
             self.pool.restart(left, f"its update broke off when {death}")
-            return Sent(num_bytes=0, checksums=await self.learner.checksums())
         except BaseException:
             self._members = ()  # of no use any more, whatever broke it
             raise
-
-    async def _take_in(self, engine: int) -> None:
-        self._check_members([engine])
-        await self.pool.take_broadcast(engine)
+        return Sent(num_bytes=0, checksums=await self.learner.checksums()), sums
 
     async def _connected(self, engines: Sequence[int]) -> Sequence[int]:
         """Those of ``engines`` that are in a group with the learner now; others died meanwhile."""
@@ -202,14 +208,14 @@ class SharedMemory:
     learner: Learner
     pool: EnginePool
 
-    async def send(self, engines: Sequence[int]) -> Sent:
+    async def update(self, version: int, engines: Sequence[int]) -> tuple[Sent, EngineSums]:
         offer, _ = await together(self.learner.offer_weights(first=True), self.pool.begin_update(engines))
         while not isinstance(offer, Sent):
             # The next bucket is put together while engines load this one.
             offer, _ = await together(
                 self.learner.offer_weights(first=False), self.pool.receive(asdict(offer), engines)
             )
-        return offer
+        return offer, await self.pool.commit(version, engines)
 
     async def memory_gb(self) -> dict[str, float]:
         return await memory_of(self.learner, self.pool)
@@ -274,15 +280,14 @@ class Publisher:
                 await self._catch_up(engine, self.version)
 
     async def _catch_up(self, engine: int, version: int) -> None:
-        pool = self.transport.pool
         try:
             with self._timeline.span("learner", "sync", detail=f"engine {engine}", written=False):
-                sent = await self.transport.send([engine])
+                sent, engine_sums = await self.transport.update(version, [engine])
         except EngineDied:
             raise
         except Exception:
             return  # the learner's fault, which it says when it is asked next; an update brings the weights then
-        for index, sums in (await pool.commit(version, [engine])).items():
+        for index, sums in engine_sums.items():
             verify(sent.checksums, sums, place=f"engine {index}", version=version)
 
 
@@ -297,8 +302,7 @@ async def publish(transport: Transport, version: int) -> Sync:
     try:
         async with limit:
             engines = transport.pool.present
-            sent = await transport.send(engines)
-            engine_sums = await transport.pool.commit(version, engines)
+            sent, engine_sums = await transport.update(version, engines)
     except UserError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model.checksum import Piece, word_sums
-from rollout.held_weights import Described, HeldWeights, live_tensors
+from rollout.held_weights import Described, HeldWeights, Taken, live_tensors
 from rollout.vllm_layout import LayoutError, Shapes, held_parts
 
 _AFTER = "process_weights_after_loading"
@@ -65,6 +65,9 @@ class DirectUpdates:
             self._proven = False
         if self.through_loader and not self._barred:
             self._expect(shapes)
+        if not self.through_loader:
+            assert self._held is not None
+            self._held.begin()
         return not self.through_loader
 
     @torch.inference_mode()
@@ -87,12 +90,12 @@ class DirectUpdates:
         self._held.absorb()
 
     @torch.inference_mode()
-    def taken(self, tensors: Described) -> tuple[HeldWeights, tuple[list[int], list[str]]]:
+    def taken(self, tensors: Described) -> tuple[HeldWeights, Taken]:
         """What the worker holds of the last update's ``tensors``, and `HeldWeights.take` of it."""
         if self._held is None or not self._held.is_of(tensors):
             self._proven = False
             self._held = HeldWeights.of_model(self._model, tensors, rank=self._rank, size=self._size)
-        taken = self._held.take()
+        taken = self._held.take_written() or self._held.take()
         if self._arrived:
             self._proven = self._lies_verbatim(self._held, *taken)
             self._arrived = []

@@ -98,7 +98,8 @@ class EngineStats:
 class Engine(Protocol):
     """An inference engine as the pool sees it. Weights change between two decode steps only.
 
-    How they arrive before a commit is each kind's own: the embedded engine has `stage`, vLLM's `receive`.
+    How they arrive before a commit is each kind's own: the embedded engine has `stage`, vLLM's `receive`, and
+    `take_broadcast` where all of an update comes at once.
     """
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:

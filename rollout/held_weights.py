@@ -5,11 +5,13 @@ Knows nothing of vLLM but its names; `rollout.vllm_transfer` has one for a worke
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import math
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +25,9 @@ from rollout.vllm_layout import Coverage, absorbed_parts, held_parts
 
 Described = Mapping[str, tuple[tuple[int, ...], str]]
 """{name: (shape, dtype by torch's name)} of the tensors of an update."""
+Taken = tuple[list[int], list[str]]
+"""The sums of a worker's parts, and the names of kv_b_proj of which decoding uses something else."""
+_MOST_PLACES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,30 @@ class Census:
             return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in self._tensors]
 
 
+def lie_apart(views: Iterable[torch.Tensor]) -> bool:
+    """Whether no two of them have a byte in common; False as well where telling takes more than a million places."""
+    begins, ends = [], []
+    for view in views:
+        inner = view.dim()  # the axes from here on lie in one piece
+        while inner and view.stride(inner - 1) == math.prod(view.shape[inner:]):
+            inner -= 1
+        if math.prod(view.shape[:inner]) > _MOST_PLACES:
+            return False
+        if not view.numel():
+            continue
+        steps = [
+            np.arange(size) * stride for size, stride in zip(view.shape[:inner], view.stride()[:inner], strict=True)
+        ]
+        at = functools.reduce(np.add.outer, steps, np.zeros((), np.int64)).reshape(-1) * view.element_size()
+        begins.append(view.data_ptr() + at)
+        ends.append(begins[-1] + math.prod(view.shape[inner:]) * view.element_size())
+    if not begins:
+        return True
+    begin, end = np.concatenate(begins), np.concatenate(ends)
+    order = np.argsort(begin)
+    return bool((end[order][:-1] <= begin[order][1:]).all())
+
+
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """With duplicates: a module that two others hold has a name in each."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -119,8 +148,9 @@ class HeldWeights:
         self.tensors = dict(tensors)
         shapes = {name: shape for name, (shape, _) in tensors.items()}
         self.parts = list(held_parts(live, shapes, rank=rank, size=size))
-        dtypes = (getattr(torch, tensors[name][1]) for name, _, _ in self.parts)
-        self._sums = LiveSums((view, piece, dtype) for (_, piece, view), dtype in zip(self.parts, dtypes, strict=True))
+        self._all = list(range(len(self.parts)))
+        self._sums: dict[tuple[str, ...], tuple[list[int], LiveSums]] = {}  # of the parts of an update's buckets
+        self._written: list[tuple[list[int], torch.Tensor]] = []  # their numbers and sums, as they were written
         self._absorbed: list[tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]] = []
         self._census: Census | None = None
         self._matrices: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
@@ -165,22 +195,59 @@ class HeldWeights:
     def key(self) -> str:
         return hashlib.sha256(repr(self._description).encode()).hexdigest()
 
-    def take(self) -> tuple[list[int], list[str]]:
-        """The parts' sums, of what they hold now, and the names of kv_b_proj that decoding does not use."""
-        apart = [(name, pairs) for name, pairs in self._absorbed if pairs]
-        differ = [torch.stack([(made != of).any() for made, of in pairs]).any() for _, pairs in apart]
-        values = self._sums.take(*differ)
-        flags = values[len(self.parts) :]
-        return values[: len(self.parts)], [name for (name, _), flag in zip(apart, flags, strict=True) if flag]
+    def take(self) -> Taken:
+        """Of what the parts hold now."""
+        return self._read([(self._all, self._live_sums.sums())])
 
-    def answer(self, known: Collection[str], taken: tuple[list[int], list[str]] | None = None) -> Answer:
+    def begin(self) -> None:
+        """What is written from now on makes up an update."""
+        self._written = []
+
+    def take_written(self) -> Taken | None:
+        """As :meth:`take` of an update that was just written, from sums that were taken as it came in.
+
+        None where they may not be what :meth:`take` would find: a part was not written, or twice, or shares its memory.
+        """
+        written, self._written = self._written, []
+        numbers = sorted(itertools.chain.from_iterable(numbers for numbers, _ in written))
+        return self._read(written) if numbers == self._all and self._lie_apart else None
+
+    def _read(self, sums: Sequence[tuple[list[int], torch.Tensor]]) -> Taken:
+        """Sums of all parts, by their numbers, and which matrices for decoding differ: one wait for all."""
+        names, differ = [], []
+        for name, pairs in self._absorbed:
+            for made, of in pairs:
+                names.append(name)
+                differ.append((made != of).any())
+        flags = [torch.stack(differ).to(torch.int64)] if differ else []
+        values = torch.cat([*(of_some for _, of_some in sums), *flags]).tolist()
+        by_number = dict(zip(itertools.chain.from_iterable(numbers for numbers, _ in sums), values, strict=False))
+        unabsorbed = {name: None for name, flag in zip(names, values[len(self.parts) :], strict=True) if flag}
+        return [by_number[number] for number in self._all], list(unabsorbed)
+
+    @cached_property
+    def _live_sums(self) -> LiveSums:
+        return self._sums_of(self._all)
+
+    def _sums_of(self, numbers: Iterable[int]) -> LiveSums:
+        parts = [self.parts[number] for number in numbers]
+        return LiveSums((view, piece, getattr(torch, self.tensors[name][1])) for name, piece, view in parts)
+
+    @cached_property
+    def _lie_apart(self) -> bool:
+        made = [made for _, pairs in self._absorbed for made, _ in pairs]
+        return lie_apart([*(view for _, _, view in self.parts), *made])
+
+    def answer(self, known: Collection[str], taken: Taken | None = None) -> Answer:
         """``known``: keys of descriptions that need not be told again."""
         sums, unabsorbed = taken or self.take()
         description = None if self.key in known else self._description
         return Answer(self.key, np.array(sums, dtype=np.int64).tobytes(), unabsorbed, description)
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the worker's parts of whole tensors to where it holds them.
+        """Copies the worker's parts of whole tensors to where it holds them, and adds up what lies there then.
+
+        Adding up while the next bucket is on its way costs an update nothing.
 
         Raises ValueError for a tensor that is none of these, or has another shape or dtype.
         """
@@ -195,6 +262,25 @@ class HeldWeights:
                 (alike[source.dtype] if fast else others).append((target, source))
         for pairs in filter(None, [*alike.values(), others]):
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateImportUsage]
+        numbers, sums = self._bucket_of(tuple(tensors))
+        if numbers:
+            self._written.append((numbers, sums.sums()))
+
+    def _bucket_of(self, names: tuple[str, ...]) -> tuple[list[int], LiveSums]:
+        """The numbers of these tensors' parts, and their sums; kept, as updates are cut alike."""
+        if names not in self._sums:
+            if len(self._sums) > len(self.tensors):  # they are not
+                self._sums = {}
+            numbers = [number for name in names for number in self._numbers[name]]
+            self._sums[names] = numbers, self._sums_of(numbers)
+        return self._sums[names]
+
+    @cached_property
+    def _numbers(self) -> dict[str, list[int]]:
+        numbers = {name: [] for name in self.tensors}  # a worker may hold nothing of one
+        for number, (name, _, _) in enumerate(self.parts):
+            numbers[name].append(number)
+        return numbers
 
     @cached_property
     def _targets(self) -> dict[str, list[tuple[torch.Tensor, Piece]]]:

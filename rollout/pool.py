@@ -217,10 +217,7 @@ class EnginePool:
         Returns each engine's checksums of its live tensors.
         """
         sums = await self._call_all("commit", version, engines=engines)
-        for index in sums:
-            if self._engines[index].is_present:
-                self._engines[index].admit(version)
-        self._notify()
+        self._admit(version, sums)
         return sums
 
     @property
@@ -256,12 +253,14 @@ class EnginePool:
         """Lets engines load a bucket that the learner offers."""
         await self._call_all("receive", offer, engines=engines)
 
-    async def take_broadcast(self, engine: int) -> None:
-        """Lets an engine load all that the learner broadcasts; generation stands still until the commit.
+    async def take_broadcast(self, version: int, engine: int) -> dict[str, int]:
+        """Lets an engine load all that the learner broadcasts, and generate with it from then on; as :meth:`commit`.
 
         Raises EngineDied where the engine does not live through it: others are waiting for it.
         """
-        await self._call(self._engines[engine], "take_broadcast")
+        sums = await self._call(self._engines[engine], "take_broadcast", version)
+        self._admit(version, [engine])
+        return sums
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
         """Lets the engines give up their memory where they share it with the learner; elsewhere does nothing.
@@ -343,6 +342,12 @@ class EnginePool:
                 return await seat.engine.generate(requests)
             await asyncio.sleep(0)  # its end is told first
             self.faults.record("reissued", f"issued again: {names(requests)}", count=len(requests))
+
+    def _admit(self, version: int, engines: Iterable[int]) -> None:
+        for index in engines:
+            if self._engines[index].is_present:
+                self._engines[index].admit(version)
+        self._notify()
 
     async def _available(self) -> EngineHandle:
         """The least loaded engine of those that are up, as soon as one is."""

@@ -142,27 +142,25 @@ class VllmEngineActor:
         }
         await self._ask(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
 
+    async def take_broadcast(self, version: int) -> dict[str, int]:
+        """Everything from :meth:`begin_update` to :meth:`commit`, with all that comes over the group."""
+        await self._make_way()
+        # Nothing may be generated with half of it: what follows waits until it is known to be whole.
+        answers = await self._of_workers("take_broadcast")
+        await asyncio.gather(*self._going_on(version))
+        return await self._put_into_effect(answers)
+
     async def begin_update(self) -> None:
         """Stops between two decode steps, or takes back memory for weights; what is being generated goes on later."""
-        if self._asleep:
-            await self._rise(["weights"])
-        else:
-            # Not by pause_generation, which waits 20 ms more, only for outputs that are on their way to this process.
-            await self._ask(self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True))
-            self._stand(True)
+        await self._make_way()
         await self._ask(self._engine.start_weight_update())
         self._updating = True
 
-    async def take_broadcast(self) -> None:
-        """Begins an update, and loads all that comes over the group."""
-        await self.begin_update()
-        await self.receive(None)
-
-    async def receive(self, offer: Mapping[str, Any] | None) -> None:
-        """Loads the bucket that ``offer`` describes (`trainer.sender`), or all that comes over the group."""
+    async def receive(self, offer: Mapping[str, Any]) -> None:
+        """Loads the bucket that ``offer`` describes (`trainer.sender`)."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # pyright: ignore[reportMissingImports]
 
-        await self._ask(self._engine.update_weights(WeightTransferUpdateRequest(update_info=dict(offer or {}))))
+        await self._ask(self._engine.update_weights(WeightTransferUpdateRequest(update_info=dict(offer))))
 
     async def commit(self, version: int) -> dict[str, int]:
         """As `Engine.commit`, with two differences that are vLLM's.
@@ -173,17 +171,9 @@ class VllmEngineActor:
         if not self._updating:
             raise ValueError("weight update: nothing was received")
         # vLLM does them in this order, one after the other.
-        steps = [self._of_workers("finish_update"), self._relabel(version)]
-        if not self._asleep:
-            steps.append(self._ask(self._engine.resume_generation()))
-        answers, *_ = await asyncio.gather(*steps)
+        answers, *_ = await asyncio.gather(self._of_workers("finish_update"), *self._going_on(version))
         self._updating = False
-        sums = self._verifier.checksums(answers)
-        if self._asleep:
-            await self._rise(["kv_cache"])
-            self._asleep = False
-        self._stand(False)
-        return sums
+        return await self._put_into_effect(answers)
 
     async def checksums(self) -> dict[str, int]:
         """`model.checksums` of what the last update brought, from the live parameters of all workers.
@@ -299,6 +289,29 @@ class VllmEngineActor:
         elif self._busy_since is not None:
             self._busy_s += time.perf_counter() - self._busy_since
             self._busy_since = None
+
+    async def _make_way(self) -> None:
+        """For new weights."""
+        if self._asleep:
+            await self._rise(["weights"])
+        else:
+            # Not by pause_generation, which waits 20 ms more, only for outputs that are on their way to this process.
+            await self._ask(self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True))
+            self._stand(True)
+
+    def _going_on(self, version: int) -> list[Awaitable[Any]]:
+        """What vLLM is asked for when the weights of this version are there."""
+        resumed = [] if self._asleep else [self._ask(self._engine.resume_generation())]
+        return [self._relabel(version), *resumed]
+
+    async def _put_into_effect(self, answers: Sequence[Answer]) -> dict[str, int]:
+        """The rest, and the checksums of what workers answered."""
+        sums = self._verifier.checksums(answers)
+        if self._asleep:
+            await self._rise(["kv_cache"])
+            self._asleep = False
+        self._stand(False)
+        return sums
 
     async def _rise(self, tags: list[str]) -> None:
         """Takes back memory that was given up; vLLM goes on by itself when nothing is missing any more."""

@@ -35,13 +35,21 @@ class WeightReader:
     weight_transfer_engine: KeelTransfer
     parallel_config: Any
     rank: int
-    finish_weight_update: Callable[[], None]  # this and the next ones are those of vLLM's worker
+    start_weight_update: Callable[[], None]  # this and the next ones are those of vLLM's worker
+    update_weights: Callable[[dict[str, Any]], None]
+    finish_weight_update: Callable[[], None]
     wake_up: Callable[[list[str]], None]
     sleep_mode_backend: Any
 
     def expect_updates(self, shapes: Shapes) -> None:
         """``shapes``: of what an update may bring."""
         self.weight_transfer_engine.shapes = shapes
+
+    def take_broadcast(self, known: Collection[str]) -> Any:
+        """A whole update, out of the group; as :meth:`finish_update`."""
+        self.start_weight_update()
+        self.update_weights({})
+        return self.finish_update(known)
 
     def finish_update(self, known: Collection[str]) -> Any:
         """As vLLM's ``finish_weight_update``; returns what :meth:`held_weights` does."""

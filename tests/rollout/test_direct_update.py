@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from model import checksums
 from rollout.direct_update import DirectUpdates, obstacle
-from rollout.held_weights import Verifier
+from rollout.held_weights import HeldWeights, Verifier, lie_apart
 from tests.rollout.test_vllm_layout import MODELS, deepseek_model, described, moe_model
 from tests.rollout.test_vllm_sleep import Worker as SleepingWorker
 from tests.rollout.vllm_shards import Shapes, Weights, as_vllm
@@ -232,6 +234,77 @@ def test_a_direct_update_takes_nothing_else():
         updates.write({"model.norm.weight": torch.zeros(24)})
     with pytest.raises(ValueError, match=r"model.norms came as .* but before as None"):
         updates.write({"model.norms": torch.zeros(24)})
+
+
+def test_a_tensor_that_was_not_written_shows(monkeypatch: pytest.MonkeyPatch):
+    """Of what is written straight, the sums are those of what lies there, not of what came."""
+    s = Shapes()
+    weights = moe_model(s)
+    engine = Engine(weights, s, 2)
+    engine.update(weights)
+    name, copy = "model.layers.1.self_attn.o_proj.weight", torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    missed = [live[name].data_ptr() for live in map(engine.live, range(2))]
+
+    def miss_one(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.data_ptr() not in missed]
+        copy([target for target, _ in pairs], [source for _, source in pairs])
+
+    weights = changed(weights, 5)
+    monkeypatch.setattr(torch, "_foreach_copy_", miss_one)
+    straight, sums = engine.update(weights)
+    expected = checksums(weights.items())
+    assert straight == [True, True] and sums.keys() == expected.keys()
+    assert {name for name in sums if sums[name] != expected[name]} == {name}
+    monkeypatch.undo()
+    answers = [updates.taken(described(weights)) for updates in engine.updates]
+    assert Verifier().checksums([held.answer((), taken) for held, taken in answers]) == sums  # asked once more
+
+
+def test_sums_are_taken_again_where_a_tensor_may_have_been_written_since(monkeypatch: pytest.MonkeyPatch):
+    taken, take = [], HeldWeights.take
+    monkeypatch.setattr(HeldWeights, "take", lambda held: taken.append(held) or take(held))
+    s = Shapes()
+    weights = moe_model(s)
+    name, shapes = "model.norm.weight", {name: list(tensor.shape) for name, tensor in weights.items()}
+
+    def write(engine: Engine, *buckets: Weights) -> dict[str, int]:
+        (updates,) = engine.updates
+        assert updates.begin(shapes)
+        for bucket in buckets:
+            updates.write(bucket)
+        updates.finish()
+        taken.clear()
+        held, found = updates.taken(described(weights))
+        return engine.verifier.checksums([held.answer(engine.verifier.known, found)])
+
+    engine = Engine(weights, s, 1)
+    engine.update(weights)
+    assert write(engine, weights) == checksums(weights.items()) and not taken
+    later = weights | {name: weights[name] + 1}
+    assert write(engine, weights, {name: later[name]}) == checksums(later.items()) and len(taken) == 1
+
+    tied = Engine(weights, s, 1)
+    (model,) = tied.models
+    model.get_submodule("lm_head")._parameters["weight"] = model.get_parameter("model.embed_tokens.weight")
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    alike = weights | {head: weights[table]}
+    tied.update(alike)
+    assert write(tied, alike) == checksums(alike.items()) and len(taken) == 1
+    sums = write(tied, weights)  # of which the head comes last, or the table
+    assert sums[head] == sums[table] and sums != checksums(weights.items())
+
+
+@given(st.data())
+def test_whether_views_lie_apart(data: st.DataObject):
+    storage = torch.zeros(60, dtype=torch.int16)
+    views, places = [], torch.arange(60)
+    for _ in range(data.draw(st.integers(0, 4))):
+        shape = data.draw(st.lists(st.integers(0, 3), max_size=3))
+        strides = [data.draw(st.integers(0, 8)) for _ in shape]
+        offset = data.draw(st.integers(0, 60 - 1 - sum(max(0, n - 1) * k for n, k in zip(shape, strides, strict=True))))
+        views.append((tuple(shape), tuple(strides), offset))
+    bytes_ = [at for view in views for at in places.as_strided(*view).flatten().tolist()]
+    assert lie_apart(storage.as_strided(*view) for view in views) == (len(bytes_) == len(set(bytes_)))
 
 
 def test_a_forgotten_tensor_shows_and_the_next_update_is_loaded():
