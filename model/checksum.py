@@ -92,7 +92,7 @@ class LiveSums:
         for tensor, piece, dtype in parts:
             found = _words(tensor, piece) if tensor.dtype == dtype else None
             if found is None or found[0].data_ptr() != tensor.data_ptr():
-                copy = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+                copy = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
                 self._copies.append((copy, tensor))
                 found = _words(copy, piece)
             words.append(found)
