@@ -44,8 +44,8 @@ class Rule:
     """Before is so many windows ago; None is the beginning."""
     every_value: bool = False
     """Whether each value counts by itself, instead of a window's mean."""
-    spares_mastery: bool = False
-    """Whether a policy that is nearly always right may look like this."""
+    spares_mastery: Callable[[float, float], bool] = lambda now, before: False
+    """(now, before) -> whether a policy that is nearly always right may look like this."""
 
 
 def _times(now: float, before: float) -> float:
@@ -60,6 +60,14 @@ def _change(now: float, before: float) -> float:
 
 def _loss(now: float, before: float) -> float:
     return before - now
+
+
+def _however(now: float, before: float) -> bool:
+    return True
+
+
+def _less(now: float, before: float) -> bool:
+    return now < before
 
 
 _MISMATCH = Rule(
@@ -79,6 +87,7 @@ _KEPT = Rule(
     seen="the mean kept set went from {before:.3g} to {now:.3g} ids ({metric})",
     look="look at entropy: a policy that flattens or freezes; then at learner.lr and the kl_beta of domains",
     compare=_change,
+    spares_mastery=_less,
 )
 _ENTROPY = Rule(
     alarm=Alarm.entropy,
@@ -86,7 +95,7 @@ _ENTROPY = Rule(
     look="look at groups/zero_variance and at samples that repeat themselves; then at learner.lr and kl_beta",
     compare=_times,
     is_low=True,
-    spares_mastery=True,
+    spares_mastery=_however,
 )
 _MASKED = Rule(
     alarm=Alarm.masked,
@@ -109,7 +118,7 @@ _ZERO_VARIANCE = Rule(
     seen="{now:.0%} of the groups have the same reward for all samples and teach nothing ({metric})",
     look="look at reward/mean: prompts are too hard, too easy or the reward is constant; objective.zero_variance "
     "replaces such groups",
-    spares_mastery=True,
+    spares_mastery=_however,
 )
 _DOMINANCE = Rule(
     alarm=Alarm.dominance,
@@ -167,7 +176,7 @@ class Watch:
         self._values.append(value)
         if len(self._values) < self.span + (self.rule.compare is not None):
             return False
-        spared, before = mastered and self.rule.spares_mastery, self.active
+        spared, before = mastered and self.rule.spares_mastery(self.now, self.before), self.active
         self._within = 0 if self._is_beyond(self._judged(value)) and not spared else self._within + 1
         self.active = self._within < self.span if before else self._is_beyond(self.value) and not spared
         return self.active != before

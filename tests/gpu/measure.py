@@ -154,7 +154,8 @@ async def throughput(recipe: Recipe, path: Path, options: argparse.Namespace) ->
             engines[kind] = BareVllm(recipe, path) if bare else await open_engine(recipe, path)
             seen[kind] = {"start_s": time.perf_counter() - began}
         for turn in range(options.passes + 1):
-            for kind, engine in engines.items():
+            # In turn the first: what comes second may find the machine in another state.
+            for kind, engine in list(engines.items())[:: 1 if turn % 2 else -1]:
                 requests = requests_of(recipe, model, f"turn{turn}-", options.requests, options.prompt, options.tokens)
                 speeds.setdefault(kind, []).append(await tokens_per_s(engine, requests))
     finally:

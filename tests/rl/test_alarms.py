@@ -139,12 +139,17 @@ def test_a_single_step_is_no_alarm(station: Station):
 
 
 def test_mastery_looks_like_collapse_and_is_not(station: Station):
-    """What the quickstart's end looks like: hardly an error left, so hardly any entropy or variance."""
-    mastered = station.feed(entropy=[0.002] * 9, groups__zero_variance=0.95, accuracy__sums=0.97, kept__mean_size=3.0)
+    """What the quickstart's end looks like: hardly an error left, so hardly any entropy, choice or variance."""
+    mastered = station.feed(entropy=[0.002] * 9, groups__zero_variance=0.95, accuracy__sums=0.97, kept__mean_size=1.2)
     assert mastered == [0.0] * 9
-    forgotten = station.feed(entropy=[0.002] * 4, groups__zero_variance=0.95, accuracy__sums=0.5, kept__mean_size=3.0)
-    assert forgotten[-1] == 2.0
-    assert {row["alarm"] for row in station.told} == {"entropy", "zero_variance"}
+    forgotten = station.feed(entropy=[0.002] * 4, groups__zero_variance=0.95, accuracy__sums=0.5, kept__mean_size=1.2)
+    assert forgotten[-1] == 3.0
+    assert {row["alarm"] for row in station.told} == {"entropy", "zero_variance", "kept"}
+
+
+def test_kept_sets_that_grow_are_no_mastery(station: Station):
+    station.feed(accuracy__sums=[0.97] * WINDOW, kept__mean_size=80.0)
+    assert {row["alarm"] for row in station.told} == {"kept"}
 
 
 def test_slow_growth_is_no_blow_up(station: Station):
