@@ -22,10 +22,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 _ALIGNMENT = 256  # bytes; what device allocators align to, and enough for any dtype
-_POLL_S = 0.0001
+_POLL_S, _LONGEST_POLL_S = 0.0001, 0.005
 _LOOK_S = 0.5
 """How often a process that waits looks whether its group was abandoned, and while the group meets, who is there."""
 _ABANDONED = "abandoned"
@@ -257,12 +257,8 @@ class BroadcastGroup:
         self._keys.append(self._key(number))
 
     def _description(self, number: int) -> bytes:
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            with contextlib.suppress(DistStoreError):
-                self._store.wait([self._key(number)], timedelta(seconds=_LOOK_S))
-                return self._store.get(self._key(number))
-            self._look(deadline)
+        self._until(lambda: self._store.check([self._key(number)]))
+        return self._store.get(self._key(number))
 
     def _forget_last_round(self) -> None:
         for key in self._keys:
@@ -279,15 +275,19 @@ class BroadcastGroup:
 
     def _wait(self, work: Any) -> None:
         """Until the bytes are there. Polls, because NCCL's own wait is for the stream and not for the clock."""
-        now = time.monotonic()
-        deadline, look = now + self._timeout_s, now + _LOOK_S
-        while not work.is_completed():
+        self._until(work.is_completed)
+        work.wait()
+
+    def _until(self, done: Callable[[], bool]) -> None:
+        """Raises TimeoutError when the group is of no use any more before that."""
+        began = time.monotonic()
+        look = began + _LOOK_S
+        while not done():
             now = time.monotonic()
             if now > look:
                 look = now + _LOOK_S
-                self._look(deadline)
-            time.sleep(_POLL_S)
-        work.wait()
+                self._look(began + self._timeout_s)
+            time.sleep(min(max(_POLL_S, (now - began) / 20), _LONGEST_POLL_S))
 
 
 def _backend(host: str, store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> Any:
