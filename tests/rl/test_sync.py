@@ -17,11 +17,11 @@ from model import LanguageModel, checksums, load_model
 from rl.config import Sampling
 from rl.errors import RunStopped
 from rl.initial_model import create_initial_model, initial_config
-from rl.sync import ObjectStore, publish, verify
+from rl.sync import ObjectStore, SharedMemory, publish, verify
 from rollout.pool import EnginePool
 from tests.rl.tiny_runs import assert_one_sentence, make_prompt, run_here, tiny_recipe
 from trainer.learner import Learner, WeightBuckets
-from trainer.sender import Sent
+from trainer.sender import Offer, Sent
 
 VICTIM = "model.layers.1.mlp.experts.down_proj"
 
@@ -133,6 +133,49 @@ def test_publishing_through_real_engines(cluster: None, tmp_path: Path):
                 await pool.stage([{VICTIM: torch.zeros(2)}])
 
     run(test)
+
+
+class Offering:
+    """A learner that offers two buckets, and an engine that takes them in; ``told`` is what began and ended when."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self._left = 2
+
+    async def _does(self, what: str, steps: int) -> None:
+        self.told.append(what)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        self.told.append(f"{what} done")
+
+    async def offer_weights(self, *, first: bool) -> Offer | Sent:
+        self._left = 2 if first else self._left
+        await self._does("offer", 2)
+        self._left -= 1
+        return Sent(num_bytes=7, checksums={"w": 1}) if self._left < 0 else Offer(bucket=str(self._left), handles={})
+
+    async def begin_update(self, engines: list[int]) -> None:
+        await self._does("begin", 5)
+
+    async def receive(self, offer: Mapping[str, Any], engines: list[int]) -> None:
+        await self._does(f"receive {offer['bucket']}", 5)
+
+    async def commit(self, version: int, engines: list[int]) -> dict[int, dict[str, int]]:
+        await self._does(f"commit {version}", 1)
+        return {engine: {"w": 1} for engine in engines}
+
+
+def test_through_shared_memory_the_next_bucket_is_made_while_engines_are_busy():
+    both = Offering()
+    transport = SharedMemory(cast(Learner, both), cast(EnginePool, both))
+    sent, sums = asyncio.run(transport.update(3, [0, 1]))
+    assert sent.num_bytes == 7 and sums == {0: {"w": 1}, 1: {"w": 1}}
+    assert both.told == [
+        *("offer", "begin", "offer done", "begin done"),
+        *("offer", "receive 1", "offer done", "receive 1 done"),
+        *("offer", "receive 0", "offer done", "receive 0 done"),
+        *("commit 3", "commit 3 done"),
+    ]
 
 
 def test_a_run_whose_weights_do_not_arrive_stops_and_names_the_tensor(
