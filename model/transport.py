@@ -143,7 +143,7 @@ def abandon(host: str, port: int) -> None:
 class BroadcastGroup:
     """Processes of which the first sends tensors to all others, beside whatever other groups they are in.
 
-    Every wait ends after ``timeout_s`` with TimeoutError or torch's DistStoreError, so that a partner that died is
+    Waits end after ``timeout_s`` with TimeoutError, or torch's DistError with a store, so that a partner that died is
     noticed. After an error the group is of no use any more.
     """
 

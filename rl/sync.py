@@ -285,10 +285,19 @@ class Publisher:
                 sent, engine_sums = await self.transport.update(version, [engine])
         except EngineDied:
             raise
-        except Exception:
-            return  # the learner's fault, which it says when it is asked next; an update brings the weights then
+        except Exception as error:
+            if await self._learner_failed():
+                return  # which it says when it is asked next; an update brings the weights then
+            raise EngineDied(f"engine {engine} did not take weights in: {_line(error)}") from error
         for index, sums in engine_sums.items():
             verify(sent.checksums, sums, place=f"engine {index}", version=version)
+
+    async def _learner_failed(self) -> bool:
+        try:
+            await self.transport.learner.checksums()
+        except Exception:
+            return True
+        return False
 
 
 async def publish(transport: Transport, version: int) -> Sync:
@@ -311,8 +320,7 @@ async def publish(transport: Transport, version: int) -> Sync:
                 f"weights of version {version} did not reach the engines within {UPDATE_S:.0f} s"
             ) from None
         await transport.learner.checksums()  # one that died on the way says so, and takes its buckets along
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunStopped(f"weights of version {version} did not reach the engines: {reason}") from error
+        raise RunStopped(f"weights of version {version} did not reach the engines: {_line(error)}") from error
     for engine, sums in engine_sums.items():
         verify(sent.checksums, sums, place=f"engine {engine}", version=version)
     return Sync(
@@ -330,6 +338,10 @@ def verify(expected: Mapping[str, int], actual: Mapping[str, int], *, place: str
         if expected.get(name) != actual.get(name):
             what = "differs" if name in expected and name in actual else "is on one side only"
             raise RunStopped(f"weights of version {version} did not arrive intact: {name} {what} in {place}")
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _errors(tasks: Iterable[asyncio.Future[Any]]) -> list[BaseException]:

@@ -210,7 +210,7 @@ class HeldWeights:
         """
         written, self._written = self._written, []
         numbers = sorted(itertools.chain.from_iterable(numbers for numbers, _ in written))
-        return self._read(written) if numbers == self._all and self._lie_apart else None
+        return self._read(written) if written and numbers == self._all and self._lie_apart else None
 
     def _read(self, sums: Sequence[tuple[list[int], torch.Tensor]]) -> Taken:
         """Sums of all parts, by their numbers, and which matrices for decoding differ: one wait for all."""

@@ -169,9 +169,9 @@ async def scenario(path: Path) -> Seen:
                 "bytes": num_bytes,
                 "gb_per_s": num_bytes / outcome["total_s"] / 1e9,
             }
-        seen.figures["verification"] = await verification_cost(actor, sender, modules)
         seen.figures["copy_s"] = copy_seconds(modules[0])
         await sleep_amid_generation(actor, sender, modules[1], seen)
+        seen.figures["verification"] = await verification_cost(actor, sender, modules)
         seen.figures["used_gb"] = seen.used_gb | {"engine_reserved": await actor.peak_memory_gb()}
     finally:
         await actor.shutdown()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,8 @@ from model import LanguageModel, checksums, load_model
 from rl.config import Sampling
 from rl.errors import RunStopped
 from rl.initial_model import create_initial_model, initial_config
-from rl.sync import ObjectStore, SharedMemory, publish, verify
+from rl.sync import ObjectStore, Publisher, SharedMemory, Transport, publish, verify
+from rollout.engine import EngineDied
 from rollout.pool import EnginePool
 from tests.rl.tiny_runs import assert_one_sentence, make_prompt, run_here, tiny_recipe
 from trainer.learner import Learner, WeightBuckets
@@ -176,6 +178,32 @@ def test_through_shared_memory_the_next_bucket_is_made_while_engines_are_busy():
         *("offer", "receive 0", "offer done", "receive 0 done"),
         *("commit 3", "commit 3 done"),
     ]
+
+
+@pytest.mark.parametrize("learner_fails", [False, True])
+def test_an_engine_that_does_not_take_weights_in_is_started_again_unless_the_learner_failed(learner_fails: bool):
+    async def checksums() -> dict[str, int]:
+        if learner_fails:
+            raise RuntimeError("learner rank 0 died")
+        return {}
+
+    async def update(version: int, engines: list[int]) -> None:
+        raise ValueError("out of memory\nin several lines")
+
+    async def start() -> None:
+        pass
+
+    async def test() -> None:
+        pool, learner = SimpleNamespace(is_up=lambda index: False), SimpleNamespace(checksums=checksums)
+        publisher = Publisher(cast(Transport, SimpleNamespace(pool=pool, learner=learner, update=update)))
+        publisher.version = 3
+        if learner_fails:
+            await publisher.welcome(1, start)
+        else:
+            with pytest.raises(EngineDied, match="^engine 1 did not take weights in: out of memory$"):
+                await publisher.welcome(1, start)
+
+    asyncio.run(test())
 
 
 def test_a_run_whose_weights_do_not_arrive_stops_and_names_the_tensor(
