@@ -200,7 +200,7 @@ def test_an_engine_that_does_not_take_weights_in_is_started_again_unless_the_lea
         if learner_fails:
             await publisher.welcome(1, start)
         else:
-            with pytest.raises(EngineDied, match="^engine 1 did not take weights in: out of memory$"):
+            with pytest.raises(EngineDied, match=r"^engine 1 did not take weights in: out of memory$"):
                 await publisher.welcome(1, start)
 
     asyncio.run(test())
