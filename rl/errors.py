@@ -26,6 +26,11 @@ class LearnerFailed(RunStopped):
     """The learner's processes died, fell silent or failed; a checkpoint says what they knew."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says, for a sentence that goes on with it; its kind when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: the nearest known one, or the known ones when none is near."""
     names = sorted(known)

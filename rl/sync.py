@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from model.transport import abandon
 from rl.choices import EngineKind, Placement
 from rl.config import Recipe
-from rl.errors import RunStopped, UserError
+from rl.errors import RunStopped, UserError, first_line
 from rl.timeline import Timeline
 from rollout.engine import EngineDied
 from rollout.pool import EnginePool, Start
@@ -288,7 +288,7 @@ class Publisher:
         except Exception as error:
             if await self._learner_failed():
                 return  # which it says when it is asked next; an update brings the weights then
-            raise EngineDied(f"engine {engine} did not take weights in: {_line(error)}") from error
+            raise EngineDied(f"engine {engine} did not take weights in: {first_line(error)}") from error
         for index, sums in engine_sums.items():
             verify(sent.checksums, sums, place=f"engine {index}", version=version)
 
@@ -320,7 +320,7 @@ async def publish(transport: Transport, version: int) -> Sync:
                 f"weights of version {version} did not reach the engines within {UPDATE_S:.0f} s"
             ) from None
         await transport.learner.checksums()  # one that died on the way says so, and takes its buckets along
-        raise RunStopped(f"weights of version {version} did not reach the engines: {_line(error)}") from error
+        raise RunStopped(f"weights of version {version} did not reach the engines: {first_line(error)}") from error
     for engine, sums in engine_sums.items():
         verify(sent.checksums, sums, place=f"engine {engine}", version=version)
     return Sync(
@@ -338,10 +338,6 @@ def verify(expected: Mapping[str, int], actual: Mapping[str, int], *, place: str
         if expected.get(name) != actual.get(name):
             what = "differs" if name in expected and name in actual else "is on one side only"
             raise RunStopped(f"weights of version {version} did not arrive intact: {name} {what} in {place}")
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _errors(tasks: Iterable[asyncio.Future[Any]]) -> list[BaseException]:

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from model import outline
 from rl.config import Recipe
 from rl.durable import FileRecord
-from rl.errors import LearnerFailed, RecipeError, RunStopped, UserError
+from rl.errors import LearnerFailed, RecipeError, RunStopped, UserError, first_line
 from rl.metrics import Mean, merge
 from rl.placement import gpu_shares
 from rl.sample import NDArray
@@ -372,8 +372,7 @@ def _comes_from_outside(cause: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    return first_line(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def _mean_seconds(ranks: Sequence[Sequence[RankStep]]) -> dict[str, float]:
