@@ -66,7 +66,7 @@ class Kept:
     def __post_init__(self) -> None:
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.ids):
             raise ValueError(f"kept sets: offsets must start at 0 and end at {len(self.ids)}, the number of ids")
-        if np.any(np.diff(self.offsets) < 0):
+        if (self.offsets[1:] < self.offsets[:-1]).any():
             raise ValueError("kept sets: offsets must not decrease")
 
     def __len__(self) -> int:

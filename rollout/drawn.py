@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from kernels.reference.draws import DRAW_FIELDS
+from kernels.reference.draws import draws_in
 from rl.sample import NDArray
 
 
@@ -30,27 +30,29 @@ class Drawn:
     token_ids: NDArray  # int32 [B], and the next one: of requests that got one
     logprobs: NDArray  # float32 [B]
     kept_sizes: NDArray | None  # int32 [B], 0 for the others, and where all was kept; None where it is not recorded
-    kept_ids: NDArray  # int32 [sum of kept_sizes]
+    kept_starts: NDArray  # int32 [B], where the ids of each lie among the next ones
+    kept_ids: NDArray  # int32
     rows: StepRows | None = None
 
     @classmethod
     def of_table(
-        cls, table: NDArray, num_ids: int, rows: StepRows | None, whole: Callable[[int], NDArray] | None
+        cls,
+        table: NDArray,
+        num_rows: int,
+        num_ids: int,
+        rows: StepRows | None,
+        whole: Callable[[int], NDArray] | None,
     ) -> Self:
         """``table``: of `kernels.record_draws`, of a vocabulary of ``num_ids``. ``whole``: all ids of a row that kept
-        more than fit there; None where kept sets are not recorded."""
-        sampled = table[:, 1] > 0
-        ids = np.zeros(0, np.int32)
+        more than there is room for; None where kept sets are not recorded."""
+        fields, ids = draws_in(table, num_rows)
+        fields = np.ascontiguousarray(fields.T)
+        sampled, starts, ids = fields[1] > 0, fields[4], ids[: table[0]]
         sizes = None
         if whole is not None:
-            sizes = np.where(sampled & (table[:, 3] < num_ids), table[:, 3], 0).astype(np.int32)
-            ids = _kept_ids(table[:, DRAW_FIELDS:], sizes, whole)
-        return cls(sampled, table[:, 0].copy(), table[:, 2].copy().view(np.float32), sizes, ids, rows)
-
-
-def _kept_ids(table: NDArray, sizes: NDArray, whole: Callable[[int], NDArray]) -> NDArray:
-    widest = sizes.max(initial=0)
-    if widest > table.shape[1]:
-        parts = [whole(row) if size > table.shape[1] else table[row, :size] for row, size in enumerate(sizes.tolist())]
-        return np.concatenate(parts).astype(np.int32)
-    return table[:, :widest][np.arange(widest) < sizes[:, None]]
+            sizes = np.where(sampled & (fields[3] < num_ids), fields[3], 0).astype(np.int32)
+            if (apart := np.flatnonzero((starts < 0) & (sizes > 0))).size:
+                sets = [whole(row) for row in apart.tolist()]
+                starts[apart] = len(ids) + np.cumsum(sizes[apart]) - sizes[apart]
+                ids = np.concatenate([ids, *sets]).astype(np.int32)
+        return cls(sampled, fields[0], fields[2].view(np.float32), sizes, starts, ids, rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -23,12 +23,30 @@ class PrefixRows:
     def __init__(self, room: int) -> None:
         self._blocks: OrderedDict[bytes, NDArray] = OrderedDict()
         self._room = room
+        self._unsorted: deque[tuple[NDArray, int, Pieces]] = deque()
+        self._num_unsorted = 0  # tokens
 
     def clear(self) -> None:
         self._blocks.clear()
+        self._unsorted.clear()
+        self._num_unsorted = 0
 
     def add(self, tokens: NDArray, block: int, pieces: Pieces) -> None:
-        """All whole blocks of a sequence of which every token has a row; of two rows of a token the later one."""
+        """All whole blocks of a sequence of which every token has a row; of two rows of a token the later one.
+
+        ``pieces`` are kept until somebody looks for any: most are never looked for.
+        """
+        self._unsorted.append((tokens, block, pieces))
+        self._num_unsorted += len(tokens)
+        while self._num_unsorted > self._room + len(tokens):
+            self._num_unsorted -= len(self._unsorted.popleft()[0])
+
+    def _sort(self) -> None:
+        while self._unsorted:
+            self._add(*self._unsorted.popleft())
+        self._num_unsorted = 0
+
+    def _add(self, tokens: NDArray, block: int, pieces: Pieces) -> None:
         blocks = _whole_blocks(len(tokens), block, pieces)
         if not blocks:
             return
@@ -40,15 +58,16 @@ class PrefixRows:
             self._blocks.popitem(last=False)
 
     def find(self, prefix: NDArray, block: int, others: Iterable[tuple[NDArray, Pieces]]) -> list[tuple[int, NDArray]]:
-        """The rows of a cached ``prefix``, from what was added, or else from the prompts and rows of ``others``, which
+        """The rows of a cached ``prefix``, from what was added, or else from the tokens and rows of ``others``, which
         are still under way. Those of a block that nobody has any more are left out."""
+        self._sort()
         digests = list(_digests(prefix, block))
         found = {number: self._blocks[digest] for number, digest in enumerate(digests) if digest in self._blocks}
         for number in found:
             self._blocks.move_to_end(digests[number])
         missing = set(range(len(digests))) - found.keys()
-        for prompt, pieces in others if missing else ():
-            shared = _shared(prefix, prompt)
+        for tokens, pieces in others if missing else ():
+            shared = _shared(prefix, tokens)
             if any((number + 1) * block <= shared for number in missing):
                 theirs = _whole_blocks(shared, block, pieces)
                 found |= {number: theirs[number] for number in missing & theirs.keys()}
@@ -66,10 +85,10 @@ def _digests(tokens: NDArray, block: int) -> Iterator[bytes]:
         yield digest
 
 
-def _shared(prefix: NDArray, prompt: NDArray) -> int:
+def _shared(prefix: NDArray, tokens: NDArray) -> int:
     """How many tokens they begin with in common."""
-    length = min(len(prefix), len(prompt))
-    differ = np.flatnonzero(prefix[:length] != prompt[:length])
+    length = min(len(prefix), len(tokens))
+    differ = np.flatnonzero(prefix[:length] != tokens[:length])
     return int(differ[0]) if len(differ) else length
 
 

@@ -1,77 +1,25 @@
 """What an engine recorded, taken in a step at a time and given out a request at a time.
 
 vLLM would hand out everything it records of a token as objects of that token's own: log-probability, kept set, experts.
-With hundreds of requests at once they cost more than generating does. Here a step stays whole (:class:`Step`: a handful
-of arrays), steps of the same requests are put together as they come, and nothing is done for every token in Python.
-Knows vLLM by its names only; `rollout.vllm_recording` makes the steps.
+With hundreds of requests at once they cost more than generating does. Here a step stays whole (`rollout.engine_step`:
+a handful of arrays), steps of the same requests are put together as they come (`rollout.step_runs`), and nothing is
+done for every token in Python. Knows vLLM by its names only; `rollout.vllm_recording` makes the steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from rl.sample import Kept, NDArray
+from rollout.engine_step import Step
 from rollout.prefix_rows import PrefixRows
-
-_DTYPES = {
-    "starts": np.int64,
-    "counts": np.int64,
-    "sampled": np.uint8,
-    "token_ids": np.int32,
-    "logprobs": np.float32,
-    "kept_sizes": np.int32,
-    "kept_ids": np.int32,
-    "rows": np.uint8,
-}
-
-_TURNED_AT_ONCE = 32
-"""Steps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step of an engine: B requests, of which R tokens were fed and N were given a next token.
-
-    A row is what a token's forward pass recorded, W bytes; a request's rows are of the tokens from ``starts`` on.
-    """
-
-    names: str  # of the B requests, divided by "\n"
-    starts: NDArray  # int64 [B], the position of a request's first fed token
-    counts: NDArray  # int64 [B], how many of it were fed; none where no rows are recorded
-    sampled: NDArray  # uint8 [B], 1 for the requests that got a token
-    token_ids: NDArray  # int32 [N]
-    logprobs: NDArray  # float32 [N]
-    kept_sizes: NDArray | None  # int32 [N]; None where kept sets are not recorded
-    kept_ids: NDArray  # int32 [sum of kept_sizes]
-    rows: NDArray  # uint8 [R, W]
-    block: int = 0  # tokens of a block of the engine's prefix cache
-    generation: int = 0  # how often that cache was cleared before
-
-    def to_plain(self) -> dict[str, Any]:
-        """As text, bytes and integers, for whatever can carry these."""
-        streams = {name: getattr(self, name) for name in _DTYPES}
-        plain = {
-            name: np.asarray(stream, _DTYPES[name]).tobytes() for name, stream in streams.items() if stream is not None
-        }
-        return {
-            "names": self.names,
-            "block": self.block,
-            "generation": self.generation,
-            "width": self.rows.shape[1],
-            **plain,
-        }
-
-    @classmethod
-    def of_plain(cls, plain: Mapping[str, Any]) -> Self:
-        streams = {n: np.frombuffer(plain[n], dtype) for n, dtype in _DTYPES.items() if n in plain}
-        streams["rows"] = streams["rows"].reshape(int(streams["counts"].sum()), plain["width"])
-        others = {name: plain[name] for name in ("names", "block", "generation")}
-        return cls(**others, **{"kept_sizes": None, **streams})
+from rollout.step_runs import Column, Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,95 +33,14 @@ class Record:
     recorded: NDArray  # bool [P + C]
 
 
-class Chunk:
-    """Steps of the same requests, S of them, turned round: what a request got of them lies together."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self.token_ids = np.stack([step.token_ids for step in steps])  # [S, N]
-        self.logprobs = np.stack([step.logprobs for step in steps])
-        self.rows = np.stack([step.rows for step in steps])  # [S, R, W]
-        sizes = [step.kept_sizes for step in steps if step.kept_sizes is not None]
-        self.kept_sizes = np.stack(sizes) if sizes else np.zeros_like(self.token_ids)
-        ends = np.cumsum(self.kept_sizes.reshape(-1), dtype=np.int64).reshape(self.kept_sizes.shape)
-        spans = _spans((ends - self.kept_sizes).T.reshape(-1), self.kept_sizes.T.reshape(-1))
-        self._kept_ids = np.concatenate([step.kept_ids for step in steps])[spans]
-        self._edges = np.concatenate([[0], np.cumsum(self.kept_sizes.sum(axis=0, dtype=np.int64))])
-
-    def kept_ids(self, token: int) -> NDArray:
-        """Of the steps' token number ``token``, 0 to N - 1, one step after another."""
-        return self._kept_ids[self._edges[token] : self._edges[token + 1]]
-
-
-class Run:
-    """Steps of the same requests that follow each other, as one.
-
-    They are turned round as they come, some at a time: all at once would keep those who wait for requests that end
-    together.
-    """
-
-    def __init__(self, step: Step) -> None:
-        self.first = step
-        self.names = step.names.split("\n")
-        self._place = {name: at for at, name in enumerate(self.names)}
-        self._first_row = np.cumsum(step.counts) - step.counts
-        self._first_token = np.cumsum(step.sampled, dtype=np.int64) - step.sampled
-        self._next = step.starts + step.counts
-        self._num_steps = 1
-        self._loose, self._turned = [step], []
-
-    def take(self, step: Step) -> bool:
-        """Whether the step goes on with this run; it is part of it then."""
-        first = self.first
-        if (step.names, step.generation) != (first.names, first.generation) or not (
-            np.array_equal(step.counts, first.counts)
-            and np.array_equal(step.sampled, first.sampled)
-            and np.array_equal(step.starts, self._next)
-        ):
-            return False
-        self._next = step.starts + step.counts
-        self._num_steps += 1
-        self._loose.append(step)
-        if len(self._loose) == _TURNED_AT_ONCE:
-            self._chunks()
-        return True
-
-    def num_tokens(self, name: str) -> int:
-        return self._num_steps * self._got(name)
-
-    def start(self, name: str) -> int:
-        return int(self.first.starts[self._place[name]])
-
-    def rows(self, name: str) -> NDArray:
-        """uint8 [steps * count, W] of the tokens from :meth:`start` on."""
-        at = self._place[name]
-        first, width = self._first_row[at], self.first.rows.shape[1]
-        parts = [chunk.rows[:, first : first + self.first.counts[at]] for chunk in self._chunks()]
-        return _joined(parts, np.uint8).reshape(-1, width) if width else np.zeros((0, 0), np.uint8)
-
-    def columns(self, name: str) -> Iterator[tuple[Chunk, int]]:
-        """The chunks one after another, and which of a step's tokens is the request's; none where it gets no tokens."""
-        if self._got(name):
-            token = int(self._first_token[self._place[name]])
-            yield from ((chunk, token) for chunk in self._chunks())
-
-    def _got(self, name: str) -> int:
-        """1 for a request that gets a token at every step, else 0."""
-        return int(self.first.sampled[self._place[name]])
-
-    def _chunks(self) -> list[Chunk]:
-        if self._loose:
-            self._turned.append(Chunk(self._loose))
-            self._loose = []
-        return self._turned
-
-
 @dataclass(slots=True)
 class _Open:
     """A request that may still get tokens."""
 
     prompt: NDArray
     runs: list[Run] = field(default_factory=list)
-    cached: list[tuple[int, NDArray]] = field(default_factory=list)  # rows of its prompt that others computed
+    cached: list[tuple[int, NDArray]] = field(default_factory=list)  # rows of its tokens that others computed
+    num_fed: int = 0  # of its first tokens that went through the model for it, or were looked for among others'
 
 
 class StepRecords:
@@ -212,7 +79,7 @@ class StepRecords:
         self._prefixes.clear()
         for name, opened in self._open.items():
             if not self._num_tokens(name):
-                opened.runs, opened.cached = [], []
+                opened.runs, opened.cached, opened.num_fed = [], [], 0
 
     async def take(self, name: str, num_tokens: int, *, width: int, timeout_s: float = 60.0) -> Record:
         """All of a request that has got its last token, and forgets it.
@@ -237,19 +104,22 @@ class StepRecords:
     def read(self, name: str, num_tokens: int, *, width: int) -> Record:
         """What there is of the request and its first ``num_tokens`` tokens; forgets it."""
         opened = self._open[name]
-        columns = [column for run in opened.runs for column in run.columns(name)]
-        token_ids = _joined([chunk.token_ids[:, token] for chunk, token in columns], np.int32)[:num_tokens]
-        logprobs = _joined([chunk.logprobs[:, token] for chunk, token in columns], np.float32)[:num_tokens]
+        columns = _columns(name, opened.runs)
+        drawn = _joined([column.token_ids for column in columns], np.int32)
+        token_ids = drawn[:num_tokens]
+        logprobs = _joined([column.logprobs for column in columns], np.float32)[:num_tokens]
         records_kept = all(run.first.kept_sizes is not None for run in opened.runs)
-        sequence = np.concatenate([opened.prompt, token_ids])
         pieces = list(_pieces(name, opened.runs))
         fed = [*opened.cached, *((start, piece) for _, start, piece in pieces)]
-        rows, recorded = _rows(fed, len(sequence), width)
+        rows, recorded = _rows(fed, len(opened.prompt) + len(token_ids), width)
         block = max((run.first.block for run in opened.runs), default=0)
-        cached_now = list(self._cached_now(pieces))
-        if len(cached_now) == len(pieces) and _follow_each_other(fed):
+        # What was computed beyond these tokens is in the engine's cache as well.
+        current = all(generation == self._generation for generation, _, _ in pieces)
+        if len(token_ids) == len(drawn) and current and _follow_each_other(fed):
             cached_now = [(0, rows[: np.count_nonzero(recorded)])]  # all of it, put together already
-        self._prefixes.add(sequence, block, cached_now)
+        else:
+            cached_now = [(start, piece.copy()) for start, piece in self._cached_now(pieces)]
+        self._prefixes.add(np.concatenate([opened.prompt, drawn]), block, cached_now)
         self.close(name)
         return Record(
             token_ids=token_ids,
@@ -264,16 +134,34 @@ class StepRecords:
         return ((start, piece) for generation, start, piece in pieces if generation == self._generation)
 
     def _find_cached(self, name: str, block: int) -> None:
-        """When a request begins behind its first token, what others computed of its prompt is in the cache."""
+        """When a request begins behind the tokens that it was fed, what others computed of those between is in the
+        cache: of its prompt, or after a preemption."""
         opened = self._open.get(name)
-        if opened is None or len(opened.runs) > 1 or not (until := opened.runs[0].start(name)):
+        if opened is None:
             return
-        others = (
-            (other.prompt, self._cached_now(_pieces(of, other.runs)))
-            for of, other in self._open.items()
-            if other is not opened
-        )
-        opened.cached = self._prefixes.find(opened.prompt[:until], block, others)
+        if len(opened.runs) > 1:
+            opened.num_fed = max(opened.num_fed, opened.runs[-2].end(name))
+        begin, end = opened.num_fed, opened.runs[-1].start(name)
+        if end <= begin:
+            return
+        opened.num_fed = end
+        prefix = (opened.prompt if end <= len(opened.prompt) else _sequence(name, opened))[:end]
+        others = [(of, other) for of, other in self._open.items() if other is not opened]
+        prompts = ((other.prompt, self._cached_now(_pieces(of, other.runs))) for of, other in others)
+        # Seldom is it somebody's reply: the likeliest tokens, or equal seeds.
+        replies = ((_sequence(of, other), self._cached_now(_pieces(of, other.runs))) for of, other in others)
+        for at, rows in self._prefixes.find(prefix, block, itertools.chain(prompts, replies)):
+            if at + len(rows) > begin:
+                opened.cached.append((max(at, begin), rows[max(0, begin - at) :]))
+
+
+def _sequence(name: str, opened: _Open) -> NDArray:
+    """The prompt and the tokens so far."""
+    return np.concatenate([opened.prompt, *(column.token_ids for column in _columns(name, opened.runs))])
+
+
+def _columns(name: str, runs: Iterable[Run]) -> list[Column]:
+    return [column for run in runs if (column := run.column(name))]
 
 
 def _pieces(name: str, runs: Iterable[Run]) -> Iterator[tuple[int, int, NDArray]]:
@@ -312,23 +200,17 @@ def _fill(rows: NDArray, recorded: NDArray, start: int, piece: NDArray) -> None:
     recorded[span] = True
 
 
-def _kept(columns: Sequence[tuple[Chunk, int]], num_tokens: int) -> Kept:
-    sizes = _joined([chunk.kept_sizes[:, token] for chunk, token in columns], np.int32)[:num_tokens]
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    ids = _joined([chunk.kept_ids(token) for chunk, token in columns], np.int32)
+def _kept(columns: Sequence[Column], num_tokens: int) -> Kept:
+    of_columns = [column.kept_sizes for column in columns if column.kept_sizes is not None]
+    sizes = _joined(of_columns, np.int32)[:num_tokens]
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    ids = _joined([ids for column in columns for ids in column.kept_ids], np.int32)
     return Kept(ids=ids[: offsets[-1]], offsets=offsets)
 
 
 def _joined(parts: Sequence[NDArray], dtype: Any) -> NDArray:
-    """A copy: a part would keep all of its chunk."""
+    """A copy: a part would keep all of its run."""
     if len(parts) == 1:
         return parts[0].copy()
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
-
-
-def _spans(starts: NDArray, sizes: NDArray) -> NDArray:
-    """start, start + 1, ... of each span, one after another."""
-    ends = np.cumsum(sizes, dtype=np.int64)
-    dtype = np.int64 if len(ends) and ends[-1] > np.iinfo(np.int32).max else np.int32
-    within = np.arange(ends[-1] if len(ends) else 0, dtype=dtype)
-    return np.add(within, np.repeat((starts - ends + sizes).astype(dtype), sizes), out=within)

@@ -6,7 +6,8 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import PrometheusStatLogger  # pyright: ignore[reportMissingImports]
 
-from rollout.step_records import Step, StepRecords
+from rollout.engine_step import Step
+from rollout.step_records import StepRecords
 
 
 class StepCounters(PrometheusStatLogger):

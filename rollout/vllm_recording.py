@@ -13,6 +13,7 @@ Importing this module needs vLLM.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from rl.sample import NDArray
 from rollout.drawn import Drawn
-from rollout.step_records import Step
+from rollout.engine_step import Step
 
-_NONE = np.zeros(0, np.int32)
+_NEW_TOKENS = operator.attrgetter("new_token_ids")
 
 
 @lru_cache(maxsize=1 << 14)
@@ -37,7 +38,7 @@ def key_of(request_id: str) -> str:
 
 @lru_cache(maxsize=4)
 def keys_of(request_ids: tuple[str, ...]) -> tuple[list[str], str]:
-    """And all of them as `rollout.step_records.Step` has them; most steps are of the requests of the one before."""
+    """And all of them as `rollout.engine_step.Step` has them; most steps are of the requests of the one before."""
     keys = list(map(key_of, request_ids))
     return keys, "\n".join(keys)
 
@@ -110,40 +111,33 @@ class Seen:
         amid their prompt when the cache was cleared meanwhile, which makes the step ``stale``."""
         drawn = self.drawn
         goes = self._emitted(outputs) | (~drawn.sampled & (not stale))
-        if not goes.any():
+        every = bool(goes.all())
+        if not (every or goes.any()):
             return None
-        got = np.flatnonzero(goes & drawn.sampled)
         starts = counts = np.zeros(len(goes), np.int64)
         rows = np.zeros((0, 0), np.uint8)
         if drawn.rows is not None:
             starts, counts, rows = drawn.rows.starts, np.diff(drawn.rows.edges), drawn.rows.rows
-            rows = rows if goes.all() else rows[np.repeat(goes, counts)]
-        sizes, ids = (None, _NONE) if drawn.kept_sizes is None else _of_rows(drawn.kept_ids, drawn.kept_sizes, got)
+            rows = rows if every else rows[np.repeat(goes, counts)]
+        got = slice(None) if every and drawn.sampled.all() else goes & drawn.sampled
+        kept = slice(None) if every else goes
         return Step(
-            names=self.joined if goes.all() else "\n".join(itertools.compress(self.names, goes.tolist())),
-            starts=starts[goes],
-            counts=counts[goes],
-            sampled=drawn.sampled[goes],
+            names=self.joined if every else "\n".join(itertools.compress(self.names, goes.tolist())),
+            starts=starts[kept],
+            counts=counts[kept],
+            sampled=drawn.sampled[kept],
             token_ids=drawn.token_ids[got],
             logprobs=drawn.logprobs[got],
-            kept_sizes=sizes,
-            kept_ids=ids,
+            kept_sizes=None if drawn.kept_sizes is None else drawn.kept_sizes[got],
+            kept_starts=drawn.kept_starts[got],
+            kept_ids=drawn.kept_ids,
             rows=rows,
             **of_cache,
         )
 
     def _emitted(self, outputs: Sequence[Any]) -> NDArray:
         """bool [B]: the requests whose token leaves vLLM."""
-        if len(outputs) == self.drawn.sampled.sum() and all(output.new_token_ids for output in outputs):
+        if len(outputs) == self.drawn.sampled.sum() and all(map(_NEW_TOKENS, outputs)):
             return self.drawn.sampled  # tokens come from nowhere else
         emitted = {key_of(output.request_id) for output in outputs if output.new_token_ids}
         return np.fromiter(map(emitted.__contains__, self.names), bool, count=len(self.names))
-
-
-def _of_rows(ids: NDArray, sizes: NDArray, rows: NDArray) -> tuple[NDArray, NDArray]:
-    """Sizes and ids of some rows of a ragged table."""
-    if len(rows) == len(sizes):
-        return sizes, ids
-    taken = np.zeros(len(sizes), bool)
-    taken[rows] = True
-    return sizes[rows], ids[np.repeat(taken, sizes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ _MAX_SEED = (1 << 63) - 1
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORT}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recording:
     """What a vLLM engine records of the model it runs."""
 
@@ -52,6 +53,13 @@ class Recording:
     @property
     def route_dtype(self) -> type[np.unsignedinteger[Any]]:
         return np.uint8 if self.num_experts <= 256 else np.uint16
+
+    @cached_property
+    def routed_layers(self) -> slice | list[int]:
+        """``moe_layers``, as what takes them out of an array of all layers."""
+        layers = self.moe_layers
+        follow_each_other = layers == tuple(range(layers[0], layers[0] + len(layers)))
+        return slice(layers[0], layers[-1] + 1) if follow_each_other else list(layers)
 
     @property
     def _expert_bytes(self) -> int:
@@ -114,9 +122,8 @@ def to_completion(output: Any, record: Record, request: Request, recording: Reco
 
     Raises ValueError when the two are not of the same tokens, RunStopped for log-probabilities that are no numbers.
     """
-    token_ids = np.array(output.token_ids, np.int32)
-    num_tokens = len(token_ids)
-    if not np.array_equal(record.token_ids, token_ids):
+    token_ids, num_tokens = record.token_ids, len(output.token_ids)
+    if token_ids.tolist() != list(output.token_ids):
         raise ValueError(f"request {request.id}: what was recorded of it are not vLLM's {num_tokens} tokens")
     kept = None
     if recording.kept and truncates(request.sampling):
@@ -149,9 +156,10 @@ def _with_whole_sets(kept: Kept, vocab_size: int) -> Kept:
 
 def _check_finite(logprobs: NDArray, token_ids: NDArray, kept: Kept | None, request: Request) -> None:
     """Of what was drawn they are finite; NaN: the model's outputs were NaN, -inf: sampling had ruled the token out."""
-    wrong = np.flatnonzero(~np.isfinite(logprobs))
-    if len(wrong) == 0:
+    finite = np.isfinite(logprobs)
+    if finite.all():
         return
+    wrong = np.flatnonzero(~finite)
     first = int(wrong[0])
     among = "" if kept is None else f", out of {kept.sizes[first]} that sampling kept"
     raise RunStopped(
@@ -168,7 +176,8 @@ def _versions(spans: Sequence[Any] | None, num_tokens: int, name: str) -> NDArra
     edges = [0, *(span.end for span in spans)]
     if edges[-1] != num_tokens or [span.start for span in spans] != edges[:-1]:
         raise ValueError(f"request {name}: vLLM's weight versions do not cover its {num_tokens} tokens")
-    return np.repeat(np.array([int(span.version) for span in spans], np.int32), np.diff(edges))
+    parts = [np.full(span.end - span.start, int(span.version), np.int32) for span in spans]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _rows(record: Record, recording: Recording) -> tuple[NDArray | None, NDArray | None, Selections | None]:
@@ -177,7 +186,7 @@ def _rows(record: Record, recording: Recording) -> tuple[NDArray | None, NDArray
         return None, None, None
     length, width = len(record.recorded), recording._expert_bytes
     rows = record.rows.reshape(length, recording.num_layers, -1)
-    experts = np.ascontiguousarray(rows[:, list(recording.moe_layers), :width]).view(recording.route_dtype)
+    experts = np.ascontiguousarray(rows[:, recording.routed_layers, :width]).view(recording.route_dtype)
     selections = None
     if (top_k := recording.index_topk) is not None:
         recorded = record.recorded & (np.arange(length) >= top_k)

@@ -65,7 +65,7 @@ class StepOutput(AsyncModelRunnerOutput):
         self._output, self._rows = model_runner_output, pending_aux_output
         kept, tokens = sampler_output.sampling_mask_tensors, sampler_output.sampled_token_ids.squeeze(1)
         logits, width = (kept or sampler_output.logprobs_tensors).logits, 0 if kept is None else kept.width
-        self._num_ids, self._records_kept = logits.shape[1], kept is not None
+        (self._num_rows, self._num_ids), self._records_kept = logits.shape, kept is not None
         self._on_gpu = record_draws(logits, tokens, num_sampled_tokens, width)
         # Of rows that keep more than there is room for; the logits themselves would be kept for two steps.
         self._is_kept = logits.isfinite() if 0 < width < self._num_ids else None
@@ -81,9 +81,11 @@ class StepOutput(AsyncModelRunnerOutput):
         self._done.synchronize()
         rows = None if self._rows is None else self._rows.process_output()
         whole = self._whole if self._records_kept else None
-        drawn = Drawn.of_table(self._table.numpy(), self._num_ids, rows, whole)
-        tokens = zip(drawn.token_ids.tolist(), drawn.sampled.tolist(), strict=True)
-        self._output.sampled_token_ids = [[token] if sampled else [] for token, sampled in tokens]
+        drawn = Drawn.of_table(self._table.numpy(), self._num_rows, self._num_ids, rows, whole)
+        tokens = drawn.token_ids[:, None].tolist()
+        for row in np.flatnonzero(~drawn.sampled).tolist():
+            tokens[row] = []
+        self._output.sampled_token_ids = tokens
         self._output.aux_output_connector_output = drawn
         return self._output
 

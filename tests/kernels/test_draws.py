@@ -6,18 +6,31 @@ import pytest
 import torch
 
 from kernels import record_draws
-from kernels.reference.draws import DRAW_FIELDS
+from kernels.reference.draws import DRAW_FIELDS, draws_in
 
 
-def test_a_row_by_hand() -> None:
+def test_rows_by_hand() -> None:
     none = float("-inf")
-    logits = torch.tensor([[none, 1.0, none, 2.0, 0.5], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    table = record_draws(logits, torch.tensor([3, 1]), torch.tensor([1, 0], dtype=torch.int32), 2)
-    assert table.dtype == torch.int32 and table.shape == (2, DRAW_FIELDS + 2)
-    assert table[0, [0, 1, 3, 4, 5]].tolist() == [3, 1, 3, 1, 3]  # of ids 1, 3 and 4 two fit
-    logprob = 2.0 - math.log(math.exp(1.0) + math.exp(2.0) + math.exp(0.5))
-    torch.testing.assert_close(table[0, 2:3].view(torch.float32), torch.tensor([logprob]))
-    assert table[1, 1] == 0
+    logits = torch.tensor(
+        [[none, 1.0, none, 2.0, 0.5], [0.0, 0.0, none, none, none], [0.0] * 5, [none, none, 7.0, none, none]]
+    )
+    counts = torch.tensor([1, 0, 1, 1], dtype=torch.int32)
+    for width, (starts, ids) in {
+        5: ([0, -1, 3], [1, 3, 4, 2]),
+        2: ([-1, -1, 0], [2]),
+        0: ([-1, -1, -1], []),
+    }.items():
+        table = record_draws(logits, torch.tensor([3, 1, 0, 2]), counts, width)
+        assert table.dtype == torch.int32 and table.shape == (1 + 4 * (DRAW_FIELDS + width),)
+        rows, room = draws_in(table, 4)
+        assert rows[:, 1].tolist() == counts.tolist()
+        drawn = rows[counts.bool()]
+        assert drawn[:, 0].tolist() == [3, 0, 2] and drawn[:, 3].tolist() == [3, 5, 1]
+        assert drawn[:, 4].tolist() == starts and rows[1, 4] == -1  # of five of five ids nothing is said
+        assert room[: table[0]].tolist() == ids
+        logprob = 2.0 - math.log(math.exp(1.0) + math.exp(2.0) + math.exp(0.5))
+        wanted = torch.tensor([logprob, math.log(1 / 5), 0.0])
+        torch.testing.assert_close(drawn[:, 2].contiguous().view(torch.float32), wanted)
 
 
 @pytest.mark.parametrize("kept", [False, True])

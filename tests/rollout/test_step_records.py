@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from rollout.engine_step import Step
 from rollout.prefix_rows import PrefixRows
-from rollout.step_records import Step, StepRecords
+from rollout.step_records import StepRecords
 
 BLOCK, WIDTH, VOCAB = 4, 6, 40
 
@@ -99,11 +100,20 @@ class ToyEngine:
             token_ids=np.array(tokens, np.int32),
             logprobs=np.array(logprobs, np.float32),
             kept_sizes=np.array(list(map(len, kept)), np.int32),
-            kept_ids=np.array([i for ids in kept for i in ids], np.int32),
+            **self._scattered(kept),
             rows=np.array(rows),
             block=BLOCK,
             generation=self.weights,
         )
+
+    def _scattered(self, kept: list[list[int]]) -> dict[str, np.ndarray]:
+        """The sets in any order, with ids of nobody in between."""
+        starts, ids = np.full(len(kept), -1, np.int32), []
+        for at in self.random.permutation(len(kept)):
+            ids += [VOCAB] * int(self.random.integers(3))
+            starts[at] = len(ids)
+            ids += kept[at]
+        return {"kept_starts": starts, "kept_ids": np.array(ids, np.int32)}
 
     def _cached(self, it: Sequence) -> int:
         """At least one token is fed, or there would be nothing to sample from."""
@@ -134,7 +144,7 @@ def check(records: StepRecords, name: str, it: Sequence, num_tokens: int) -> Non
     assert not record.rows[~record.recorded].any()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(60))
 def test_every_request_gets_back_what_its_tokens_recorded(seed: int):
     """With shared prompts out of the cache, later turns of a conversation, preemptions, aborts and new weights."""
     engine, records, random = ToyEngine(seed), StepRecords(1 << 20), np.random.default_rng(seed + 100)
@@ -203,6 +213,7 @@ def test_a_model_without_experts_records_no_rows():
             token_ids=np.array([10 + token, 20 + token][token == 0 :]),
             logprobs=np.array([-1.0, -2.0][token == 0 :]),
             kept_sizes=None,
+            kept_starts=np.zeros(2),
             kept_ids=np.zeros(0),
             rows=np.zeros((0, 0), np.uint8),
         )

@@ -34,9 +34,10 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.sample.output import SamplingMaskTensors
 
-from kernels.reference.draws import DRAW_FIELDS
+from kernels.reference.draws import DRAW_FIELDS, draws_in
 from rollout.drawn import Drawn
-from rollout.step_records import Step, StepRecords
+from rollout.engine_step import Step
+from rollout.step_records import StepRecords
 from rollout.vllm_recording import RecordingScheduler, key_of
 from rollout.vllm_step import PendingRows
 
@@ -143,16 +144,20 @@ def their_masks(kept: list[np.ndarray]) -> Any:
 
 
 def ours(sampled: list[list[int]], logprobs: list[Any], kept: list[np.ndarray], *rows: Any) -> Drawn:
-    """In a table with room for three ids, of sets of up to five."""
-    table = np.full((len(sampled), DRAW_FIELDS + 3), -9, np.int32)
-    table[:, 1] = list(map(len, sampled))
-    for row, tokens, ids in zip(table, sampled, kept, strict=True):
-        row[0], row[3] = tokens[0] if tokens else -9, len(ids)
-        row[DRAW_FIELDS : DRAW_FIELDS + len(ids)] = ids[:3]
-    table[:, 2] = np.array(logprobs, np.float32).view(np.int32)
+    """In a table with room for three ids a row, of sets of up to five."""
+    table = np.full(1 + len(sampled) * (DRAW_FIELDS + 3), -9, np.int32)
+    fields, room = draws_in(table, len(sampled))
+    table[0] = 0
+    for row, tokens, logprob, ids in zip(fields[::-1], sampled[::-1], logprobs[::-1], kept[::-1], strict=True):
+        there = 0 < len(ids) <= 3
+        row[:] = [tokens[0] if tokens else -9, len(tokens), 0, len(ids), table[0] if there else -1]
+        row[2:3] = np.array([logprob], np.float32).view(np.int32)
+        if there:
+            room[table[0] : table[0] + len(ids)] = ids
+            table[0] += len(ids)
     pending = PendingRows(*rows)
     pending.enqueue_cpu_copy()
-    return Drawn.of_table(table, VOCAB, pending.process_output(), kept.__getitem__)
+    return Drawn.of_table(table, len(sampled), VOCAB, pending.process_output(), kept.__getitem__)
 
 
 def their_connector(room: int) -> Any:

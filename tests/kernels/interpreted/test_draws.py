@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import draws, reference
-from kernels.reference.draws import DRAW_FIELDS
+from tests.kernels.draw_tables import check_draws
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +34,5 @@ def test_a_row_is_what_was_drawn_and_of_what(seed: int, num_ids: int, width: int
     logits.masked_fill_(left_out, float("-inf"))
     assert logits.stride(0) == num_ids + 3
     num_sampled = torch.tensor([1, 0, 1, 1], dtype=torch.int32)
-
-    table = draws.record_draws(logits, token_ids, num_sampled, width)
-    assert table.shape == (num_rows, DRAW_FIELDS + width)
-    meant = reference.record_draws(logits, token_ids, num_sampled, width)
-    for row, wanted in zip(table, meant, strict=True):
-        assert row[1] == wanted[1]
-        if row[1]:
-            assert [row[0], row[3]] == [wanted[0], wanted[3]]
-            torch.testing.assert_close(row[2:3].view(torch.float32), wanted[2:3].view(torch.float32))
-            there = slice(DRAW_FIELDS, DRAW_FIELDS + min(int(wanted[3]), width))
-            assert row[there].tolist() == wanted[there].tolist()
+    found, meant = (of.record_draws(logits, token_ids, num_sampled, width) for of in (draws, reference))
+    check_draws(found, meant, num_sampled)
