@@ -27,14 +27,16 @@ Words = tuple[torch.Tensor, int, int]
 class HashTable:
     """:func:`word_hash_sum` of many tensors, again and again: it keeps the views, not what they read."""
 
-    def __init__(self, parts: Sequence[Words]) -> None:
+    def __init__(self, parts: Sequence[Words], *, keeps: bool = True) -> None:
+        """``parts``: all of one device. Without ``keeps``, on a GPU, who uses it keeps them where they are."""
         self.parts = list(parts)
-        """All of one device."""
         self._on_gpu = None
         if self.parts and self.parts[0][0].is_cuda:
             from kernels.checksum_triton import DeviceTable
 
             self._on_gpu = DeviceTable(self.parts)
+            if not keeps:
+                self.parts = []
 
     def sums(self) -> torch.Tensor:
         """int64 [parts] of what the tensors hold now. On a GPU it is one kernel for all of them."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kernels.checksum import HashTable, Words
 
+_MOST_TABLES = 256
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -32,7 +35,9 @@ def checksums(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, in
 class Checksums:
     """:func:`checksums` of tensors that come one after another; nothing waits for the device before the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, tables: SumTables | None = None) -> None:
+        """``tables``: those of earlier ones, where tensors often lie where others lay."""
+        self._tables = tables or SumTables()
         self._descriptions: dict[str, int] = {}
         self._sums: list[torch.Tensor] = []
 
@@ -40,7 +45,7 @@ class Checksums:
         """Of one device; on a GPU at one launch."""
         for name, tensor in tensors.items():
             self._descriptions[name] = hash_description(tuple(tensor.shape), tensor.dtype)
-        self._sums.append(word_sums((tensor, None) for tensor in tensors.values()))
+        self._sums.append(self._tables.sums(list(tensors.values())))
 
     def result(self) -> dict[str, int]:
         totals = torch.cat(self._sums).tolist() if self._sums else []
@@ -48,6 +53,29 @@ class Checksums:
             name: (description + total) % (1 << 64)
             for (name, description), total in zip(self._descriptions.items(), totals, strict=True)
         }
+
+
+class SumTables:
+    """:func:`word_sums` of whole tensors; what a launch on a GPU needs is kept for tensors that lie where these do."""
+
+    def __init__(self) -> None:
+        self._tables: OrderedDict[tuple[Any, ...], HashTable] = OrderedDict()
+
+    def sums(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """int64 [tensors]."""
+        if not tensors or not tensors[0].is_cuda:
+            return word_sums((tensor, None) for tensor in tensors)
+        places = tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+        table = self._tables.pop(places, None)
+        if table is None:
+            words = [_words(tensor, None) for tensor in tensors]
+            if any(of.data_ptr() != tensor.data_ptr() for (of, _, _), tensor in zip(words, tensors, strict=True)):
+                return HashTable(words).sums()  # of copies, which will be gone
+            table = HashTable(words, keeps=False)
+        self._tables[places] = table
+        if len(self._tables) > _MOST_TABLES:
+            self._tables.popitem(last=False)
+        return table.sums()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,10 +92,14 @@ class DirectUpdates:
     @torch.inference_mode()
     def taken(self, tensors: Described) -> tuple[HeldWeights, Taken]:
         """What the worker holds of the last update's ``tensors``, and `HeldWeights.take` of it."""
+        # What an update is written to straight was live when it began; nothing else has been at work since.
+        written = self._held is not None and not self.through_loader and self._held.tensors == tensors
+        if written and (taken := self._held.take_written()) is not None:
+            return self._held, taken
         if self._held is None or not self._held.is_of(tensors):
             self._proven = False
             self._held = HeldWeights.of_model(self._model, tensors, rank=self._rank, size=self._size)
-        taken = self._held.take_written() or self._held.take()
+        taken = self._held.take()
         if self._arrived:
             self._proven = self._lies_verbatim(self._held, *taken)
             self._arrived = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from model.checksum import Checksums
+from model.checksum import Checksums, SumTables
 from model.transport import BroadcastGroup, StagingBuffers, open_store
 
 Bucket = Mapping[str, torch.Tensor]
@@ -48,7 +48,8 @@ class WeightSender:
         self._offering: Iterator[Bucket] | None = None
         self._staging: StagingBuffers | None = None
         self._handles: dict[int, str] = {}  # of exported staging buffers, by their numbers
-        self._sums = Checksums()
+        self._tables = SumTables()  # parameters that no other rank has a part of stay where they are
+        self._sums = Checksums(self._tables)
         self._num_bytes = 0
 
     def open(self, host: str) -> int:
@@ -68,7 +69,7 @@ class WeightSender:
                 pass
             return None
         assert self._group is not None, "join() comes first"
-        sums = Checksums()
+        sums = Checksums(self._tables)
         try:
             num_bytes = self._group.send(_summed(buckets, sums))
         except Exception:
@@ -84,7 +85,7 @@ class WeightSender:
         An offer stands until the call after the next one.
         """
         if buckets is not None:
-            self._sums, self._num_bytes = Checksums(), 0
+            self._sums, self._num_bytes = Checksums(self._tables), 0
             self._offering = _summed(buckets, self._sums if self.rank == 0 else None)
         assert self._offering is not None, "no update has begun"
         tensors = next(self._offering, None)
@@ -117,8 +118,11 @@ class WeightSender:
 
 
 def _summed(buckets: Iterator[Bucket], sums: Checksums | None) -> Iterator[Bucket]:
-    """The buckets as they are, with their checksums taken on the way."""
+    """The buckets as they are. Checksums are taken of each when the next one is asked for: it is on its way then."""
     for tensors in buckets:
-        if sums is not None:
-            sums.add(tensors)
         yield tensors
+        if sums is not None and tensors:
+            sums.add(tensors)
+            if (device := next(iter(tensors.values())).device).type == "cuda":
+                # Gathered tensors give their memory up when the next ones come, on a stream of their own.
+                torch.cuda.current_stream(device).synchronize()

@@ -48,7 +48,7 @@ from tests.gpu.unverified import skip_sums
 from trainer.learner import Learner
 from trainer.sender import Offer, Sent, WeightSender
 
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES, REAL_BUCKET_BYTES = 64 << 20, 256 << 20
 PAIRS = 20
 """Updates with and without their verification."""
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -81,68 +81,70 @@ def used_gb() -> float:
     return (total - free) / 1e9
 
 
-def buckets(module: DeepseekV32) -> Iterator[dict[str, torch.Tensor]]:
+def buckets(module: DeepseekV32, num_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, torch.Tensor]]:
     """As `trainer.weights.whole_weights` cuts them."""
-    bucket, room = {}, BUCKET_BYTES
+    bucket, room = {}, num_bytes
     for name, tensor in module.state_dict().items():
         if bucket and tensor.nbytes > room:
             yield bucket
-            bucket, room = {}, BUCKET_BYTES
+            bucket, room = {}, num_bytes
         bucket[name] = tensor
         room -= tensor.nbytes
     yield bucket
 
 
 async def update(
-    actor: VllmEngineActor, sender: WeightSender, module: DeepseekV32, version: int, *, ask: bool = True
+    actor: VllmEngineActor, sender: WeightSender, weights: Iterator[dict[str, torch.Tensor]], version: int
 ) -> dict[str, Any]:
-    """One update as `rl.sync.SharedMemory` makes it, with the seconds of its parts; ``ask``: what it holds, again."""
+    """One update as `rl.sync.SharedMemory` makes it, with the seconds of its parts."""
     torch.cuda.synchronize()
     began = time.perf_counter()
-    await actor.begin_update()
+    offer, _ = await asyncio.gather(asyncio.to_thread(sender.offer, weights), actor.begin_update())
     ready = time.perf_counter()
-    offer = sender.offer(buckets(module))
     while isinstance(offer, Offer):
-        await actor.receive(asdict(offer))
-        offer = sender.offer(None)
+        offer, _ = await asyncio.gather(asyncio.to_thread(sender.offer, None), actor.receive(asdict(offer)))
     loaded = time.perf_counter()
     sums = await actor.commit(version)
     done = time.perf_counter()
-    if not ask:
-        return {"total_s": done - began}
-    verified = time.perf_counter()
-    await actor.checksums()
-    verify_s = time.perf_counter() - verified
-    asked = time.perf_counter()
-    through_loader = await actor.update_way()
-    ask_s = time.perf_counter() - asked
     return {
         "sums": sums,
         "sent": offer,
         "pause_s": ready - began,
         "load_s": loaded - ready,
         "finish_s": done - loaded,
-        "asked_again_s": verify_s,
-        "ask_s": ask_s,  # of that, the way to the worker and back
         "total_s": done - began,
+    }
+
+
+async def way(actor: VllmEngineActor) -> dict[str, Any]:
+    """Of the last update: what asking the engine again what it holds takes, and the way there and back."""
+    began = time.perf_counter()
+    await actor.checksums()
+    verify_s = time.perf_counter() - began
+    asked = time.perf_counter()
+    through_loader = await actor.update_way()
+    return {
+        "asked_again_s": verify_s,
+        "ask_s": time.perf_counter() - asked,
         "through_loader": through_loader,  # why; empty when the update was written straight
     }
 
 
 async def verification_cost(actor: VllmEngineActor, sender: WeightSender, modules: list[DeepseekV32]) -> dict[str, Any]:
-    """Seconds of updates with their verification and without, in turn."""
+    """Seconds of updates with their verification and without, in turn, after one of each."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(2 * PAIRS):
+    for turn in range(2 * PAIRS + 2):
         skip = turn % 2 == 1
         if skip:
             await actor._engine.collective_rpc(skip_sums, args=(True,))
         with patch.object(Checksums, "add", lambda *_: None) if skip else nullcontext():
-            outcome = await update(actor, sender, modules[turn % 2], 10 + turn, ask=False)
+            outcome = await update(actor, sender, buckets(modules[turn // 2 % 2], REAL_BUCKET_BYTES), 10 + turn)
         seconds[skip].append(outcome["total_s"])
         if skip:
             await actor._engine.collective_rpc(skip_sums, args=(False,))
-    median = {skip: statistics.median(of_all) for skip, of_all in seconds.items()}
-    return {"with_s": median[False], "without_s": median[True], "share": 1 - median[True] / median[False]}
+    median = {skip: statistics.median(of_all[1:]) for skip, of_all in seconds.items()}
+    share = 1 - median[True] / median[False]
+    return {"with_s": median[False], "without_s": median[True], "share": share, "all_s": seconds}
 
 
 async def generate_woken(actor: VllmEngineActor, name: str) -> tuple[list[Request], list[Completion]]:
@@ -161,7 +163,8 @@ async def scenario(path: Path) -> Seen:
     await actor.load(str(path), settings)
     try:
         for version, module in enumerate([*modules, modules[0]], start=1):
-            outcome = await update(actor, sender, module, version)
+            outcome = await update(actor, sender, buckets(module), version)
+            outcome |= await way(actor)
             seen.sums.append(outcome.pop("sums"))
             seen.sent.append(outcome.pop("sent"))
             num_bytes = seen.sent[-1].num_bytes
@@ -195,8 +198,9 @@ async def sleep_amid_generation(actor: VllmEngineActor, sender: WeightSender, mo
     assert (await actor.stats()).num_decode_steps == asleep_at
     soil_free_memory()
     began = time.perf_counter()
-    outcome = await update(actor, sender, module, 4)
+    outcome = await update(actor, sender, buckets(module), 4)
     seen.figures["wake_with_update_s"] = time.perf_counter() - began
+    outcome |= await way(actor)
     seen.figures["update_in_sleep"] = {name: outcome[name] for name in outcome.keys() - {"sums", "sent"}}
     seen.sums.append(outcome["sums"])
     seen.used_gb["awake_again"] = used_gb()
