@@ -93,9 +93,9 @@ class DirectUpdates:
     def taken(self, tensors: Described) -> tuple[HeldWeights, Taken]:
         """What the worker holds of the last update's ``tensors``, and `HeldWeights.take` of it."""
         # What an update is written to straight was live when it began; nothing else has been at work since.
-        written = self._held is not None and not self.through_loader and self._held.tensors == tensors
-        if written and (taken := self._held.take_written()) is not None:
-            return self._held, taken
+        straight = self._held if not self.through_loader else None
+        if straight and straight.tensors == tensors and (taken := straight.take_written()) is not None:
+            return straight, taken
         if self._held is None or not self._held.is_of(tensors):
             self._proven = False
             self._held = HeldWeights.of_model(self._model, tensors, rank=self._rank, size=self._size)
