@@ -26,6 +26,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from rl.sample import NDArray
 from rollout.drawn import Drawn
 from rollout.engine_step import Step
+from rollout.vllm_slots import QuickSlots
 
 _NEW_TOKENS = operator.attrgetter("new_token_ids")
 
@@ -49,6 +50,7 @@ class RecordingScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.aux_output_connector = None  # rows are not cut up here
+        self.quick_slots = QuickSlots.installed(self.kv_cache_manager)
         self._generation = 0
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:

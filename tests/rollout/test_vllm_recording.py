@@ -239,6 +239,14 @@ class Engine:
         return self.records.read(key_of(name), len(output.token_ids), width=LAYERS * TOP_K)
 
 
+def cache_of(engine: Engine) -> tuple[Any, ...]:
+    """Who holds which blocks of vLLM's cache, what they are known by, and which are free."""
+    manager = engine.scheduler.kv_cache_manager
+    held = {name: manager.get_block_ids(name) for name in engine.scheduler.requests}
+    known = [(block.block_hash, block.ref_cnt) for block in manager.block_pool.blocks]
+    return held, known, [block.block_id for block in manager.block_pool.free_block_queue.get_all_free_blocks()]
+
+
 @pytest.fixture(autouse=True)
 def theirs() -> None:
     init_none_hash(sha256)
@@ -267,7 +275,9 @@ def test_requests_are_recorded_as_vllm_records_them(model_dir: Path, num_blocks:
             engine.step()
         if waiting and at % 3 == 0:
             waiting.pop(0)
+        assert cache_of(engines[1]) == cache_of(engines[0])
     reference, ours = engines
+    assert ours.scheduler.quick_slots.num_spared > 100
     assert sorted(reference.outputs) == sorted(ours.outputs) == sorted(names)
     aborted_early = 0
     for name in names:
