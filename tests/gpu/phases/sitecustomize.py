@@ -1,0 +1,87 @@
+"""Where a step of a vLLM engine spends its time: Python imports this module first where its folder is on PYTHONPATH.
+
+    PYTHONPATH=tests/gpu/phases KEEL_PHASES=runs/phases python -m tests.gpu.measure throughput --passes 4
+
+Times methods of vLLM's and ours in every process, as soon as their modules are there, and writes to KEEL_PHASES.PID how
+often each was called, and the mean and median of its milliseconds after the first quarter of the calls. What one calls
+counts to the other as well. What a GPU does meanwhile is not in it, but for what Event.synchronize waits.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+METHODS = {
+    "vllm.v1.engine.core": ("EngineCore.step_with_batch_queue",),
+    "vllm.v1.executor.uniproc_executor": ("UniProcExecutor.execute_model", "UniProcExecutor.sample_tokens"),
+    "vllm.v1.core.sched.scheduler": ("Scheduler.schedule", "Scheduler.update_from_output"),
+    "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner.sample", "GPUModelRunner.prepare_inputs"),
+    "vllm.v1.worker.gpu.sample.sampler": ("Sampler.__call__", "Sampler.sample"),
+    "vllm.v1.worker.gpu.async_utils": ("AsyncOutput.__init__", "AsyncOutput.get_output"),
+    "vllm.v1.serial_utils": ("MsgpackEncoder.encode_into", "MsgpackDecoder.decode"),
+    "vllm.v1.engine.output_processor": ("OutputProcessor.process_outputs",),
+    "rollout.vllm_recording": ("RecordingScheduler.schedule", "RecordingScheduler.update_from_output", "Seen.step"),
+    "rollout.vllm_step": (
+        "StepOutput.__init__",
+        "StepOutput.get_output",
+        "RowRecorder.prepare_output",
+        "PendingRows.enqueue_cpu_copy",
+    ),
+    "rollout.step_records": ("StepRecords.add", "StepRecords.read"),
+    "torch.cuda.streams": ("Event.synchronize",),
+}
+LOOK_S, STARTING_S, WRITE_S = 0.005, 300.0, 2.0
+
+
+class Phases:
+    def __init__(self, out: str) -> None:
+        self._out = Path(f"{out}.{os.getpid()}")
+        self._seconds: dict[str, list[float]] = {}
+        self._left = {(module, name) for module, names in METHODS.items() for name in names}
+
+    def watch(self) -> None:
+        """Engines keep methods of theirs from their start on, so they are replaced before."""
+        began, written = time.monotonic(), 0.0
+        while True:
+            starting = bool(self._left) and time.monotonic() - began < STARTING_S
+            time.sleep(LOOK_S if starting else WRITE_S)
+            for module, name in list(self._left):
+                owner, _, method = name.partition(".")
+                if method in vars(getattr(sys.modules.get(module), owner, None) or object):
+                    self._left.discard((module, name))
+                    self._time(getattr(sys.modules[module], owner), method)
+            if self._seconds and time.monotonic() - written > WRITE_S:
+                written = time.monotonic()
+                self._write()
+
+    def _time(self, owner: type, method: str) -> None:
+        inner, seconds = vars(owner)[method], self._seconds.setdefault(f"{owner.__name__}.{method}", [])
+
+        def timed(*args: Any, **others: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return inner(*args, **others)
+            finally:
+                seconds.append(time.perf_counter() - began)
+
+        setattr(owner, method, timed)
+
+    def _write(self) -> None:
+        lines = []
+        for name, seconds in self._seconds.items():
+            if settled := [1e3 * s for s in seconds[len(seconds) // 4 :]]:
+                mean, median = statistics.fmean(settled), statistics.median(settled)
+                lines.append(f"{name:40} {len(seconds):7} calls  mean {mean:9.4f} ms  median {median:9.4f} ms\n")
+        coming = self._out.with_name(f"{self._out.name}.coming")
+        coming.write_text("".join(lines))  # whoever is killed amid this leaves the last one
+        coming.replace(self._out)
+
+
+if out := os.environ.get("KEEL_PHASES"):
+    threading.Thread(target=Phases(out).watch, name="phases", daemon=True).start()

@@ -1,0 +1,135 @@
+"""Milliseconds that vLLM's scheduler and the engine's own take for a step, one after the other; needs vLLM, and no GPU.
+
+    python -m tests.gpu.time_scheduler [--sequences 256] [--steps 150] [--turns 3]
+
+Sequences of 48 tokens get one after another, two steps under way at once as in an engine. The engine's own records:
+log-probabilities, kept sets of 20 ids and 24 bytes a token of routes.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kernels.reference.draws import DRAW_FIELDS, draws_in
+from rollout.drawn import Drawn, StepRows
+from rollout.vllm_recording import RecordingScheduler
+
+BLOCK, NUM_BLOCKS, PROMPT, VOCAB, KEPT, ROW_BYTES = 64, 20_000, 48, 384, 20, 24
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 4096,
+}
+
+
+def make_scheduler(kind: type, path: Path, sequences: int) -> Any:
+    config = VllmConfig(
+        device_config=DeviceConfig(device="cpu"),
+        model_config=ModelConfig(model=str(path), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=sequences,
+            max_num_batched_tokens=2048,
+            max_model_len=2048,
+            is_encoder_decoder=False,
+            enable_chunked_prefill=True,
+            async_scheduling=True,
+            policy="priority",
+        ),
+        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+    )
+    config.cache_config.num_gpu_blocks = NUM_BLOCKS
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    cache = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
+    manager, logs = StructuredOutputManager(config), kind is RecordingScheduler
+    return kind(config, cache, structured_output_manager=manager, block_size=BLOCK, log_stats=logs)
+
+
+def add(scheduler: Any, number: int, steps: int) -> None:
+    tokens = np.random.default_rng(number).integers(0, VOCAB, PROMPT).tolist()
+    sampling = SamplingParams(top_p=0.95, max_tokens=2 * steps, ignore_eos=True, detokenize=False, seed=number)
+    asked = EngineCoreRequest(f"{number}.r-12345678", tokens, None, sampling, None, 0.0, None, None, None)
+    scheduler.add_request(Request.from_engine_core_request(asked, get_request_block_hasher(BLOCK, sha256)))
+
+
+def drawn_by(counts: list[int], sampled: list[bool]) -> Drawn:
+    num_rows = len(counts)
+    table = np.zeros(1 + num_rows * (DRAW_FIELDS + VOCAB), np.int32)
+    fields, _ = draws_in(table, num_rows)
+    fields[:, 1], fields[:, 3], fields[:, 4] = sampled, KEPT, np.arange(num_rows) * KEPT
+    table[0] = num_rows * KEPT
+    edges = np.concatenate([[0], np.cumsum(counts)])
+    rows = StepRows(np.zeros(num_rows, np.int64), edges, np.zeros((edges[-1], ROW_BYTES), np.uint8))
+    return Drawn.of_table(table, num_rows, VOCAB, rows, lambda row: np.zeros(0, np.int32))
+
+
+def milliseconds(kind: type, path: Path, options: argparse.Namespace) -> dict[str, float]:
+    scheduler, under_way = make_scheduler(kind, path, options.sequences), []
+    scheduler.aux_output_connector = None
+    for number in range(options.sequences):
+        add(scheduler, number, options.steps)
+    seconds: dict[str, list[float]] = {"schedule": [], "update_from_output": []}
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        planned = scheduler.schedule()
+        seconds["schedule"].append(time.perf_counter() - began)
+        names = list(planned.num_scheduled_tokens)
+        under_way.append((planned, names, [scheduler.requests[n].num_computed_tokens >= PROMPT for n in names]))
+        if len(under_way) < 2:
+            continue
+        planned, names, sampled = under_way.pop(0)
+        output = ModelRunnerOutput(names, {name: at for at, name in enumerate(names)})
+        output.sampled_token_ids = [[5] if got else [] for got in sampled]
+        if kind is RecordingScheduler:
+            counts = list(planned.num_scheduled_tokens.values())
+            output.aux_output_connector_output = drawn_by(counts, sampled)  # pyright: ignore[reportAttributeAccessIssue]
+        began = time.perf_counter()
+        scheduler.update_from_output(planned, output)
+        seconds["update_from_output"].append(time.perf_counter() - began)
+    return {name: 1e3 * statistics.median(of_all[options.steps // 4 :]) for name, of_all in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.time_scheduler", description="A step's scheduling.")
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    init_none_hash(sha256)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "config.json").write_text(json.dumps(CONFIG))
+        for _ in range(options.turns):
+            for kind in (AsyncScheduler, RecordingScheduler):
+                taken = milliseconds(kind, path, options)
+                print(kind.__name__, {name: round(value, 3) for name, value in taken.items()})
+
+
+if __name__ == "__main__":
+    main()
