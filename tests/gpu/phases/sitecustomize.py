@@ -52,10 +52,11 @@ class Phases:
             starting = bool(self._left) and time.monotonic() - began < STARTING_S
             time.sleep(LOOK_S if starting else WRITE_S)
             for module, name in list(self._left):
-                owner, _, method = name.partition(".")
-                if method in vars(getattr(sys.modules.get(module), owner, None) or object):
+                of, _, method = name.partition(".")
+                owner = getattr(sys.modules.get(module), of, None)
+                if owner is not None and method in vars(owner):
                     self._left.discard((module, name))
-                    self._time(getattr(sys.modules[module], owner), method)
+                    self._time(owner, method)
             if self._seconds and time.monotonic() - written > WRITE_S:
                 written = time.monotonic()
                 self._write()
