@@ -34,17 +34,18 @@ class PrefixRows:
     def add(self, tokens: NDArray, block: int, pieces: Pieces) -> None:
         """All whole blocks of a sequence of which every token has a row; of two rows of a token the later one.
 
-        ``pieces`` are kept until somebody looks for any: most are never looked for.
+        The newest ``pieces`` are kept as they are until somebody looks for any: most are never looked for.
         """
         self._unsorted.append((tokens, block, pieces))
         self._num_unsorted += len(tokens)
-        while self._num_unsorted > self._room + len(tokens):
-            self._num_unsorted -= len(self._unsorted.popleft()[0])
+        self._sort(self._room // 8)
 
-    def _sort(self) -> None:
-        while self._unsorted:
-            self._add(*self._unsorted.popleft())
-        self._num_unsorted = 0
+    def _sort(self, most: int = 0) -> None:
+        """All but the newest ``most`` tokens."""
+        while self._num_unsorted > most:
+            tokens, block, pieces = self._unsorted.popleft()
+            self._num_unsorted -= len(tokens)
+            self._add(tokens, block, pieces)
 
     def _add(self, tokens: NDArray, block: int, pieces: Pieces) -> None:
         blocks = _whole_blocks(len(tokens), block, pieces)

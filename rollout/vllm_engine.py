@@ -237,6 +237,7 @@ class VllmEngineActor:
                     process.kill()
             self._engine.shutdown()
             self._engine = None
+            gc.unfreeze()
 
     async def _generate(self, request: Request) -> Completion:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]

@@ -174,6 +174,18 @@ def test_every_request_gets_back_what_its_tokens_recorded(seed: int):
     assert engine.num_found > 40
 
 
+def test_sequences_that_share_most_of_their_tokens_count_once():
+    prefixes = PrefixRows(room=10 * BLOCK)
+    shared = np.arange(6 * BLOCK)
+    for number in range(4):
+        sequence = np.concatenate([shared, np.full(BLOCK, 100 + number)])
+        prefixes.add(sequence, BLOCK, [(0, np.full((len(sequence), WIDTH), number, np.uint8))])
+    for number in range(4):
+        found = prefixes.find(np.concatenate([shared, np.full(BLOCK, 100 + number)]), BLOCK, [])
+        assert [start for start, _ in found] == list(range(0, 7 * BLOCK, BLOCK))
+        assert (found[-1][1] == number).all()
+
+
 def test_prefixes_that_were_not_used_for_long_are_forgotten():
     prefixes = PrefixRows(room=2 * BLOCK)
     sequences = [np.arange(BLOCK) + 10 * n for n in range(3)]
