@@ -122,12 +122,12 @@ class Seen:
             starts, counts, rows = drawn.rows.starts, np.diff(drawn.rows.edges), drawn.rows.rows
             rows = rows if every else rows[np.repeat(goes, counts)]
         got = slice(None) if every and drawn.sampled.all() else goes & drawn.sampled
-        kept = slice(None) if every else goes
+        those = slice(None) if every else goes
         return Step(
             names=self.joined if every else "\n".join(itertools.compress(self.names, goes.tolist())),
-            starts=starts[kept],
-            counts=counts[kept],
-            sampled=drawn.sampled[kept],
+            starts=starts[those],
+            counts=counts[those],
+            sampled=drawn.sampled[those],
             token_ids=drawn.token_ids[got],
             logprobs=drawn.logprobs[got],
             kept_sizes=None if drawn.kept_sizes is None else drawn.kept_sizes[got],
