@@ -38,13 +38,32 @@ def _load_words(address, offsets, inside, width):
 
 
 @triton.jit
-def _word_hashes_kernel(table, owners, sums, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    program = tl.program_id(0)
-    entry = table + tl.load(owners + program).to(tl.int64) * _FIELDS
-    address, width = tl.load(entry), tl.load(entry + 1)
-    rows, columns = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
-    row_stride, first, stride = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
-    start = (program - tl.load(entry + 7)) * TILE
+def _mix(x):
+    """splitmix64's finaliser, of uint64."""
+    x = (x ^ (x >> 30)) * _MIX_1
+    x = (x ^ (x >> 27)) * _MIX_2
+    return (x ^ (x >> 31)).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _side_by_side(address, first, start, count, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the hashes of words of 8 bytes, from ``start`` to the tile's or the tensor's end. No place is divided."""
+    across = tl.arange(0, BLOCK)
+    words = address.to(tl.pointer_type(tl.int64)) + start
+    steps = across.to(tl.uint64) * _GAMMA  # from a block's first place
+    left = tl.minimum(count - start, TILE).to(tl.int32)
+    total = tl.zeros((BLOCK,), dtype=tl.int64)
+    for offset in range(0, left, BLOCK):
+        inside = across < left - offset
+        word = tl.load(words + offset + across, mask=inside, other=0)
+        place = (first + start + offset).to(tl.uint64, bitcast=True) * _GAMMA + steps
+        total += tl.where(inside, _mix(word.to(tl.uint64, bitcast=True) * _MIX_1 + place), 0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _in_rows(address, width, rows, columns, row_stride, first, stride, start, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """As :func:`_side_by_side`, of words of any width in rows that lie apart, or whose places do."""
     row = start // columns  # of the tile's first word
     column = (start % columns).to(tl.int32)
     total = tl.zeros((BLOCK,), dtype=tl.int64)
@@ -55,13 +74,24 @@ def _word_hashes_kernel(table, owners, sums, TILE: tl.constexpr, BLOCK: tl.const
         at = row + down.to(tl.int64)
         inside = at < rows
         word = _load_words(address, at * row_stride + across, inside, width)
-        place = first + at * stride + across
-        x = word.to(tl.uint64, bitcast=True) * _MIX_1 + place.to(tl.uint64, bitcast=True) * _GAMMA
-        x = (x ^ (x >> 30)) * _MIX_1
-        x = (x ^ (x >> 27)) * _MIX_2
-        x = x ^ (x >> 31)
-        total += tl.where(inside, x.to(tl.int64, bitcast=True), 0)
-    tl.atomic_add(sums + tl.load(entry + 8), tl.sum(total, axis=0))
+        place = (first + at * stride + across).to(tl.uint64, bitcast=True) * _GAMMA
+        total += tl.where(inside, _mix(word.to(tl.uint64, bitcast=True) * _MIX_1 + place), 0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _word_hashes_kernel(table, owners, sums, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    entry = table + tl.load(owners + program).to(tl.int64) * _FIELDS
+    address, width = tl.load(entry), tl.load(entry + 1)
+    rows, columns = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
+    row_stride, first, stride = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+    start = (program - tl.load(entry + 7)) * TILE
+    if (rows == 1) & (width == 8):
+        total = _side_by_side(address, first, start, columns, TILE, BLOCK)
+    else:
+        total = _in_rows(address, width, rows, columns, row_stride, first, stride, start, TILE, BLOCK)
+    tl.atomic_add(sums + tl.load(entry + 8), total)
 
 
 class DeviceTable:

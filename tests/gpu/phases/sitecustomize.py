@@ -1,6 +1,8 @@
-"""Where a step of a vLLM engine spends its time: Python imports this module first where its folder is on PYTHONPATH.
+"""Where a step of a vLLM engine, or an update of its weights, spends its time.
 
     PYTHONPATH=tests/gpu/phases KEEL_PHASES=runs/phases python -m tests.gpu.measure throughput --passes 4
+
+Python imports this module first, of itself, where its folder is on PYTHONPATH.
 
 Times methods of vLLM's and ours in every process, as soon as their modules are there, and writes to KEEL_PHASES.PID how
 often each was called, and the mean and median of its milliseconds after the first quarter of the calls. What one calls
@@ -34,6 +36,18 @@ METHODS = {
         "PendingRows.enqueue_cpu_copy",
     ),
     "rollout.step_records": ("StepRecords.add", "StepRecords.read"),
+    "rollout.held_weights": (
+        "HeldWeights.write",
+        "HeldWeights.take_written",
+        "HeldWeights.answer",
+        "Verifier.checksums",
+    ),
+    "rollout.weight_receiver": ("WeightReceiver.take",),
+    "rollout.direct_update": ("DirectUpdates.begin", "DirectUpdates.taken"),
+    "trainer.sender": ("WeightSender.offer",),
+    "model.transport": ("StagingBuffers.pack",),
+    "model.checksum": ("Checksums.add", "Checksums.result", "LiveSums.sums"),
+    "kernels.checksum_triton": ("DeviceTable.sums",),
     "torch.cuda.streams": ("Event.synchronize",),
 }
 LOOK_S, STARTING_S, WRITE_S = 0.005, 300.0, 2.0
