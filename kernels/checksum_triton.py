@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 1024
-_TILE = 16 * _BLOCK
+_BLOCK = 512
+_TILE = 64 * _BLOCK
 """Words of one program, of one tensor."""
 _LONGEST = 1 << 30
 """Words of a row; with those of a tile, they fit into 32 bits."""
@@ -80,9 +81,11 @@ def _in_rows(address, width, rows, columns, row_stride, first, stride, start, TI
 
 
 @triton.jit
-def _word_hashes_kernel(table, owners, sums, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def _word_hashes_kernel(octets, owners_at, sums_at, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """``octets``: the table, from ``owners_at`` on the row of the table that each program is for, then the sums."""
     program = tl.program_id(0)
-    entry = table + tl.load(owners + program).to(tl.int64) * _FIELDS
+    owner = tl.load((octets + owners_at).to(tl.pointer_type(tl.int32)) + program)
+    entry = octets.to(tl.pointer_type(tl.int64)) + owner.to(tl.int64) * _FIELDS
     address, width = tl.load(entry), tl.load(entry + 1)
     rows, columns = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
     row_stride, first, stride = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
@@ -91,7 +94,7 @@ def _word_hashes_kernel(table, owners, sums, TILE: tl.constexpr, BLOCK: tl.const
         total = _side_by_side(address, first, start, columns, TILE, BLOCK)
     else:
         total = _in_rows(address, width, rows, columns, row_stride, first, stride, start, TILE, BLOCK)
-    tl.atomic_add(sums + tl.load(entry + 8), total)
+    tl.atomic_add((octets + sums_at).to(tl.pointer_type(tl.int64)) + tl.load(entry + 8), total)
 
 
 class DeviceTable:
@@ -103,28 +106,42 @@ class DeviceTable:
     def __init__(self, parts: Sequence[tuple[torch.Tensor, int, int]]) -> None:
         """Raises ValueError where the words of a row do not lie side by side."""
         self._device = parts[0][0].device
-        self._num_sums = len(parts)
         rows, tiles = [], []
         for number, part in enumerate(parts):
             for row in _rows_of(*part):
                 rows.append((*row, rows[-1][7] + tiles[-1] if rows else 0, number))
                 tiles.append(-(-row[2] * row[3] // _TILE))
         self._num_tiles = sum(tiles)
+        self._compiled: Any = None
         table = np.asarray(rows, dtype=np.int64).tobytes()
         owners = np.repeat(np.arange(len(rows), dtype=np.int32), tiles).tobytes()
-        self._owners_at = -(-len(table) // 16) * 16
-        octets = bytearray(table.ljust(self._owners_at, b"\0") + owners) or bytearray(1)
-        self._bytes = torch.frombuffer(octets, dtype=torch.uint8)
+        self._owners_at = _aligned(len(table))
+        self._sums_at = self._owners_at + _aligned(len(owners))
+        octets = bytearray(self._sums_at + 8 * len(parts))
+        octets[: len(table)] = table
+        octets[self._owners_at : self._owners_at + len(owners)] = owners
+        self._octets = torch.frombuffer(octets, dtype=torch.uint8)
         if self._device.type == "cuda":
-            self._bytes = self._bytes.pin_memory()
+            self._octets = self._octets.pin_memory()
 
     def sums(self) -> torch.Tensor:
-        sums = torch.zeros(self._num_sums, dtype=torch.int64, device=self._device)
+        """int64 [parts]."""
+        # The zeros that sums begin with travel along: a small update waits for every operation that begins on the CPU.
+        octets = self._octets.to(self._device, non_blocking=True, copy=True)
         if self._num_tiles:
-            octets = self._bytes.to(self._device, non_blocking=True)
-            table, owners = octets[: self._owners_at].view(torch.int64), octets[self._owners_at :].view(torch.int32)
-            _word_hashes_kernel[(self._num_tiles,)](table, owners, sums, TILE=_TILE, BLOCK=_BLOCK)  # pyright: ignore[reportArgumentType]
-        return sums
+            self._launch(octets)
+        return octets[self._sums_at :].view(torch.int64)
+
+    def _launch(self, octets: torch.Tensor) -> None:
+        grid, arguments = (self._num_tiles, 1, 1), (octets, self._owners_at, self._sums_at, _TILE, _BLOCK)
+        if self._compiled is None:
+            self._compiled = _word_hashes_kernel[grid](*arguments, num_warps=8)  # pyright: ignore[reportCallIssue]
+        else:  # for numbers that stay the same, Triton need not find it again
+            self._compiled[grid](*arguments)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 16) * 16
 
 
 def _rows_of(words: torch.Tensor, first: int, stride: int) -> Iterator[tuple[int, ...]]:

@@ -43,9 +43,9 @@ class Checksums:
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Of one device; on a GPU at one launch."""
-        for name, tensor in tensors.items():
-            self._descriptions[name] = hash_description(tuple(tensor.shape), tensor.dtype)
-        self._sums.append(self._tables.sums(list(tensors.values())))
+        descriptions, sums = self._tables.sums(list(tensors.values()))
+        self._descriptions |= zip(tensors, descriptions, strict=True)
+        self._sums.append(sums)
 
     def result(self) -> dict[str, int]:
         totals = torch.cat(self._sums).tolist() if self._sums else []
@@ -59,23 +59,24 @@ class SumTables:
     """:func:`word_sums` of whole tensors; what a launch on a GPU needs is kept for tensors that lie where these do."""
 
     def __init__(self) -> None:
-        self._tables: OrderedDict[tuple[Any, ...], HashTable] = OrderedDict()
+        self._tables: OrderedDict[tuple[Any, ...], tuple[list[int], HashTable]] = OrderedDict()
 
-    def sums(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """int64 [tensors]."""
+    def sums(self, tensors: Sequence[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
+        """What each's :func:`hash_description` is, and their sums, int64 [tensors]."""
         if not tensors or not tensors[0].is_cuda:
-            return word_sums((tensor, None) for tensor in tensors)
-        places = tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
-        table = self._tables.pop(places, None)
-        if table is None:
+            return _descriptions(tensors), word_sums((tensor, None) for tensor in tensors)
+        places = tuple([(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+        found = self._tables.pop(places, None)
+        if found is None:
             words = [_words(tensor, None) for tensor in tensors]
             if any(of.data_ptr() != tensor.data_ptr() for (of, _, _), tensor in zip(words, tensors, strict=True)):
-                return HashTable(words).sums()  # of copies, which will be gone
-            table = HashTable(words, keeps=False)
-        self._tables[places] = table
+                return _descriptions(tensors), HashTable(words).sums()  # of copies, which will be gone
+            found = _descriptions(tensors), HashTable(words, keeps=False)
+        self._tables[places] = found
         if len(self._tables) > _MOST_TABLES:
             self._tables.popitem(last=False)
-        return table.sums()
+        descriptions, table = found
+        return descriptions, table.sums()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,20 +117,21 @@ class LiveSums:
 
     def __init__(self, parts: Iterable[tuple[torch.Tensor, Piece, torch.dtype]]) -> None:
         """``parts``: each with its dtype in the whole; from a wider one that a tensor may have, it is converted."""
-        words, self._copies = [], []
+        words, self._copies, self._copied = [], [], []
         for tensor, piece, dtype in parts:
             found = _words(tensor, piece) if tensor.dtype == dtype else None
             if found is None or found[0].data_ptr() != tensor.data_ptr():
                 copy = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-                self._copies.append((copy, tensor))
+                self._copies.append(copy)
+                self._copied.append(tensor)
                 found = _words(copy, piece)
             words.append(found)
         self._table = HashTable(words)
 
     def sums(self) -> torch.Tensor:
-        """int64 [parts], of what the tensors hold now. One launch, and one for each that has to be copied first."""
-        for copy, tensor in self._copies:
-            copy.copy_(tensor)
+        """int64 [parts], of what the tensors hold now."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._copied)  # pyright: ignore[reportPrivateImportUsage]
         return self._table.sums()
 
 
@@ -155,6 +157,10 @@ def _words(tensor: torch.Tensor, piece: Piece | None) -> Words:
 def hash_description(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """What a tensor's shape and dtype contribute to its checksum."""
     return int.from_bytes(f"{dtype}{shape}".encode(), "little") % ((1 << 64) - 59)
+
+
+def _descriptions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    return [hash_description(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
 
 
 def _as_words(tensor: torch.Tensor, width: int) -> torch.Tensor:

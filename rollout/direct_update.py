@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model.checksum import Piece, word_sums
+from rl.sample import NDArray
 from rollout.held_weights import Described, HeldWeights, Taken, live_tensors
 from rollout.vllm_layout import LayoutError, Shapes, held_parts
 
@@ -122,11 +123,11 @@ class DirectUpdates:
             return
         self._pieces = pieces
 
-    def _lies_verbatim(self, held: HeldWeights, sums: list[int], unabsorbed: list[str]) -> bool:
+    def _lies_verbatim(self, held: HeldWeights, sums: NDArray, unabsorbed: list[str]) -> bool:
         arrived: dict[tuple[str, Piece], int] = {}
         for parts, values in self._arrived:
             arrived |= zip(parts, values.tolist(), strict=True)
-        lying = zip(((name, piece) for name, piece, _ in held.parts), sums, strict=True)
+        lying = zip(((name, piece) for name, piece, _ in held.parts), sums.tolist(), strict=True)
         return not unabsorbed and held.knows_absorbed and dict(lying) == arrived
 
 

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from model.checksum import LiveSums, Piece
+from rl.sample import NDArray
 from rollout.vllm_layout import Coverage, absorbed_parts, held_parts
 
 Described = Mapping[str, tuple[tuple[int, ...], str]]
 """{name: (shape, dtype by torch's name)} of the tensors of an update."""
-Taken = tuple[list[int], list[str]]
-"""The sums of a worker's parts, and the names of kv_b_proj of which decoding uses something else."""
+Taken = tuple[NDArray, list[str]]
+"""The sums of a worker's parts, int64, and the names of kv_b_proj of which decoding uses something else."""
 _MOST_PLACES = 1_000_000
 
 
@@ -148,9 +149,9 @@ class HeldWeights:
         self.tensors = dict(tensors)
         shapes = {name: shape for name, (shape, _) in tensors.items()}
         self.parts = list(held_parts(live, shapes, rank=rank, size=size))
-        self._all = list(range(len(self.parts)))
-        self._sums: dict[tuple[str, ...], tuple[list[int], LiveSums]] = {}  # of the parts of an update's buckets
-        self._written: list[tuple[list[int], torch.Tensor]] = []  # their numbers and sums, as they were written
+        self._all = np.arange(len(self.parts))
+        self._sums: dict[tuple[str, ...], tuple[NDArray, LiveSums]] = {}  # of the parts of an update's buckets
+        self._written: list[tuple[NDArray, torch.Tensor]] = []  # their numbers and sums, as they were written
         self._absorbed: list[tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]] = []
         self._census: Census | None = None
         self._matrices: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
@@ -209,10 +210,12 @@ class HeldWeights:
         None where they may not be what :meth:`take` would find: a part was not written, or twice, or shares its memory.
         """
         written, self._written = self._written, []
-        numbers = sorted(itertools.chain.from_iterable(numbers for numbers, _ in written))
-        return self._read(written) if written and numbers == self._all and self._lie_apart else None
+        if not written or not self._lie_apart:
+            return None
+        numbers = np.sort(np.concatenate([numbers for numbers, _ in written]))
+        return self._read(written) if np.array_equal(numbers, self._all) else None
 
-    def _read(self, sums: Sequence[tuple[list[int], torch.Tensor]]) -> Taken:
+    def _read(self, sums: Sequence[tuple[NDArray, torch.Tensor]]) -> Taken:
         """Sums of all parts, by their numbers, and which matrices for decoding differ: one wait for all."""
         names, differ = [], []
         for name, pairs in self._absorbed:
@@ -220,10 +223,11 @@ class HeldWeights:
                 names.append(name)
                 differ.append((made != of).any())
         flags = [torch.stack(differ).to(torch.int64)] if differ else []
-        values = torch.cat([*(of_some for _, of_some in sums), *flags]).tolist()
-        by_number = dict(zip(itertools.chain.from_iterable(numbers for numbers, _ in sums), values, strict=False))
+        values = torch.cat([*(of_some for _, of_some in sums), *flags]).cpu().numpy()
+        in_order = np.empty(len(self.parts), np.int64)
+        in_order[np.concatenate([numbers for numbers, _ in sums])] = values[: len(self.parts)]
         unabsorbed = {name: None for name, flag in zip(names, values[len(self.parts) :], strict=True) if flag}
-        return [by_number[number] for number in self._all], list(unabsorbed)
+        return in_order, list(unabsorbed)
 
     @cached_property
     def _live_sums(self) -> LiveSums:
@@ -242,7 +246,7 @@ class HeldWeights:
         """``known``: keys of descriptions that need not be told again."""
         sums, unabsorbed = taken or self.take()
         description = None if self.key in known else self._description
-        return Answer(self.key, np.array(sums, dtype=np.int64).tobytes(), unabsorbed, description)
+        return Answer(self.key, sums.tobytes(), unabsorbed, description)
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies the worker's parts of whole tensors to where it holds them, and adds up what lies there then.
@@ -263,16 +267,16 @@ class HeldWeights:
         for pairs in filter(None, [*alike.values(), others]):
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateImportUsage]
         numbers, sums = self._bucket_of(tuple(tensors))
-        if numbers:
+        if len(numbers):
             self._written.append((numbers, sums.sums()))
 
-    def _bucket_of(self, names: tuple[str, ...]) -> tuple[list[int], LiveSums]:
+    def _bucket_of(self, names: tuple[str, ...]) -> tuple[NDArray, LiveSums]:
         """The numbers of these tensors' parts, and their sums; kept, as updates are cut alike."""
         if names not in self._sums:
             if len(self._sums) > len(self.tensors):  # they are not
                 self._sums = {}
             numbers = [number for name in names for number in self._numbers[name]]
-            self._sums[names] = numbers, self._sums_of(numbers)
+            self._sums[names] = np.array(numbers, np.int64), self._sums_of(numbers)
         return self._sums[names]
 
     @cached_property

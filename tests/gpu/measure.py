@@ -3,6 +3,7 @@
     python -m tests.gpu.measure throughput            # tokens/s with routes and kept sets recorded, against bare vLLM
     python -m tests.gpu.measure mismatch              # engine against learner on the same weights
     python -m tests.gpu.measure sync [placement=split]   # a weight update, against a plain copy of the same bytes
+    python -m tests.gpu.measure verification          # what of an update is its verification
     python -m tests.gpu.measure loop RECIPE           # a whole run: where its seconds go, MFU, accuracy, the curve
 
 Settings come from a recipe (``--recipe``, by default the one for a single GPU) and ``key.path=value`` overrides, as in
@@ -38,6 +39,7 @@ from rollout.engine import Completion, Engine, Request
 from tests.gpu.loop_figures import figures_of_run
 from tests.gpu.plain_copy import copy_speed
 from tests.gpu.replay import figures, log_ratios
+from tests.gpu.unverified import skip_verification
 
 ONE_GPU = "recipes/gpu/dsv32_shared_1gpu.yaml"
 Figures = dict[str, Any]
@@ -236,6 +238,31 @@ async def sync(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figur
     }
 
 
+async def verification(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figures:
+    """Updates of the real actors with their verification and without, in turn, after those that open the way."""
+    recipe = replace(recipe, supervised=replace(recipe.supervised, steps=0))  # the learner begins with RL
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    async with start(recipe, path, Conversation(load_tokenizer(path))) as system:
+        gpus = recipe.rollout.engine == EngineKind.vllm
+        for turn in range(-3, 2 * options.passes):
+            if turn >= -2:
+                await skip_verification(system, turn % 2 == 1, engines=gpus and turn >= -1)
+            await system.learners_turn()
+            update = await system.publish(turn + 3)
+            if turn >= 0:
+                seconds[turn % 2 == 1].append(update.seconds)
+    verified, unverified = (statistics.median(seconds[skip]) for skip in (False, True))
+    share = 1 - statistics.median(without / whole for whole, without in zip(*seconds.values(), strict=True))
+    return {
+        "bytes": update.num_bytes,
+        "with_s": verified,
+        "without_s": unverified,
+        "share": share,
+        "all_with_s": seconds[False],
+        "all_without_s": seconds[True],
+    }
+
+
 def loop(arguments: Sequence[str], out: Path | None) -> Figures:
     """Runs a recipe as a user would; the curve goes next to ``out`` as CSV."""
     from rl.train import main as train
@@ -277,9 +304,12 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+MEASURED = {"throughput": throughput, "mismatch": mismatch, "sync": sync, "verification": verification}
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.measure", description="Figures of a GPU machine.")
-    parser.add_argument("command", choices=["throughput", "mismatch", "sync", "loop"])
+    parser.add_argument("command", choices=["loop", *MEASURED])
     parser.add_argument("arguments", nargs="*", default=[], help="loop: RECIPE; all: key.path=value")
     parser.add_argument("--recipe", default=ONE_GPU)
     parser.add_argument("--requests", type=int, default=256)
@@ -298,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "loop":
         seen = loop(options.arguments, options.out)
     else:
-        measured = {"throughput": throughput, "mismatch": mismatch, "sync": sync}[options.command]
+        measured = MEASURED[options.command]
         recipe = load_recipe(options.recipe, options.arguments)
         with TemporaryDirectory() as folder:
             path = prepare_model(recipe, Path(folder))

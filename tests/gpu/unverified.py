@@ -1,12 +1,16 @@
-"""Weight updates of a vLLM worker without their verification, to measure what that costs."""
+"""Weight updates without their verification, to measure what that costs. Of weights that stay as they are."""
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Any
+
+from model.checksum import Checksums
 
 
 def skip_sums(wrapper: Any, skip: bool) -> None:
-    """Runs in a worker whose updates are written straight: it adds nothing up and answers what it answered last."""
+    """Runs in a vLLM worker whose updates are written straight: it adds nothing up and answers as it did last."""
     worker = getattr(wrapper, "worker", wrapper)
     updates = worker.weight_transfer_engine.updates
     held = updates._held
@@ -14,6 +18,47 @@ def skip_sums(wrapper: Any, skip: bool) -> None:
     if skip:
         answer = worker.held_weights([held.key])
         worker.finish_update = lambda known: worker.finish_weight_update() or answer
-        held._bucket_of = lambda names: ([], None)
+        held._bucket_of = lambda names: ((), None)
     else:
         del worker.finish_update, held._bucket_of
+
+
+class SkippedSums(Checksums):
+    """In the place of a learner rank's checksums: where ``skips`` is set, the result is the last that was added up."""
+
+    skips = False
+    last: dict[str, int] = {}  # noqa: RUF012
+
+    def add(self, tensors: Any) -> None:
+        if not self.skips:
+            super().add(tensors)
+
+    def result(self) -> dict[str, int]:
+        if not self.skips:
+            type(self).last = super().result()
+        return self.last
+
+
+def _rank_skips(rank: Any, skip: bool) -> None:
+    from trainer import sender
+
+    sender.Checksums = SkippedSums
+    SkippedSums.skips = skip
+
+
+def _engine_skips(actor: Any, skip: bool) -> None:
+    # What is called of an actor in this way cannot wait. An engine does what it is asked in order.
+    actor.skipping = asyncio.ensure_future(actor._engine.collective_rpc(skip_sums, args=(skip,)))
+
+
+def _raise_failure(actor: Any) -> None:
+    actor.skipping.result()
+
+
+async def skip_verification(system: Any, skip: bool, *, engines: bool = True) -> None:
+    """Of the real actors' next updates; ``engines`` as well, which the last one was written into straight."""
+    await system.learner._all("__ray_call__", partial(_rank_skips, skip=skip))
+    for engine in system.pool._engines if engines else ():
+        await engine.actor.__ray_call__.remote(partial(_engine_skips, skip=skip))
+        await engine.actor.update_way.remote()
+        await engine.actor.__ray_call__.remote(_raise_failure)

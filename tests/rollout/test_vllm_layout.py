@@ -144,7 +144,7 @@ def test_a_part_that_is_missing_or_differs_between_copies_leaves_its_tensor_out(
     weights = dense_model(s)
     both = holders(engine_of(weights, s, 2), weights)
     parts = [[(name, piece) for name, piece, _ in held.parts] for held in both]
-    sums = [held.take()[0] for held in both]
+    sums = [held.take()[0].tolist() for held in both]
     norm, keys, mlp_down, named = (
         "model.norm.weight",
         "model.layers.0.self_attn.k_proj.weight",
