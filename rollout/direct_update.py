@@ -51,6 +51,7 @@ class DirectUpdates:
         self._model, self._rank, self._size = model, rank, size
         self._barred = barred
         self._held: HeldWeights | None = None
+        self._written: HeldWeights | None = None  # that a direct update has just ended with
         self._proven = False
         self._pieces: dict[str, list[Piece]] = {}
         self._arrived: list[tuple[list[tuple[str, Piece]], torch.Tensor]] = []
@@ -61,7 +62,7 @@ class DirectUpdates:
     def begin(self, shapes: Shapes) -> bool:
         """Whether the update that begins is direct. ``shapes``: of what it may bring."""
         self.through_loader = self._doubt()
-        self._arrived, self._pieces = [], {}
+        self._arrived, self._pieces, self._written = [], {}, None
         if self.through_loader:
             self._proven = False
         if self.through_loader and not self._barred:
@@ -89,14 +90,15 @@ class DirectUpdates:
         """Ends a direct update."""
         assert self._held is not None
         self._held.absorb()
+        self._written = self._held
 
     @torch.inference_mode()
     def taken(self, tensors: Described) -> tuple[HeldWeights, Taken]:
         """What the worker holds of the last update's ``tensors``, and `HeldWeights.take` of it."""
         # What an update is written to straight was live when it began; nothing else has been at work since.
-        straight = self._held if not self.through_loader else None
-        if straight and straight.tensors == tensors and (taken := straight.take_written()) is not None:
-            return straight, taken
+        written, self._written = self._written, None
+        if written is not None and written.tensors == tensors:
+            return written, written.take_written()
         if self._held is None or not self._held.is_of(tensors):
             self._proven = False
             self._held = HeldWeights.of_model(self._model, tensors, rank=self._rank, size=self._size)

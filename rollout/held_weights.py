@@ -29,6 +29,9 @@ Described = Mapping[str, tuple[tuple[int, ...], str]]
 Taken = tuple[NDArray, list[str]]
 """The sums of a worker's parts, int64, and the names of kv_b_proj of which decoding uses something else."""
 _MOST_PLACES = 1_000_000
+_LARGE = 1 << 30
+"""Bytes of a worker's parts from which on each bucket is added up as it comes in, while the next one is on its way. Of
+fewer, one launch for all at the end takes less than one for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,7 @@ class HeldWeights:
         shapes = {name: shape for name, (shape, _) in tensors.items()}
         self.parts = list(held_parts(live, shapes, rank=rank, size=size))
         self._all = np.arange(len(self.parts))
+        self._is_large = sum(view.nbytes for _, _, view in self.parts) >= _LARGE
         self._sums: dict[tuple[str, ...], tuple[NDArray, LiveSums]] = {}  # of the parts of an update's buckets
         self._written: list[tuple[NDArray, torch.Tensor]] = []  # their numbers and sums, as they were written
         self._absorbed: list[tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]] = []
@@ -204,16 +208,17 @@ class HeldWeights:
         """What is written from now on makes up an update."""
         self._written = []
 
-    def take_written(self) -> Taken | None:
-        """As :meth:`take` of an update that was just written, from sums that were taken as it came in.
+    def take_written(self) -> Taken:
+        """As :meth:`take`, of an update that was just written.
 
-        None where they may not be what :meth:`take` would find: a part was not written, or twice, or shares its memory.
+        From sums that were taken as it came in, unless they may not be what lies there now: a part was not written, or
+        twice, or shares its memory.
         """
         written, self._written = self._written, []
         if not written or not self._lie_apart:
-            return None
+            return self.take()
         numbers = np.sort(np.concatenate([numbers for numbers, _ in written]))
-        return self._read(written) if np.array_equal(numbers, self._all) else None
+        return self._read(written) if np.array_equal(numbers, self._all) else self.take()
 
     def _read(self, sums: Sequence[tuple[NDArray, torch.Tensor]]) -> Taken:
         """Sums of all parts, by their numbers, and which matrices for decoding differ: one wait for all."""
@@ -223,7 +228,7 @@ class HeldWeights:
                 names.append(name)
                 differ.append((made != of).any())
         flags = [torch.stack(differ).to(torch.int64)] if differ else []
-        values = torch.cat([*(of_some for _, of_some in sums), *flags]).cpu().numpy()
+        values = _joined([*(of_some for _, of_some in sums), *flags]).cpu().numpy()
         in_order = np.empty(len(self.parts), np.int64)
         in_order[np.concatenate([numbers for numbers, _ in sums])] = values[: len(self.parts)]
         unabsorbed = {name: None for name, flag in zip(names, values[len(self.parts) :], strict=True) if flag}
@@ -249,9 +254,7 @@ class HeldWeights:
         return Answer(self.key, sums.tobytes(), unabsorbed, description)
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the worker's parts of whole tensors to where it holds them, and adds up what lies there then.
-
-        Adding up while the next bucket is on its way costs an update nothing.
+        """Copies the worker's parts of whole tensors to where it holds them; a large worker adds up what lies there.
 
         Raises ValueError for a tensor that is none of these, or has another shape or dtype.
         """
@@ -266,8 +269,8 @@ class HeldWeights:
                 (alike[source.dtype] if fast else others).append((target, source))
         for pairs in filter(None, [*alike.values(), others]):
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateImportUsage]
-        numbers, sums = self._bucket_of(tuple(tensors))
-        if len(numbers):
+        if self._is_large:
+            numbers, sums = self._bucket_of(tuple(tensors))
             self._written.append((numbers, sums.sums()))
 
     def _bucket_of(self, names: tuple[str, ...]) -> tuple[NDArray, LiveSums]:
@@ -297,6 +300,10 @@ class HeldWeights:
         """Makes the matrices that decoding uses in place of kv_b_proj of what was written, where they lie apart."""
         for made, of in itertools.chain.from_iterable(pairs for _, pairs in self._absorbed):
             made.copy_(of)
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -18,9 +18,11 @@ def skip_sums(wrapper: Any, skip: bool) -> None:
     if skip:
         answer = worker.held_weights([held.key])
         worker.finish_update = lambda known: worker.finish_weight_update() or answer
-        held._bucket_of = lambda names: ((), None)
+        held._sums_as_written = held._is_large
+        held._is_large = False
     else:
-        del worker.finish_update, held._bucket_of
+        del worker.finish_update
+        held._is_large = held._sums_as_written
 
 
 class SkippedSums(Checksums):
@@ -47,12 +49,10 @@ def _rank_skips(rank: Any, skip: bool) -> None:
 
 
 def _engine_skips(actor: Any, skip: bool) -> None:
-    # What is called of an actor in this way cannot wait. An engine does what it is asked in order.
-    actor.skipping = asyncio.ensure_future(actor._engine.collective_rpc(skip_sums, args=(skip,)))
-
-
-def _raise_failure(actor: Any) -> None:
-    actor.skipping.result()
+    """What is called of an actor in this way has a thread of its own."""
+    engine = actor._engine
+    asked = engine.collective_rpc(skip_sums, args=(skip,))
+    asyncio.run_coroutine_threadsafe(asked, engine.output_handler.get_loop()).result(60)
 
 
 async def skip_verification(system: Any, skip: bool, *, engines: bool = True) -> None:
@@ -60,5 +60,3 @@ async def skip_verification(system: Any, skip: bool, *, engines: bool = True) ->
     await system.learner._all("__ray_call__", partial(_rank_skips, skip=skip))
     for engine in system.pool._engines if engines else ():
         await engine.actor.__ray_call__.remote(partial(_engine_skips, skip=skip))
-        await engine.actor.update_way.remote()
-        await engine.actor.__ray_call__.remote(_raise_failure)
