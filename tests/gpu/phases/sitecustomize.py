@@ -11,6 +11,7 @@ counts to the other as well. What a GPU does meanwhile is not in it, but for wha
 
 from __future__ import annotations
 
+import inspect
 import os
 import statistics
 import sys
@@ -44,8 +45,23 @@ METHODS = {
     ),
     "rollout.weight_receiver": ("WeightReceiver.take",),
     "rollout.direct_update": ("DirectUpdates.begin", "DirectUpdates.taken"),
-    "trainer.sender": ("WeightSender.offer",),
-    "model.transport": ("StagingBuffers.pack",),
+    "rollout.vllm_worker": ("WeightReader.take_broadcast", "WeightReader.held_weights"),
+    "rollout.vllm_engine": (
+        "VllmEngineActor.take_broadcast",
+        "VllmEngineActor.begin_update",
+        "VllmEngineActor.receive",
+        "VllmEngineActor.commit",
+        "VllmEngineActor._make_way",
+        "VllmEngineActor._put_into_effect",
+    ),
+    "rl.sync": ("Publisher.publish", "Broadcast.update", "SharedMemory.update"),
+    "trainer.sender": ("WeightSender.offer", "WeightSender.send"),
+    "model.transport": (
+        "StagingBuffers.pack",
+        "BroadcastGroup._take",
+        "BroadcastGroup._wait",
+        "BroadcastGroup._publish",
+    ),
     "model.checksum": ("Checksums.add", "Checksums.result", "LiveSums.sums"),
     "kernels.checksum_triton": ("DeviceTable.sums",),
     "torch.cuda.streams": ("Event.synchronize",),
@@ -85,7 +101,14 @@ class Phases:
             finally:
                 seconds.append(time.perf_counter() - began)
 
-        setattr(owner, method, timed)
+        async def awaited(*args: Any, **others: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return await inner(*args, **others)
+            finally:
+                seconds.append(time.perf_counter() - began)
+
+        setattr(owner, method, awaited if inspect.iscoroutinefunction(inner) else timed)
 
     def _write(self) -> None:
         lines = []
