@@ -37,7 +37,9 @@ class DirectUpdates:
 
     * nothing in the model makes anything else of its weights (:func:`obstacle`),
     * an update before it came through vLLM's loader, and afterwards every part of every tensor lay verbatim where
-      `rollout.vllm_layout` says: what arrived had the sums of what the parameters held,
+      `rollout.vllm_layout` says: what arrived had the sums of what the parameters held (which says nothing about the
+      order within a tensor that is the same number everywhere, as norms are at first; no method that is let through
+      reorders those),
     * and all modules and tensors of the model are still the same ones at the same addresses.
 
     Everything else goes through vLLM's layerwise reload: the first update of an engine, and the next one whenever one
@@ -51,7 +53,8 @@ class DirectUpdates:
         self._model, self._rank, self._size = model, rank, size
         self._barred = barred
         self._held: HeldWeights | None = None
-        self._written: HeldWeights | None = None  # that a direct update has just ended with
+        self._ended: HeldWeights | None = None
+        """What a direct update has just been written into, until it is read for the first time."""
         self._proven = False
         self._pieces: dict[str, list[Piece]] = {}
         self._arrived: list[tuple[list[tuple[str, Piece]], torch.Tensor]] = []
@@ -62,7 +65,7 @@ class DirectUpdates:
     def begin(self, shapes: Shapes) -> bool:
         """Whether the update that begins is direct. ``shapes``: of what it may bring."""
         self.through_loader = self._doubt()
-        self._arrived, self._pieces, self._written = [], {}, None
+        self._arrived, self._pieces, self._ended = [], {}, None
         if self.through_loader:
             self._proven = False
         if self.through_loader and not self._barred:
@@ -90,15 +93,16 @@ class DirectUpdates:
         """Ends a direct update."""
         assert self._held is not None
         self._held.absorb()
-        self._written = self._held
+        self._ended = self._held
 
     @torch.inference_mode()
     def taken(self, tensors: Described) -> tuple[HeldWeights, Taken]:
         """What the worker holds of the last update's ``tensors``, and `HeldWeights.take` of it."""
-        # What an update is written to straight was live when it began; nothing else has been at work since.
-        written, self._written = self._written, None
-        if written is not None and written.tensors == tensors:
-            return written, written.take_written()
+        # It was live when the update began, and nothing but the update has been at work since: vLLM replaces parameters
+        # only when it loads, and then there was no direct update.
+        ended, self._ended = self._ended, None
+        if ended is not None and ended.tensors == tensors:
+            return ended, ended.take_written()
         if self._held is None or not self._held.is_of(tensors):
             self._proven = False
             self._held = HeldWeights.of_model(self._model, tensors, rank=self._rank, size=self._size)

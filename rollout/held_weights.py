@@ -271,7 +271,8 @@ class HeldWeights:
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateImportUsage]
         if self._is_large:
             numbers, sums = self._bucket_of(tuple(tensors))
-            self._written.append((numbers, sums.sums()))
+            if len(numbers):
+                self._written.append((numbers, sums.sums()))
 
     def _bucket_of(self, names: tuple[str, ...]) -> tuple[NDArray, LiveSums]:
         """The numbers of these tensors' parts, and their sums; kept, as updates are cut alike."""

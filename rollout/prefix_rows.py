@@ -80,8 +80,10 @@ class PrefixRows:
 
 def _digests(tokens: NDArray, block: int) -> Iterator[bytes]:
     """Of the tokens up to the end of each whole block."""
+    if not block:
+        return
     digest, data = b"", np.ascontiguousarray(tokens, np.int32).tobytes()
-    for start in range(0, 4 * (len(tokens) // block * block) if block else 0, 4 * block):
+    for start in range(0, 4 * (len(tokens) // block * block), 4 * block):
         digest = hashlib.blake2b(digest + data[start : start + 4 * block], digest_size=16).digest()
         yield digest
 

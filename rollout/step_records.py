@@ -50,6 +50,7 @@ class StepRecords:
         """``cache_tokens``: how many the engine's prefix cache can hold."""
         self._open: dict[str, _Open] = {}
         self._last: Run | None = None
+        self._thin: dict[Run, None] = {}  # runs of which few requests are still open
         self._generation = 0
         self._prefixes = PrefixRows(cache_tokens)
         self._news = asyncio.Event()
@@ -59,19 +60,40 @@ class StepRecords:
         self._open[name] = _Open(np.ascontiguousarray(prompt, np.int32))
 
     def close(self, name: str) -> None:
-        self._open.pop(name, None)
+        if opened := self._open.pop(name, None):
+            self._leave(opened)
 
     def add(self, step: Step) -> None:
         if step.generation > self._generation:
             self._begin(step.generation)
         if self._last is None or not self._last.take(step):
-            self._last = Run(step)
-            for name in self._last.names:
+            self._last = run = Run(step)
+            for name in run.names:
                 if opened := self._open.get(name):
-                    opened.runs.append(self._last)
-            for name in self._last.names:
+                    opened.runs.append(run)
+                    run.num_open += 1
+            # When all of them have it: a request may begin behind what another one computes in this very step.
+            for name in run.names:
                 self._find_cached(name, step.block)
+            self._cut()
         self._news.set()
+
+    def _leave(self, opened: _Open) -> None:
+        for run in opened.runs:
+            run.num_open -= 1
+            if run.is_thin:
+                self._thin[run] = None
+        opened.runs = []
+
+    def _cut(self) -> None:
+        """A request that goes on for long would keep what all others got that ran beside it.
+
+        Not before a step of other requests comes, as those that end together are all read then.
+        """
+        for run in self._thin:
+            if run.is_thin:
+                run.keep(self._open)
+        self._thin.clear()
 
     def _begin(self, generation: int) -> None:
         """What is computed from now on may be of other weights: prompts of which nothing was sampled yet anew."""
@@ -79,7 +101,8 @@ class StepRecords:
         self._prefixes.clear()
         for name, opened in self._open.items():
             if not self._num_tokens(name):
-                opened.runs, opened.cached, opened.num_fed = [], [], 0
+                self._leave(opened)
+                opened.cached, opened.num_fed = [], 0
 
     async def take(self, name: str, num_tokens: int, *, width: int, timeout_s: float = 60.0) -> Record:
         """All of a request that has got its last token, and forgets it.
@@ -108,11 +131,11 @@ class StepRecords:
         drawn = _joined([column.token_ids for column in columns], np.int32)
         token_ids = drawn[:num_tokens]
         logprobs = _joined([column.logprobs for column in columns], np.float32)[:num_tokens]
-        records_kept = all(run.first.kept_sizes is not None for run in opened.runs)
+        records_kept = all(run.records_kept for run in opened.runs)
         pieces = list(_pieces(name, opened.runs))
         fed = [*opened.cached, *((start, piece) for _, start, piece in pieces)]
         rows, recorded = _rows(fed, len(opened.prompt) + len(token_ids), width)
-        block = max((run.first.block for run in opened.runs), default=0)
+        block = max((run.block for run in opened.runs), default=0)
         # What was computed beyond these tokens is in the engine's cache as well.
         current = all(generation == self._generation for generation, _, _ in pieces)
         if len(token_ids) == len(drawn) and current and _follow_each_other(fed):
@@ -166,7 +189,7 @@ def _columns(name: str, runs: Iterable[Run]) -> list[Column]:
 
 def _pieces(name: str, runs: Iterable[Run]) -> Iterator[tuple[int, int, NDArray]]:
     """(generation, position of the first row, rows) of what a request was fed."""
-    return ((run.first.generation, run.start(name), run.rows(name)) for run in runs)
+    return ((run.generation, run.start(name), run.rows(name)) for run in runs)
 
 
 def _rows(pieces: Sequence[tuple[int, NDArray]], length: int, width: int) -> tuple[NDArray, NDArray]:

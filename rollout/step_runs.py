@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from rollout.engine_step import Step
 
 _TURNED_AT_ONCE = 32
 """Steps."""
+_THIN = 8
+"""A run with something of this many times as many requests as may still be read is cut."""
 
 
 class Column(NamedTuple):
@@ -31,14 +34,13 @@ class Run:
     """
 
     def __init__(self, step: Step) -> None:
-        self.first = step
-        self.names = step.names.split("\n")
-        self._place = {name: at for at, name in enumerate(self.names)}
-        self._first_row = (np.cumsum(step.counts) - step.counts).tolist()
-        self._counts = step.counts.tolist()
-        self._got = step.sampled.tolist()  # 1 for a request that gets a token at every step, else 0
-        self._token = (np.cumsum(step.sampled, dtype=np.int64) - step.sampled).tolist()
-        self._next = step.starts + step.counts
+        self.generation, self.block = step.generation, step.block
+        self.records_kept = step.kept_sizes is not None
+        self.num_open = 0
+        """Requests that may still be read, as whoever has the run counts them."""
+        self._all, self._counts, self._sampled = step.names, step.counts, step.sampled
+        self._starts, self._next = step.starts, step.starts + step.counts
+        self._settle(step.names.split("\n"))
         self._num_steps, self._num_turned = 1, 0
         self._loose = [step]
         # Of all steps that were turned, with room for more: [N, steps] and [R, steps, W].
@@ -48,12 +50,18 @@ class Run:
         self._rows = np.empty((len(step.rows), 0, step.rows.shape[1]), np.uint8)
         self._kept: list[tuple[NDArray, list[int]]] = []  # ids, those of a token together, and where each one's begin
 
+    def _settle(self, names: list[str]) -> None:
+        """Where each of the requests lies."""
+        self.names = names
+        self._place = {name: at for at, name in enumerate(names)}
+        self._first_row = (np.cumsum(self._counts) - self._counts).tolist()
+        self._token = (np.cumsum(self._sampled, dtype=np.int64) - self._sampled).tolist()
+
     def take(self, step: Step) -> bool:
         """Whether the step goes on with this run; it is part of it then."""
-        first = self.first
-        if (step.names, step.generation) != (first.names, first.generation) or not (
-            np.array_equal(step.counts, first.counts)
-            and np.array_equal(step.sampled, first.sampled)
+        if (step.names, step.generation) != (self._all, self.generation) or not (
+            np.array_equal(step.counts, self._counts)
+            and np.array_equal(step.sampled, self._sampled)
             and np.array_equal(step.starts, self._next)
         ):
             return False
@@ -64,11 +72,32 @@ class Run:
             self._turn()
         return True
 
+    @property
+    def is_thin(self) -> bool:
+        """Whether few of the requests that it holds something of may still be read."""
+        return 0 < self.num_open * _THIN < len(self.names)
+
+    def keep(self, names: Container[str]) -> None:
+        """Lets go of what other requests got. No step goes on with the run any more."""
+        self._turn()
+        at = [place for place, name in enumerate(self.names) if name in names]
+        tokens = [self._token[place] for place in at if self._sampled[place]]
+        rows = [self._first_row[place] + row for place in at for row in range(self._counts[place])]
+        self._token_ids, self._logprobs, self._kept_sizes = (
+            array[tokens, : self._num_steps] for array in (self._token_ids, self._logprobs, self._kept_sizes)
+        )
+        self._rows = self._rows[rows, : self._num_steps]
+        self._kept = [_of_tokens(ids, edges, tokens) for ids, edges in self._kept]
+        self._counts, self._sampled = self._counts[at], self._sampled[at]
+        self._starts, self._next = self._starts[at], self._next[at]
+        self._all = ""
+        self._settle([self.names[place] for place in at])
+
     def num_tokens(self, name: str) -> int:
-        return self._num_steps * self._got[self._place[name]]
+        return self._num_steps * int(self._sampled[self._place[name]])
 
     def start(self, name: str) -> int:
-        return int(self.first.starts[self._place[name]])
+        return int(self._starts[self._place[name]])
 
     def end(self, name: str) -> int:
         return int(self._next[self._place[name]])
@@ -77,7 +106,7 @@ class Run:
         """uint8 [steps * count, W] of the tokens from :meth:`start` on; may be a view of all that the run holds."""
         self._turn()
         at = self._place[name]
-        first, count, width = self._first_row[at], self._counts[at], self._rows.shape[2]
+        first, count, width = self._first_row[at], int(self._counts[at]), self._rows.shape[2]
         rows = self._rows[first : first + count, : self._num_steps]
         return rows.transpose(1, 0, 2).reshape(self._num_steps * count, width)
 
@@ -85,13 +114,13 @@ class Run:
         """Views of all that the run holds; None for a request that gets no tokens."""
         self._turn()
         at, steps = self._place[name], self._num_steps
-        if not self._got[at]:
+        if not self._sampled[at]:
             return None
         token = self._token[at]
         return Column(
             self._token_ids[token, :steps],
             self._logprobs[token, :steps],
-            None if self.first.kept_sizes is None else self._kept_sizes[token, :steps],
+            self._kept_sizes[token, :steps] if self.records_kept else None,
             [ids[edges[token] : edges[token + 1]] for ids, edges in self._kept],
         )
 
@@ -125,6 +154,12 @@ def _wider(array: NDArray, room: int, used: int) -> NDArray:
     wider = np.empty((len(array), room, *array.shape[2:]), array.dtype)
     wider[:, :used] = array[:, :used]
     return wider
+
+
+def _of_tokens(ids: NDArray, edges: Sequence[int], tokens: Sequence[int]) -> tuple[NDArray, list[int]]:
+    """What :func:`_by_token` returned, of some tokens."""
+    parts = [ids[edges[token] : edges[token + 1]] for token in tokens]
+    return np.concatenate([ids[:0], *parts]), [0, *itertools.accumulate(map(len, parts))]
 
 
 def _by_token(sizes: NDArray, starts: NDArray, ids: Sequence[NDArray]) -> tuple[NDArray, list[int]]:

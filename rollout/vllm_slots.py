@@ -42,13 +42,20 @@ class QuickSlots:
     def allocate_slots(
         self, request: Any, num_new_tokens: int, *others: Any, num_lookahead_tokens: int = 0, **more: Any
     ) -> Any:
+        """Asks vLLM unless, in every part of its cache, each of its steps has nothing to do.
+
+        remove_skipped_blocks: all tokens are attended to. get_num_blocks_to_allocate and allocate_new_blocks: there is
+        room (vLLM never asks for more than max_model_len, so it may find some where this does not), and no block that
+        is shared in part has to be replaced by a copy. cache_blocks: no block became whole.
+        """
         if others or more or num_lookahead_tokens or num_new_tokens < 1 or request.status is not RequestStatus.RUNNING:
             return self._allocate(request, num_new_tokens, *others, num_lookahead_tokens=num_lookahead_tokens, **more)
         name, end = request.request_id, request.num_computed_tokens + num_new_tokens
         num_whole = min(end, request.num_tokens) // self._block
         for part in self._parts:
             has_room = len(part.req_to_blocks.get(name, ())) * self._block >= end
-            if not has_room or part.num_cached_block.get(name, 0) < num_whole or name in part._partial_hit_reqs:
+            is_cached = part.num_cached_block.get(name, 0) >= num_whole
+            if not (has_room and is_cached and name not in part._partial_hit_reqs):
                 return self._allocate(request, num_new_tokens)
         self.num_spared += 1
         return self._empty

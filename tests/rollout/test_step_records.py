@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -145,8 +146,10 @@ def check(records: StepRecords, name: str, it: Sequence, num_tokens: int) -> Non
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_request_gets_back_what_its_tokens_recorded(seed: int):
+def test_every_request_gets_back_what_its_tokens_recorded(seed: int, monkeypatch: pytest.MonkeyPatch):
     """With shared prompts out of the cache, later turns of a conversation, preemptions, aborts and new weights."""
+    if seed % 2:  # runs are cut whenever somebody leaves
+        monkeypatch.setattr("rollout.step_runs._THIN", 1)
     engine, records, random = ToyEngine(seed), StepRecords(1 << 20), np.random.default_rng(seed + 100)
     prompts = [random.integers(0, VOCAB, int(random.integers(2, 30))).tolist() for _ in range(3)]
     prompts.append(prompts[0] + random.integers(0, VOCAB, 9).tolist())
@@ -172,6 +175,50 @@ def test_every_request_gets_back_what_its_tokens_recorded(seed: int):
                 it = engine.running.pop(some)
                 check(records, some, it, max(0, it.num_tokens - 1))
     assert engine.num_found > 40
+
+
+def test_a_long_request_does_not_keep_what_others_got_beside_it():
+    width, num_steps, lasting = 512, 600, 50
+    records = StepRecords(cache_tokens=64)
+    names = list(map(str, range(32)))
+    positions = dict.fromkeys(names, 0)
+    begun = {name: -at for at, name in enumerate(names[1:])}
+
+    def step() -> Step:
+        ones = np.ones(len(names), np.int64)
+        nothing = np.zeros(len(names), np.int32)
+        return Step(
+            names="\n".join(names),
+            starts=np.array([positions[name] for name in names]),
+            counts=ones,
+            sampled=ones.astype(np.uint8),
+            token_ids=nothing,
+            logprobs=nothing.astype(np.float32),
+            kept_sizes=nothing,
+            kept_starts=nothing,
+            kept_ids=nothing[:0],
+            rows=np.full((len(names), width), len(begun) % 256, np.uint8),
+        )
+
+    for name in names:
+        records.open(name, np.zeros(1, np.int32))
+    tracemalloc.start()
+    try:
+        for now in range(num_steps):
+            records.add(Step.of_plain(step().to_plain()))
+            for name in names:
+                positions[name] += 1
+            for name in [name for name in names[1:] if now - begun[name] >= lasting]:
+                records.read(name, positions[name], width=width)
+                names[names.index(name)] = new = f"{len(begun) + 1}"
+                positions[new], begun[new] = 0, now
+                records.open(new, np.zeros(1, np.int32))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    recorded = num_steps * len(names) * width
+    assert held < recorded / 3
+    assert records.read("0", num_steps, width=width).recorded[:-1].all()
 
 
 def test_sequences_that_share_most_of_their_tokens_count_once():
