@@ -149,7 +149,7 @@ def check(records: StepRecords, name: str, it: Sequence, num_tokens: int) -> Non
 def test_every_request_gets_back_what_its_tokens_recorded(seed: int, monkeypatch: pytest.MonkeyPatch):
     """With shared prompts out of the cache, later turns of a conversation, preemptions, aborts and new weights."""
     if seed % 2:  # runs are cut whenever somebody leaves
-        monkeypatch.setattr("rollout.step_runs._THIN", 1)
+        monkeypatch.setattr("rollout.turned_steps._THIN", 1)
     engine, records, random = ToyEngine(seed), StepRecords(1 << 20), np.random.default_rng(seed + 100)
     prompts = [random.integers(0, VOCAB, int(random.integers(2, 30))).tolist() for _ in range(3)]
     prompts.append(prompts[0] + random.integers(0, VOCAB, 9).tolist())
