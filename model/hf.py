@@ -318,7 +318,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a model path is a checkpoint directory with a config.json") from None
+        raise ValueError(
+            f"{path} does not exist; a model path is a checkpoint's directory (names on the Hugging Face Hub are not "
+            f"downloaded: hf download NAME --local-dir {path.parent}; --plan needs its config.json only)"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):

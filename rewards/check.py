@@ -76,10 +76,14 @@ def judge_of(options: argparse.Namespace) -> JudgeAddress | None:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rewards.check", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rewards.check",
+        usage="%(prog)s [options] reward samples [key=value ...]",
+        description=(__doc__ or "").partition("\n")[0],
+    )
     parser.add_argument("reward", help="a name such as math_answer, or a dotted path such as my_module:my_reward")
     parser.add_argument("samples", help="a JSONL file of saved samples, such as runs/NAME/samples/step_3.jsonl")
-    parser.add_argument("args", nargs="*", metavar="key=value", help="the reward's arguments")
+    parser.add_argument("args", nargs="*", default=[], metavar="key=value", help="the reward's arguments")
     parser.add_argument("--limit", type=int, help="samples to try, the first ones")
     parser.add_argument("--timeout", type=float, default=RewardUse().timeout_s, help="seconds that one call may take")
     parser.add_argument("--env", action="append", default=[], metavar="VARIABLE", help="lets the reward read it")

@@ -29,7 +29,7 @@ import numpy as np
 
 from rl.config import Domain, RewardUse
 from rl.errors import RecipeError, did_you_mean
-from rl.plugin import check_arguments, describe, import_callable
+from rl.plugin import as_dotted, check_arguments, describe, import_callable
 
 BUILT_IN = {
     "code_tests": "rewards.code_tests:CodeTests",
@@ -141,7 +141,7 @@ def check_use(use: RewardUse) -> None:
     if ":" not in use.use and use.use not in BUILT_IN:
         raise RecipeError(
             f"reward '{use.use}' is neither built in ({did_you_mean(use.use, BUILT_IN)}) nor a dotted path "
-            "such as my_package.rewards:brevity"
+            f"such as {as_dotted(use.use, example='my_package.rewards:brevity')}"
         )
 
 

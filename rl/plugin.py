@@ -23,14 +23,15 @@ def import_callable(path: str, *, role: str) -> Callable[..., Any]:
     ``role`` ("reward", "demonstrations") opens the sentence of the RecipeError when there is none.
     """
     module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise RecipeError(f"{role} '{path}' is not a dotted path; write it as my_package.my_module:my_function")
+    if not module_name or not name or "/" in module_name or module_name.endswith(".py"):
+        raise RecipeError(f"{role} '{path}' is not a dotted path; write it as {as_dotted(path)}")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise RecipeError(f"{role} '{path}' cannot be imported: {describe_raised(error)}") from error
+        where = f" (looked in {os.getcwd()})" if isinstance(error, ModuleNotFoundError) else ""
+        raise RecipeError(f"{role} '{path}' cannot be imported: {describe_raised(error)}{where}") from error
     if not hasattr(module, name):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise RecipeError(f"{role} '{path}': {module_name} has no '{name}'; {did_you_mean(name, functions)}")
@@ -38,6 +39,14 @@ def import_callable(path: str, *, role: str) -> Callable[..., Any]:
     if not callable(function):
         raise RecipeError(f"{role} '{path}' is a {type(function).__name__}, not a function")
     return function
+
+
+def as_dotted(path: str, *, example: str = "my_package.my_module:my_function") -> str:
+    """What was probably meant by ``my_rewards.brevity`` or ``my_rewards.py:brevity``; an example where that is open."""
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    module = module.removesuffix(".py").replace("/", ".").strip(".")
+    meant = all(part.isidentifier() for part in (*module.split("."), name))
+    return f"{module}:{name}" if meant else example
 
 
 def check_arguments(function: Callable[..., Any], args: Mapping[str, Any], *, given: int, place: str) -> None:

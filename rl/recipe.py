@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl.config import MISSING, RESUME_AUTO, RESUME_NEVER, Recipe
-from rl.errors import RecipeError
+from rl.errors import RecipeError, did_you_mean
 from rl.recipe_checks import violations
 from rl.recipe_schema import conform
 from rl.recipe_source import Layer, dump, merge, parse, parse_value
@@ -44,7 +44,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         config = OmegaConf.merge(OmegaConf.structured(Recipe), layer.tree)
         missing = sorted(OmegaConf.missing_keys(config) | set(_left_open(layer.tree)))
         if missing:
-            raise RecipeError(f"{path}: no value for {', '.join(missing)}; write it there or add {missing[0]}=...")
+            raise RecipeError(_no_value(layer, str(path), missing))
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
@@ -74,6 +74,8 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Layer:
         layer = parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a directory; name a recipe in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from error
     extends = layer.tree.pop("extends", None)
@@ -85,8 +87,23 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> Layer:
         raise RecipeError(f"{place}: extends is {extends!r}; it must be the path of one other recipe")
     below = path.parent / extends
     if not below.is_file():
-        raise RecipeError(f"{place}: extends {extends}, but there is no file {below}")
+        raise RecipeError(
+            f"{place}: extends {extends}, but there is no file {below}; write its path from the folder of {path}"
+        )
     return _read(below, (*extended_by, path)).under(layer)
+
+
+def _no_value(layer: Layer, path: str, missing: list[str]) -> str:
+    """Of a domain that nobody else mentions, most likely another one was meant."""
+    first = missing[0]
+    sentence = f"no value for {', '.join(missing)}; write it there or add {first}=..."
+    section, _, name = first.rpartition(".")[0].rpartition(".")
+    others = [other for other in layer.tree.get("domains", {}) if other != name]
+    if section != "domains" or not others:
+        return f"{path}: {sentence}"
+    written = next(iter(layer.tree["domains"][name]), "")
+    place = layer.place(f"domains.{name}.{written}")
+    return f"{place}: {sentence}; if it is no new domain, {did_you_mean(name, others)}"
 
 
 def _left_open(tree: Any, key: str = "") -> Iterator[str]:

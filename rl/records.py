@@ -60,7 +60,8 @@ def read_records(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     if not path.is_file():
-        problem = "is a directory; name a file in it" if path.is_dir() else f"does not exist (looked in {Path.cwd()})"
+        looked = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
+        problem = "is a directory; name a file in it" if path.is_dir() else f"does not exist{looked}"
         raise DataError(f"data file {path} {problem}")
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:

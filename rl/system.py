@@ -140,8 +140,6 @@ def check_model(recipe: Recipe) -> None:
         _check_indexer(recipe, has_indexer=isinstance(config, ModelConfig))
         return
     path = Path(recipe.model.path or "")
-    if not (path / "config.json").is_file():
-        raise RecipeError(f"model.path: {path} is not a model directory; it has no config.json")
     try:
         model = empty_model(path)
     except ValueError as error:

@@ -1,5 +1,6 @@
 import asyncio
 import math
+import os
 
 import numpy as np
 import pytest
@@ -70,7 +71,10 @@ def test_a_class_is_constructed_with_the_arguments(user_rewards, make_sample):
 def test_paths_that_lead_nowhere(user_rewards):
     assert "did you mean 'math_answer'?" in error("math_anwser")
     assert "my_package.rewards:brevity" in error("zzzzzz")
-    assert "No module named 'nowhere'" in error("nowhere.at_all:f")
+    assert "nor a dotted path such as my_rewards:brevity" in error("my_rewards.brevity")
+    assert "write it as my_rewards:brevity" in error("my_rewards.py:brevity")
+    assert "write it as mine.my_rewards:brevity" in error("./mine/my_rewards.py:brevity")
+    assert f"No module named 'nowhere' (looked in {os.getcwd()})" in error("nowhere.at_all:f")
     assert "No module named 'a_package_that_is_not_there'" in error(f"{user_rewards}_broken:f")
     assert "not today" in error(f"{user_rewards}_exits:f")
     assert "did you mean 'brevity'?" in error(f"{user_rewards}:brevty")

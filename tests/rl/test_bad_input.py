@@ -46,7 +46,7 @@ def assert_nothing_left(folder: Path) -> None:
         (["learner.lr=fast"], ["override 'learner.lr=fast'", "learner.lr"]),
         (["domains.sums.prompts=elsewhere.jsonl"], ["elsewhere.jsonl does not exist"]),
         (["domains.sums.prompts={reasoning_gym: chain_sumn}"], ["no task 'chain_sumn'; did you mean 'chain_sum'?"]),
-        (["model.init=null", "model.path=nowhere"], ["model.path", "nowhere is not a model directory"]),
+        (["model.init=null", "model.path=nowhere"], ["model.path", "nowhere/config.json does not", "hf download"]),
         (["model.init.hiden_size=64"], ["model.init has no key 'hiden_size'; did you mean 'hidden_size'?"]),
         (["model.init.num_experts_per_tok=9"], ["model.init", "num_experts_per_tok (9)"]),
         (["model.max_context=4", "sampling.max_tokens=2"], ["prompt sums/", "window holds 4 (model.max_context)"]),

@@ -107,7 +107,8 @@ class TestExtends:
 
     def test_a_missing_one_is_named_with_its_line(self, write):
         assert complaint(write("name: x\nextends: nope.yaml\n")) == (
-            "recipe.yaml:2: extends nope.yaml, but there is no file nope.yaml"
+            "recipe.yaml:2: extends nope.yaml, but there is no file nope.yaml; write its path from the folder of "
+            "recipe.yaml"
         )
 
 
@@ -191,6 +192,11 @@ def test_keys_and_types(write, text, sentence):
         (
             ("/data/math.jsonl", "???"),
             ": no value for domains.math.prompts; write it there or add domains.math.prompts=...",
+        ),
+        (
+            ("domains:\n", "domains:\n  maths: {group_size: 4}\n"),
+            ":4: no value for domains.maths.prompts; write it there or add domains.maths.prompts=...; "
+            "if it is no new domain, did you mean 'math'?",
         ),
         (("/data/math.jsonl", "[1]"), ":5: domains.math.prompts is [1]; it must be a file or {reasoning_gym: task}"),
         (("path: /models/small", "path: ???"), ": no value for model.path; write it there or add model.path=..."),
@@ -325,7 +331,7 @@ def test_environments_that_cannot_work(write, text, overrides, fragment):
 
 def test_missing_and_unreadable_files(tmp_path):
     assert complaint(tmp_path / "nope.yaml") == "there is no recipe nope.yaml"
-    assert complaint(tmp_path / ".").startswith("recipe ")
+    assert complaint(tmp_path / ".").endswith("is a directory; name a recipe in it")
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert complaint(tmp_path / "list.yaml") == "list.yaml: a recipe maps keys to values, but this is [1]"
     (tmp_path / "empty.yaml").write_text("")
