@@ -163,8 +163,12 @@ def open_conversation(recipe: Recipe, prompts: Iterable[Prompt], model_dir: Path
         conversation = Conversation(load_tokenizer(model_dir))
     except ValueError as error:
         raise DataError(str(error)) from error
-    for prompt in prompts:
-        check_window(f"prompt {prompt.id}", len(encode(conversation, prompt)), recipe.model.max_context)
+    lengths = [(prompt.id, len(encode(conversation, prompt))) for prompt in prompts]
+    too_long = [one for one in lengths if one[1] >= recipe.model.max_context]
+    if too_long:
+        name, longest = max(too_long, key=lambda one: one[1])
+        many = f" ({len(too_long)} of {len(lengths)} prompts are too long, this is the longest)"
+        check_window(f"prompt {name}", longest, recipe.model.max_context, note=many)
     return conversation
 
 

@@ -137,12 +137,12 @@ class Engine(Protocol):
     async def stats(self) -> EngineStats: ...
 
 
-def check_window(name: str, num_tokens: int, max_context: int) -> None:
+def check_window(name: str, num_tokens: int, max_context: int, *, note: str = "") -> None:
     """Raises DataError when a prompt leaves no room in the context window for even one token of reply."""
     if num_tokens >= max_context:
         raise DataError(
             f"{name} has {num_tokens} tokens and needs at least one more for the reply, but the context window holds "
-            f"{max_context} (model.max_context); shorten the prompt or widen the window"
+            f"{max_context} (model.max_context){note}; shorten the prompt or widen the window"
         )
 
 

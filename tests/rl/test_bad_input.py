@@ -49,7 +49,10 @@ def assert_nothing_left(folder: Path) -> None:
         (["model.init=null", "model.path=nowhere"], ["model.path", "nowhere/config.json does not", "hf download"]),
         (["model.init.hiden_size=64"], ["model.init has no key 'hiden_size'; did you mean 'hidden_size'?"]),
         (["model.init.num_experts_per_tok=9"], ["model.init", "num_experts_per_tok (9)"]),
-        (["model.max_context=4", "sampling.max_tokens=2"], ["prompt sums/", "window holds 4 (model.max_context)"]),
+        (
+            ["model.max_context=4", "sampling.max_tokens=2"],
+            ["prompt sums/", "window holds 4 (model.max_context) (", "this is"],
+        ),
         (["supervised.steps=3", "supervised.demonstrations=none.jsonl"], ["none.jsonl does not exist"]),
         (["domains.sums.rewards.0.use=math_answr"], ["reward 'math_answr' is neither", "mean 'math_answer'?"]),
         (["domains.sums.rewards.0.use=rubric"], ["domains.sums: the reward rubric needs a judge; set judge.url"]),
