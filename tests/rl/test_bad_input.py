@@ -51,7 +51,7 @@ def assert_nothing_left(folder: Path) -> None:
         (["model.init.num_experts_per_tok=9"], ["model.init", "num_experts_per_tok (9)"]),
         (
             ["model.max_context=4", "sampling.max_tokens=2"],
-            ["prompt sums/", "window holds 4 (model.max_context) (", "this is"],
+            ["prompt sums/", "window holds 4 (model.max_context) ("],
         ),
         (["supervised.steps=3", "supervised.demonstrations=none.jsonl"], ["none.jsonl does not exist"]),
         (["domains.sums.rewards.0.use=math_answr"], ["reward 'math_answr' is neither", "mean 'math_answer'?"]),
