@@ -167,6 +167,11 @@ def _for_engines(plan: Plan) -> Iterator[Changes]:
     while parallel <= plan.hardware.gpus_per_node:
         yield {"rollout.tensor_parallel": parallel}
         parallel *= 2
+    for gpus, placement in _gpus_of_a_side(plan).items():
+        fewer = min(recipe.rollout.engines, gpus // recipe.rollout.tensor_parallel)
+        share = least_share if placement == Placement.shared else 0.9
+        if fewer:
+            yield {"placement": placement, "rollout.engines": fewer, "rollout.gpu_memory": share}
 
 
 def _for_ranks(plan: Plan) -> Iterator[Changes]:
@@ -188,8 +193,26 @@ def _for_ranks(plan: Plan) -> Iterator[Changes]:
     for change in alone:
         together |= change
     yield together
+    offloaded: Changes = {}
+    if learner.offload_optimizer == Offload.none and learner.zero_stage:
+        offloaded = {"learner.offload_optimizer": Offload.cpu, "learner.sleep": False}
+        yield together | offloaded
+    for gpus in _gpus_of_a_side(plan):
+        if 0 < gpus < learner.ranks:
+            yield {"learner.ranks": gpus}
+            yield together | {"learner.ranks": gpus}
+            yield together | offloaded | {"learner.ranks": gpus}
     for doubling in range(1, 11):
         yield together | {"learner.ranks": learner.ranks << doubling, "learner.zero_stage": 3}
+
+
+def _gpus_of_a_side(plan: Plan) -> dict[int, Placement]:
+    """Where there are fewer GPUs than the run asks for, those that engines, and likewise ranks, may have then."""
+    there = plan.hardware.num_gpus - judge_gpus(plan.recipe)
+    if plan.num_gpus <= plan.hardware.num_gpus or there < 1:
+        return {}
+    sides = {there: Placement.shared}
+    return sides if plan.shared else {there // 2: Placement.split} | sides
 
 
 def _spelt(value: Any) -> str:

@@ -123,8 +123,9 @@ def _sync(plan: Plan) -> list[str]:
         return [f"weight sync: {sync.num_bytes / 1e6:,.1f} MB an update, through Ray's object store"]
     way = "within each GPU" if plan.recipe.placement == Placement.shared else "to all engines at once"
     gather = f"{sync.gather_s:.3g} s to put partitioned weights together, " if sync.gather_s else ""
+    total = f"{sync.seconds:.3g} s = " if gather else ""
     return [
-        f"weight sync: {sync.num_bytes / 1e9:,.2f} GB each, {sync.seconds:.3g} s = {gather}{sync.send_s:.3g} s {way}",
+        f"weight sync: {sync.num_bytes / 1e9:,.2f} GB each, {total}{gather}{sync.send_s:.3g} s {way}",
         f"  at an assumed {plan.hardware.broadcast_bytes_per_s / 1e9:.0f} GB/s between GPUs; checks not included",
     ]
 
@@ -158,7 +159,9 @@ def _kind(seat: Seat) -> tuple[object, ...]:
 
 def _verdict(plan: Plan) -> list[str]:
     found = [sentence for _, sentence in problems(plan)]
-    return [f"does not fit: {'; '.join(found)}" if found else "fits"]
+    if found:
+        return [f"does not fit: {'; '.join(found)}"]
+    return ["fits" if plan.hardware.host_bytes else "fits, where a node has that much host memory (--host-memory GIB)"]
 
 
 def _items(items: Iterable[Item]) -> list[str]:

@@ -319,7 +319,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "needs 1 GPU: 1 x 1 for engines, 1 for learner ranks, shared" in printed
     assert re.search(r"^  node 0 GPU 0 +rank 0 \+ engine 0$", printed, re.MULTILINE)
-    assert printed.endswith("\nfits\n")
+    assert printed.endswith("\nfits, where a node has that much host memory (--host-memory GIB)\n")
     assert main([path, "--plan", "--gpu-memory", "10"]) == 1
     output = capsys.readouterr()
     assert output.out.rpartition("\n\n")[2].startswith("does not fit: ")
