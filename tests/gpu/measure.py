@@ -45,15 +45,18 @@ ONE_GPU = "recipes/gpu/dsv32_shared_1gpu.yaml"
 Figures = dict[str, Any]
 
 
-def requests_of(recipe: Recipe, model: ModelOutline, name: str, count: int, length: int, tokens: int) -> list[Request]:
-    """Random prompts, the same for the same arguments, that are continued for exactly ``tokens`` tokens."""
+def requests_of(
+    recipe: Recipe, model: ModelOutline, name: str, count: int, length: int, tokens: int, spread: float = 0.0
+) -> list[Request]:
+    """Random prompts, the same for the same arguments, that are continued for exactly ``tokens`` tokens each, or for
+    so many on average where lengths ``spread`` by a share of it to both sides."""
     generator = np.random.default_rng(list(name.encode()))
-    sampling = replace(recipe.sampling, max_tokens=tokens)
+    longer = generator.uniform(-spread, spread, count) if spread else np.zeros(count)
     return [
         Request(
             id=f"{name}{number}",
             token_ids=generator.integers(0, model.vocab_size, length).astype(np.int32),
-            sampling=sampling,
+            sampling=replace(recipe.sampling, max_tokens=max(1, round(tokens * (1 + longer[number])))),
             seed=int(generator.integers(2**31)),
         )
         for number in range(count)
@@ -158,7 +161,9 @@ async def throughput(recipe: Recipe, path: Path, options: argparse.Namespace) ->
         for turn in range(options.passes + 1):
             # In turn the first: what comes second may find the machine in another state.
             for kind, engine in list(engines.items())[:: 1 if turn % 2 else -1]:
-                requests = requests_of(recipe, model, f"turn{turn}-", options.requests, options.prompt, options.tokens)
+                requests = requests_of(
+                    recipe, model, f"turn{turn}-", options.requests, options.prompt, options.tokens, options.spread
+                )
                 speeds.setdefault(kind, []).append(await tokens_per_s(engine, requests))
     finally:
         for engine in engines.values():
@@ -315,6 +320,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, help="tokens generated a request (throughput: 256, mismatch: 64)")
+    parser.add_argument("--spread", type=float, default=0.0, help="throughput: lengths differ by this share of it")
     parser.add_argument("--passes", type=int, default=3, help="measured passes, after one that is not")
     parser.add_argument("--only", action="append", choices=["bare", "recording"], help="throughput: one of the two")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")

@@ -78,6 +78,8 @@ JOBS = (
     _loop("loop", 1, ONE_GPU),
     _figures("throughput", "throughput", passes=15),  # of which single ones differ by a quarter
     _figures("throughput_trained", f"throughput {TRAINED}", passes=15, after=AFTER_LOOP),
+    # More requests than an engine holds at once, which come and go one by one, as in a run.
+    _figures("throughput_varied", "throughput --requests 1024 --tokens 200 --spread 0.9", passes=5),
     _figures("throughput_large", "throughput model.init.num_hidden_layers=24"),
     _figures("mismatch", f"mismatch {TRAINED}", after=AFTER_LOOP),
     _loop(
