@@ -158,8 +158,9 @@ def test_the_reader_filters_orders_and_searches(page: Browser):
     assert texts(page, ".pane") == ["No trajectory matches these filters."]
     page.run("[...document.querySelectorAll('.filters button')].find((b) => b.textContent === 'Clear').click()")
     assert texts(page, ".count") == ["36 of 36 trajectories"]
-    page.choose("select[aria-label=order]", "latest")
     assert texts(page, ".item-step")[0] == "step 30" and texts(page, ".item-step")[-1] == "step 5"
+    page.choose("select[aria-label=order]", "step")
+    assert texts(page, ".item-step")[0] == "step 5" and texts(page, ".item-step")[-1] == "step 30"
     page.type("input[type=search][placeholder='Search the text']", "SLICE skipped")
     page.wait("document.querySelector('.count').textContent === '12 of 36 trajectories'")
     page.wait("CSS.highlights.get('found')?.size > 0")
@@ -167,9 +168,45 @@ def test_the_reader_filters_orders_and_searches(page: Browser):
     assert set(found) == {"slice", "skipped"}
 
 
+def test_the_reader_opens_on_training_and_marks_evaluation(browser: Browser, tmp_path):
+    rng = np.random.default_rng(0)
+    run = write_run(tmp_path / "demo", steps=5, sample_every=5, end=False)
+    run.log_samples(0, [trajectory(rng, 0, index, log_ratios=None) for index in range(2)])
+    path, _ = build_report(run.path)
+    browser.open(f"{path.as_uri()}#trajectories")
+    browser.wait("document.querySelectorAll('.list li').length === 6")
+    browser.wait("document.querySelector('.pane .facts-row')?.textContent.includes('step5')")
+    assert [text.startswith("evaluation") for text in texts(browser, ".list .snippet")] == [False] * 4 + [True] * 2
+    browser.click(".list li:last-child button")
+    browser.wait("document.querySelector('.pane .facts-row')?.textContent.includes('step0')")
+    assert "advantage–" in texts(browser, ".pane .facts-row")[0]
+    assert "evaluation" in texts(browser, ".pane h3 .pill")
+    browser.choose("select[aria-label=flag]", "evaluation")
+    assert texts(browser, ".count") == ["2 of 6 trajectories"]
+
+
+def test_a_served_evaluation_gives_way_to_training(browser: Browser, tmp_path):
+    rng = np.random.default_rng(0)
+    run = RunDirectory.create(tmp_path / "demo", recipe="")
+    run.log({"step": 0, "eval/sums": 0.4})
+    run.log_samples(0, [trajectory(rng, 0, 0, log_ratios=None)])
+    facts = "document.querySelector('.pane .facts-row')?.textContent"
+    with served(run) as url:
+        browser.open(f"{url}#trajectories")
+        browser.wait(f"{facts}?.includes('step0')")
+        run.log(step_metrics(rng, 1, 5))
+        run.log_samples(1, [trajectory(rng, 1, 0)])
+        browser.wait(f"{facts}?.includes('step1')")
+        run.log(step_metrics(rng, 2, 5))
+        run.log_samples(2, [trajectory(rng, 2, 0)])
+        browser.wait("document.querySelectorAll('.list li').length === 3")
+        assert "step1" in browser.run(facts)  # somebody may be reading it
+        run.finish()
+
+
 def clipped(run: RunDirectory, name: str, low: float) -> int:
     """Tokens of a trajectory with negative advantage whose ratio is below 1 - low."""
-    records = map(json.loads, (run.samples / "step_5.jsonl").read_text().splitlines())
+    records = map(json.loads, (run.samples / "step_30.jsonl").read_text().splitlines())
     record = next(record for record in records if record["id"] == name)
     assert record["advantage"] < 0
     ratios = [ratio for one in (*record["earlier"], record) for ratio in one["log_ratios"]]
@@ -203,7 +240,7 @@ def test_an_episode_reads_as_a_conversation(page: Browser, demo: RunDirectory):
         "document.querySelector('.scale')?.textContent === 'learned fromgradient cut off, ratio beyond 0.99 to 1.03'"
     )
     ratios = "[...document.querySelectorAll('.stream .token.warm')].length"
-    assert page.run(ratios) == clipped(demo, "coding/5#0", 0.01)
+    assert page.run(ratios) == clipped(demo, "coding/30#0", 0.01)
     page.click(".siblings .chip:last-child")
     page.wait("location.hash.includes('coding')")
 

@@ -146,7 +146,7 @@ async function follow(number) {
   showStanding();
   if (grown) showCurves();
   showTimeline(number, news.spans);
-  if (news.index.length) reader.add(number, sources[number], news.index);
+  if (news.index.length) reader.add(number, sources[number], news.index, { more: news.more });
   return news.more;
 }
 
