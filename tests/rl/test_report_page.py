@@ -142,6 +142,45 @@ def test_the_timeline_says_who_did_what_and_who_idled(page: Browser):
     page.wait("!document.querySelector('.timeline .range').textContent.startsWith('0 s')")
 
 
+def test_the_timeline_marks_where_the_run_went_on(browser: Browser, tmp_path):
+    run = write_run(tmp_path / "demo", steps=5)
+    first = list(spans(np.random.default_rng(0), 3, begin=40.0))
+    ended = max(row["end"] for row in first)
+    later = [row | {"begin": row["begin"] + ended + 5, "end": row["end"] + ended + 5} for row in first]
+    write_lines(run.path / "timeline.jsonl", [*first, *later])
+    path, _ = build_report(run.path)
+    browser.open(f"{path.as_uri()}#timeline")
+    browser.wait("document.querySelector('.timeline canvas')?.height > 100")
+    browser.run("[...document.querySelectorAll('.controls button')].find((b) => b.textContent === 'Whole run').click()")
+    browser.wait("document.querySelector('.timeline .range').textContent.startsWith('0 s')")
+    assert texts(browser, ".timeline .legend .key")[-1] == "resumed"
+    assert marked_share(browser) == pytest.approx(ended / later[-1]["end"], abs=0.01)
+    other = write_run(tmp_path / "other", extras=True)
+    path, _ = build_report(other.path)
+    browser.open(f"{path.as_uri()}#timeline")
+    browser.wait("document.querySelector('.timeline canvas')?.height > 100")
+    assert "resumed" not in texts(browser, ".timeline .legend .key")
+
+
+def marked_share(browser: Browser) -> float:
+    """Where in the timeline the line of an interruption is, as a share of its width."""
+    return browser.run(
+        """(() => {
+        const canvas = document.querySelector('.timeline canvas');
+        const probe = document.createElement('i');
+        probe.style.color = 'var(--bad)';
+        document.body.append(probe);
+        const wanted = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
+        probe.remove();
+        const row = canvas.getContext('2d').getImageData(0, canvas.height - 2, canvas.width, 1).data;
+        for (let x = 0; x < canvas.width; x += 1) {
+            if (wanted.every((value, i) => row[4 * x + i] === value)) return x / canvas.width;
+        }
+        return null;
+    })()"""
+    )
+
+
 TABLE = """[...document.querySelectorAll('.spent tbody tr')].map((row) => [...row.children].map((cell) =>
     cell.firstChild?.textContent ?? ''))"""
 
