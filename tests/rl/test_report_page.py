@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +88,88 @@ def test_every_metric_has_a_curve(page: Browser):
             f"[...{group}.querySelectorAll('.chart')].every((chart) => chart.querySelector('path.line, path.area'))"
         )
     assert page.run("document.querySelectorAll('.chart').length") == len(texts(page, ".chart h4"))
+
+
+CARDS = """Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) => [
+    chart.querySelector('h4').textContent,
+    { group: chart.closest('.group').querySelector('h3').textContent,
+      keys: [...chart.querySelectorAll('.key')].map((key) => key.textContent),
+      ticks: [...chart.querySelectorAll('.tick')].filter((tick) => tick.getAttribute('text-anchor') === 'end')
+          .map((tick) => [tick.textContent, tick.getBBox().x]),
+      lines: [...chart.querySelectorAll('path.line')].map((line) => line.getAttribute('d')) }]))"""
+
+
+def cards(browser: Browser, run: RunDirectory) -> dict[str, Any]:
+    """What the charts of a run's report show, by title."""
+    path, _ = build_report(run.path)
+    browser.look(width=1280, height=6000)  # what is out of sight is not drawn
+    try:
+        browser.open(f"{path.as_uri()}#curves")
+        browser.wait("[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('.tick'))")
+        return browser.run(CARDS)
+    finally:
+        browser.look(width=1280, height=900)
+
+
+def log_steps(run: RunDirectory, **columns: list[float]) -> None:
+    """Rows of metrics from columns; ``__`` stands for a slash in a name."""
+    for at, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        names = [name.replace("__", "/") for name in columns]
+        run.log({"step": at, "reward/mean": 0.5} | dict(zip(names, values, strict=True)))
+
+
+def test_bytes_and_large_numbers_are_readable(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        large = [11_266_347.0, 11_333_323.0, 11_387_887.0]
+        log_steps(run, checkpoint__bytes=large, checkpoint__seconds=[0.31, 0.1, 0.17], user__large=large)
+    shown = cards(browser, run)
+    assert shown["Checkpoint size"]["keys"] == ["11.4 MB"]
+    assert shown["Checkpoint beside the steps"]["keys"] == ["0.17 s"]
+    for title in ("Checkpoint size", "user/large"):
+        labels = [label for label, _ in shown[title]["ticks"]]
+        assert len(set(labels)) == len(labels) >= 2
+        assert min(x for _, x in shown[title]["ticks"]) >= 0  # nothing is cut off
+    assert "11.30M" in [label for label, _ in shown["user/large"]["ticks"]]
+
+
+def test_only_faults_that_happened_are_shown(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "quiet", recipe="") as run:
+        log_steps(run, faults__tools=[0.0, 0.0], faults__late=[0.0, 0.0])
+    assert {card["group"] for card in cards(browser, run).values()} == {"Learning"}
+    with RunDirectory.create(tmp_path / "loud", recipe="") as loud:
+        log_steps(loud, faults__tools=[0.0, 2.0], faults__late=[0.0, 0.0], faults__new_one=[1.0, 0.0])
+    shown = {title: card["keys"] for title, card in cards(browser, loud).items() if card["group"] == "Faults"}
+    assert shown == {"Tools that failed": ["2"], "Other faults": ["new one 0"]}
+    assert texts(browser, ".group .about")[0].startswith("What failed")
+    path, _ = build_comparison([run.path, loud.path], tmp_path / "both.html")
+    browser.open(path.as_uri())
+    assert {"Tools that failed", "Other faults"} <= set(texts(browser, ".chart h4"))
+    assert "Late phases" not in texts(browser, ".chart h4")
+
+
+def test_where_nothing_was_measured_a_curve_has_a_gap(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        log_steps(
+            run,
+            reward_share__sums__format=[0.25, 0.0, 0.5, 0.5, 0.0],
+            reward_share__sums__answer=[0.75, 0.0, 0.5, 0.5, 1.0],
+            speed__engines_tokens_per_s=[900.0, 0, 800.0, 700.0, 800.0],
+            tokens_per_s=[500.0, 400.0, 500.0, 500.0, 500.0],
+            time__other_s=[1.0, 1.0, 1.0, 1.0, 1.0],
+        )
+    shown = cards(browser, run)
+    assert [line.count("M") for line in shown["Shares of the reward"]["lines"]] == [2, 2]
+    assert shown["Shares of the reward"]["keys"] == ["sums/format 0.0 %", "sums/answer 100.0 %"]
+    assert [line.count("M") for line in shown["Generation speed"]["lines"]] == [1, 2]
+    assert shown["Generation speed"]["keys"] == ["tokens a second 500", "engines tokens a second 800"]
+    assert shown["Other times"]["keys"] == ["other 1 s"]
+
+
+def test_a_run_without_a_training_step_offers_no_numbers_of_one(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        run.log_supervised({"step": 1, "loss/supervised": 3.0})
+    assert set(cards(browser, run)) == {"Supervised loss"}
+    assert not browser.run("document.querySelector('details.numbers').checkVisibility()")
 
 
 def test_a_click_on_a_curve_holds_a_step_and_the_slider_moves_it(page: Browser):
@@ -348,6 +431,10 @@ def test_runs_are_compared_curve_by_curve(browser: Browser, demo: RunDirectory, 
     reward = "[...document.querySelectorAll('.chart')].find((c) => c.querySelector('h4').textContent === 'Reward')"
     assert browser.run(f"{reward}.querySelectorAll('.legend .key').length") == 2
     assert browser.run(f"{reward}.querySelectorAll('path.line:not(.raw)').length") == 2
+    title = "[...document.querySelectorAll('.chart h4')].find((h) => h.textContent === 'reward/sums/length_penalty')"
+    assert browser.run(f"[...{title}.childNodes].map((node) => node.textContent || '-').join('')") == (
+        "reward/-sums/-length_-penalty"  # where it may be broken
+    )
     go_to(browser, "recipe")
     assert texts(browser, ".differences tbody th") == ["seed"]
     assert texts(browser, ".differences tbody td") == ["0", "1"]
