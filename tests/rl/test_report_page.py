@@ -145,6 +145,8 @@ def test_only_faults_that_happened_are_shown(browser: Browser, tmp_path):
     browser.open(path.as_uri())
     assert {"Tools that failed", "Other faults"} <= set(texts(browser, ".chart h4"))
     assert "Late phases" not in texts(browser, ".chart h4")
+    named = "[...document.querySelectorAll('.chart')].filter((c) => c.textContent.startsWith('Tools that failed'))"
+    assert browser.run(f"{named}.map((c) => c.querySelectorAll('.key')[1].textContent)") == ["loud 2"]
 
 
 def test_where_nothing_was_measured_a_curve_has_a_gap(browser: Browser, tmp_path):
@@ -155,14 +157,14 @@ def test_where_nothing_was_measured_a_curve_has_a_gap(browser: Browser, tmp_path
             reward_share__sums__answer=[0.75, 0.0, 0.5, 0.5, 1.0],
             speed__engines_tokens_per_s=[900.0, 0, 800.0, 700.0, 800.0],
             tokens_per_s=[500.0, 400.0, 500.0, 500.0, 500.0],
-            time__other_s=[1.0, 1.0, 1.0, 1.0, 1.0],
+            time__other_s=[1.0, 1.0, 1.0, 1.0, 9.6e-6],
         )
     shown = cards(browser, run)
     assert [line.count("M") for line in shown["Shares of the reward"]["lines"]] == [2, 2]
     assert shown["Shares of the reward"]["keys"] == ["sums/format 0.0 %", "sums/answer 100.0 %"]
     assert [line.count("M") for line in shown["Generation speed"]["lines"]] == [1, 2]
     assert shown["Generation speed"]["keys"] == ["tokens a second 500", "engines tokens a second 800"]
-    assert shown["Other times"]["keys"] == ["other 1 s"]
+    assert shown["Other times"]["keys"] == ["other 0.0096 ms"]
 
 
 def test_a_run_without_a_training_step_offers_no_numbers_of_one(browser: Browser, tmp_path):

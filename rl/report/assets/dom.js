@@ -92,7 +92,7 @@ const FORMATS = {
     const percent = 100 * value;
     return `${decimal(percent, Math.abs(percent) < 1 && percent !== 0 ? 2 : 1)} %`;
   },
-  seconds: (value) => `${significant(value, 3)} s`,
+  seconds: (value) => (value !== 0 && Math.abs(value) < 1e-3 ? `${significant(1000 * value, 2)} ms` : `${significant(value, 3)} s`),
   bytes,
 };
 

@@ -62,7 +62,7 @@ const SECTIONS = [
   },
   {
     title: "Faults",
-    about: "What failed and was dealt with, counted in each step. Faults that never happened in this run are left out.",
+    about: "What failed and was dealt with, counted in each step. Those that never happened are left out.",
     figures: [
       { title: "Engines restarted", about: "Their process was gone.", keys: ["faults/engine_restarts"] },
       { title: "Engines lost", about: "Given up after too many restarts.", keys: ["faults/engines_lost"] },
@@ -172,7 +172,7 @@ function comparedSection({ title, about: what, figures }, columns, names) {
     const series = columns.flatMap((of, i) => (hasValues(of[name]) ? [{ label: names[i], values: of[name], colour: `c${i % COLOURS}` }] : []));
     const single = figure.names.filter(Boolean).length === 1;
     const about = single ? figure.about : `${figure.title}. ${figure.about}`;
-    return { ...figure, title: single ? figure.title : name, about, names: [name], series, stack: false, outline: null };
+    return { ...figure, title: single ? figure.title : name, about, names: [name], series, labelled: true, stack: false, outline: null };
   };
   return { title, about: what, figures: figures.flatMap((figure) => figure.names.filter(Boolean).map((name) => compare(figure, name))) };
 }

@@ -262,7 +262,7 @@ class Reader {
     const largest = Math.max(1, ...entries.map(([, value]) => Math.abs(value ?? 0)));
     const rows = entries.map(([name, value]) => {
       const bar = element("meter", { min: 0, max: largest, value: Math.abs(value ?? 0), class: value < 0 ? "down" : "up", "aria-label": name });
-      return element("div", {}, element("span", {}, name), bar, element("b", {}, value === null ? "–" : significant(value, 3)));
+      return element("div", {}, element("span", {}, ...breakable(name)), bar, element("b", {}, value === null ? "–" : significant(value, 3)));
     });
     return element("div", { class: "parts", role: "group", "aria-label": "Reward parts" }, ...rows);
   }
