@@ -14,6 +14,8 @@ COUNTS = ("kept_sizes", "versions")  # streams of one whole number a token
 FLAGS = ("sampled", "routed")  # streams of 0 and 1
 DIGITS = 3
 SNIPPET = 140  # characters of a summary
+EVALUATION = "evaluation"
+"""Flag of the samples of step 0, which nobody learned from: they have neither advantage nor log-ratios."""
 
 
 def entry_of(row: Row, max_tokens: int, max_characters: int) -> dict[str, Any] | None:
@@ -73,6 +75,7 @@ def finite(value: Any, digits: int) -> float | int | None:
 def _flags(entry: Mapping[str, Any]) -> list[str]:
     sequences, turns = entry["sequences"], entry["turns"]
     found = {
+        EVALUATION: entry["step"] == 0,
         "masked": any(one["masked"] for one in sequences),
         "live routes": any("0" in (one["routed"] or "")[:-1] for one in sequences),  # the last token is never fed
         "several versions": len({v for one in sequences for v in one["versions"] or () if v is not None and v >= 0})

@@ -12,7 +12,7 @@ from rl.report.json_lines import Row
 from rl.report.recipe_differences import flat_settings
 from rl.report.run_files import RunFiles
 from rl.report.samples import Budget, Chosen, choose_samples, counted
-from rl.report.spans import span_columns
+from rl.report.spans import running_time, span_columns
 from rl.report.tiles import standing, tiles
 
 RECIPE_CHARACTERS = 100_000
@@ -76,9 +76,11 @@ def _run_data(files: RunFiles, budget: Budget, chosen: Chosen, *, spans: bool = 
 
 
 def _head(files: RunFiles) -> dict[str, Any]:
-    metrics = files.metrics
+    metrics, status = files.metrics, files.status
+    running_s = running_time(files.spans) if status.get("ended") else None  # while it runs nobody is told
+    known = standing(status, metrics, files.supervised, is_running=files.is_running, running_s=running_s)
     return {
-        "standing": asdict(standing(files.status, metrics, files.supervised, is_running=files.is_running)),
+        "standing": asdict(known),
         "tiles": [asdict(tile) for tile in tiles(metrics)],
     }
 

@@ -10,6 +10,17 @@ from rl.report.json_lines import Row
 LONGEST_DETAIL = 200  # characters
 
 
+def running_time(rows: Sequence[Row]) -> float | None:
+    """Seconds that a run of several sittings has run in all; None of one in a single sitting, or without a timeline.
+
+    The timeline's clock stands still between sittings. Where its older half was dropped, the first one is not in it.
+    """
+    begins = [row["begin"] for row in rows if (row["actor"], row["phase"]) == ("driver", "start")]
+    if not rows or (begins and all(row["end"] > max(begins) for row in rows)):
+        return None
+    return max(row["end"] for row in rows)
+
+
 def span_columns(rows: Sequence[Row]) -> dict[str, Any]:
     """One entry a span in ``actor``, ``phase`` and ``detail`` (places in ``names``), ``begin`` and ``length`` (whole
     milliseconds) and ``step`` (null where it belongs to none)."""

@@ -14,6 +14,7 @@ from rl.run_directory import FINISHED, RUNNING
 
 ENDS = 5  # steps averaged at either end of a noisy curve
 DOMAINS = 6  # evaluated domains with a tile of their own
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +52,21 @@ def tiles(metrics: list[Row]) -> list[Tile]:
 
 
 def standing(
-    status: Mapping[str, Any], metrics: list[Row], supervised: list[Row], *, is_running: bool = False
+    status: Mapping[str, Any],
+    metrics: list[Row],
+    supervised: list[Row],
+    *,
+    is_running: bool = False,
+    running_s: float | None = None,
 ) -> Standing:
-    """From status.json and the last rows."""
+    """From status.json and the last rows; ``running_s`` is how long a run of several sittings ran, pauses left out."""
     word = str(status.get("status", "unknown"))
     reason = status.get("reason")
     return Standing(
         word="running" if is_running else {FINISHED: "finished", RUNNING: "not finished"}.get(word, word),
         good=is_running or word == FINISHED,
         reason=str(reason) if reason else "",
-        facts=" · ".join(_facts(status, metrics, supervised)),
+        facts=" · ".join(_facts(status, metrics, supervised, running_s)),
     )
 
 
@@ -104,7 +110,7 @@ def _share_tile(rows: list[Row]) -> Iterator[Tile]:
 
 def _mismatch_tile(rows: list[Row]) -> Iterator[Tile]:
     if values := _values(rows, "mismatch/logprob_abs"):
-        number = f"{float(f'{median(values):.2g}')}"
+        number = _small(median(values))
         yield Tile(title="Engine and learner differ by", value=number, caption="nats per token, median step")
 
 
@@ -115,7 +121,9 @@ def _sync_tile(rows: list[Row]) -> Iterator[Tile]:
         yield Tile(title="Weight syncs verified", value=f"{good:,} of {len(verified):,}", caption=caption)
 
 
-def _facts(status: Mapping[str, Any], metrics: list[Row], supervised: list[Row]) -> Iterator[str]:
+def _facts(
+    status: Mapping[str, Any], metrics: list[Row], supervised: list[Row], running_s: float | None
+) -> Iterator[str]:
     if steps := [row["step"] for row in metrics if row["step"] > 0]:
         yield f"{steps[-1]:,} steps"
     if supervised:
@@ -123,9 +131,21 @@ def _facts(status: Mapping[str, Any], metrics: list[Row], supervised: list[Row])
     try:
         started = datetime.fromisoformat(status["started"])
         yield f"started {started:%Y-%m-%d %H:%M}"
-        yield f"took {clock_time((datetime.fromisoformat(status['ended']) - started).total_seconds())}"
+        ended = datetime.fromisoformat(status["ended"])
+        if running_s is None:
+            yield f"took {clock_time((ended - started).total_seconds())}"
+        else:
+            yield f"ran {clock_time(running_s)} in all, pauses left out"
     except (KeyError, TypeError, ValueError):
         pass  # not started by us, or not ended yet
+
+
+def _small(value: float) -> str:
+    """Two significant digits: ``0.016``, or ``7 × 10⁻⁵`` instead of a row of zeros."""
+    if value == 0 or abs(value) >= 1e-4:
+        return f"{float(f'{value:.2g}')}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')} × 10{str(int(exponent)).translate(SUPERSCRIPT)}"
 
 
 def _values(rows: list[Row], name: str) -> list[float]:

@@ -173,6 +173,39 @@ def test_the_header_gives_the_key_numbers(run):
     assert f"{np.mean(rewards[:5]):.3f} → {np.mean(rewards[-5:]):.3f}" in html
 
 
+def test_the_header_gives_the_time_of_all_sittings_without_the_pauses(tmp_path):
+    run = write_run(tmp_path / "demo", extras=True)
+    status = json.loads((run.path / "status.json").read_text())
+    status |= {"started": "2026-01-01T10:00:00+00:00", "ended": "2026-01-01T20:00:00+00:00"}
+    (run.path / "status.json").write_text(json.dumps(status))
+    assert "took 10:00:00" in page_of(run)[0]
+    ended = max(json.loads(line)["end"] for line in (run.path / "timeline.jsonl").read_text().splitlines())
+    start = {"actor": "driver", "phase": "start", "begin": ended + 1, "end": 3725.0, "step": None, "detail": ""}
+    write_lines(run.path / "timeline.jsonl", [start])
+    html, _, _ = page_of(run)
+    assert "ran 1:02:05 in all, pauses left out" in html and "took" not in html.split("<main>")[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.016, "0.016"), (7e-5, "7 × 10⁻⁵"), (4.34e-7, "4.3 × 10⁻⁷"), (0.0, "0.0"), (1.5, "1.5")]
+)
+def test_a_small_mismatch_is_readable(tmp_path, value, shown):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        run.log({"step": 1, "mismatch/logprob_abs": value})
+    assert f"<dd>{shown}<small>nats per token" in page_of(run)[0]
+
+
+def test_what_stands_for_no_measurement_is_a_gap(tmp_path):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        for step, (some, none) in enumerate([(0.5, 0.0), (0.0, 0.0)], start=1):
+            shares = {"reward_share/a/x": some, "reward_share/a/y": 1.0 if some else 0.0, "reward_share/b/x": none}
+            run.log({"step": step, **shares, "time/reward_s": some, "loss/kl": 0.0})
+    columns = page_of(run)[1].run["metrics"]["columns"]
+    assert columns["reward_share/a/x"] == [0.5, None] and columns["reward_share/a/y"] == [1.0, None]
+    assert columns["time/reward_s"] == [0.5, None] and columns["loss/kl"] == [0.0, 0.0]
+    assert "reward_share/b/x" not in columns
+
+
 def abandon(run: RunDirectory) -> None:
     """As a process leaves it that is killed."""
     process = subprocess.Popen(["true"])

@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,6 +90,90 @@ def test_every_metric_has_a_curve(page: Browser):
     assert page.run("document.querySelectorAll('.chart').length") == len(texts(page, ".chart h4"))
 
 
+CARDS = """Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) => [
+    chart.querySelector('h4').textContent,
+    { group: chart.closest('.group').querySelector('h3').textContent,
+      keys: [...chart.querySelectorAll('.key')].map((key) => key.textContent),
+      ticks: [...chart.querySelectorAll('.tick')].filter((tick) => tick.getAttribute('text-anchor') === 'end')
+          .map((tick) => [tick.textContent, tick.getBBox().x]),
+      lines: [...chart.querySelectorAll('path.line')].map((line) => line.getAttribute('d')) }]))"""
+
+
+def cards(browser: Browser, run: RunDirectory) -> dict[str, Any]:
+    """What the charts of a run's report show, by title."""
+    path, _ = build_report(run.path)
+    browser.look(width=1280, height=6000)  # what is out of sight is not drawn
+    try:
+        browser.open(f"{path.as_uri()}#curves")
+        browser.wait("[...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('.tick'))")
+        return browser.run(CARDS)
+    finally:
+        browser.look(width=1280, height=900)
+
+
+def log_steps(run: RunDirectory, **columns: list[float]) -> None:
+    """Rows of metrics from columns; ``__`` stands for a slash in a name."""
+    for at, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        names = [name.replace("__", "/") for name in columns]
+        run.log({"step": at, "reward/mean": 0.5} | dict(zip(names, values, strict=True)))
+
+
+def test_bytes_and_large_numbers_are_readable(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        large = [11_266_347.0, 11_333_323.0, 11_387_887.0]
+        log_steps(run, checkpoint__bytes=large, checkpoint__seconds=[0.31, 0.1, 0.17], user__large=large)
+    shown = cards(browser, run)
+    assert shown["Checkpoint size"]["keys"] == ["11.4 MB"]
+    assert shown["Checkpoint beside the steps"]["keys"] == ["0.17 s"]
+    for title in ("Checkpoint size", "user/large"):
+        labels = [label for label, _ in shown[title]["ticks"]]
+        assert len(set(labels)) == len(labels) >= 2
+        assert min(x for _, x in shown[title]["ticks"]) >= 0  # nothing is cut off
+    assert "11.30M" in [label for label, _ in shown["user/large"]["ticks"]]
+
+
+def test_only_faults_that_happened_are_shown(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "quiet", recipe="") as run:
+        log_steps(run, faults__tools=[0.0, 0.0], faults__late=[0.0, 0.0])
+    assert {card["group"] for card in cards(browser, run).values()} == {"Learning"}
+    with RunDirectory.create(tmp_path / "loud", recipe="") as loud:
+        log_steps(loud, faults__tools=[0.0, 2.0], faults__late=[0.0, 0.0], faults__new_one=[1.0, 0.0])
+    shown = {title: card["keys"] for title, card in cards(browser, loud).items() if card["group"] == "Faults"}
+    assert shown == {"Tools that failed": ["2"], "Other faults": ["new one 0"]}
+    assert texts(browser, ".group .about")[0].startswith("What failed")
+    path, _ = build_comparison([run.path, loud.path], tmp_path / "both.html")
+    browser.open(path.as_uri())
+    assert {"Tools that failed", "Other faults"} <= set(texts(browser, ".chart h4"))
+    assert "Late phases" not in texts(browser, ".chart h4")
+    named = "[...document.querySelectorAll('.chart')].filter((c) => c.textContent.startsWith('Tools that failed'))"
+    assert browser.run(f"{named}.map((c) => c.querySelectorAll('.key')[1].textContent)") == ["loud 2"]
+
+
+def test_where_nothing_was_measured_a_curve_has_a_gap(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        log_steps(
+            run,
+            reward_share__sums__format=[0.25, 0.0, 0.5, 0.5, 0.0],
+            reward_share__sums__answer=[0.75, 0.0, 0.5, 0.5, 1.0],
+            speed__engines_tokens_per_s=[900.0, 0, 800.0, 700.0, 800.0],
+            tokens_per_s=[500.0, 400.0, 500.0, 500.0, 500.0],
+            time__other_s=[1.0, 1.0, 1.0, 1.0, 9.6e-6],
+        )
+    shown = cards(browser, run)
+    assert [line.count("M") for line in shown["Shares of the reward"]["lines"]] == [2, 2]
+    assert shown["Shares of the reward"]["keys"] == ["sums/format 0.0 %", "sums/answer 100.0 %"]
+    assert [line.count("M") for line in shown["Generation speed"]["lines"]] == [1, 2]
+    assert shown["Generation speed"]["keys"] == ["tokens a second 500", "engines tokens a second 800"]
+    assert shown["Other times"]["keys"] == ["other 0.0096 ms"]
+
+
+def test_a_run_without_a_training_step_offers_no_numbers_of_one(browser: Browser, tmp_path):
+    with RunDirectory.create(tmp_path / "demo", recipe="") as run:
+        run.log_supervised({"step": 1, "loss/supervised": 3.0})
+    assert set(cards(browser, run)) == {"Supervised loss"}
+    assert not browser.run("document.querySelector('details.numbers').checkVisibility()")
+
+
 def test_a_click_on_a_curve_holds_a_step_and_the_slider_moves_it(page: Browser):
     page.click(".chart svg")
     (held,) = texts(page, ".step-bar output")
@@ -142,6 +227,45 @@ def test_the_timeline_says_who_did_what_and_who_idled(page: Browser):
     page.wait("!document.querySelector('.timeline .range').textContent.startsWith('0 s')")
 
 
+def test_the_timeline_marks_where_the_run_went_on(browser: Browser, tmp_path):
+    run = write_run(tmp_path / "demo", steps=5)
+    first = list(spans(np.random.default_rng(0), 3, begin=40.0))
+    ended = max(row["end"] for row in first)
+    later = [row | {"begin": row["begin"] + ended + 5, "end": row["end"] + ended + 5} for row in first]
+    write_lines(run.path / "timeline.jsonl", [*first, *later])
+    path, _ = build_report(run.path)
+    browser.open(f"{path.as_uri()}#timeline")
+    browser.wait("document.querySelector('.timeline canvas')?.height > 100")
+    browser.run("[...document.querySelectorAll('.controls button')].find((b) => b.textContent === 'Whole run').click()")
+    browser.wait("document.querySelector('.timeline .range').textContent.startsWith('0 s')")
+    assert texts(browser, ".timeline .legend .key")[-1] == "resumed"
+    assert marked_share(browser) == pytest.approx(ended / later[-1]["end"], abs=0.01)
+    other = write_run(tmp_path / "other", extras=True)
+    path, _ = build_report(other.path)
+    browser.open(f"{path.as_uri()}#timeline")
+    browser.wait("document.querySelector('.timeline canvas')?.height > 100")
+    assert "resumed" not in texts(browser, ".timeline .legend .key")
+
+
+def marked_share(browser: Browser) -> float:
+    """Where in the timeline the line of an interruption is, as a share of its width."""
+    return browser.run(
+        """(() => {
+        const canvas = document.querySelector('.timeline canvas');
+        const probe = document.createElement('i');
+        probe.style.color = 'var(--bad)';
+        document.body.append(probe);
+        const wanted = getComputedStyle(probe).color.match(/\\d+/g).map(Number);
+        probe.remove();
+        const row = canvas.getContext('2d').getImageData(0, canvas.height - 2, canvas.width, 1).data;
+        for (let x = 0; x < canvas.width; x += 1) {
+            if (wanted.every((value, i) => row[4 * x + i] === value)) return x / canvas.width;
+        }
+        return null;
+    })()"""
+    )
+
+
 TABLE = """[...document.querySelectorAll('.spent tbody tr')].map((row) => [...row.children].map((cell) =>
     cell.firstChild?.textContent ?? ''))"""
 
@@ -158,8 +282,9 @@ def test_the_reader_filters_orders_and_searches(page: Browser):
     assert texts(page, ".pane") == ["No trajectory matches these filters."]
     page.run("[...document.querySelectorAll('.filters button')].find((b) => b.textContent === 'Clear').click()")
     assert texts(page, ".count") == ["36 of 36 trajectories"]
-    page.choose("select[aria-label=order]", "latest")
     assert texts(page, ".item-step")[0] == "step 30" and texts(page, ".item-step")[-1] == "step 5"
+    page.choose("select[aria-label=order]", "step")
+    assert texts(page, ".item-step")[0] == "step 5" and texts(page, ".item-step")[-1] == "step 30"
     page.type("input[type=search][placeholder='Search the text']", "SLICE skipped")
     page.wait("document.querySelector('.count').textContent === '12 of 36 trajectories'")
     page.wait("CSS.highlights.get('found')?.size > 0")
@@ -167,9 +292,45 @@ def test_the_reader_filters_orders_and_searches(page: Browser):
     assert set(found) == {"slice", "skipped"}
 
 
+def test_the_reader_opens_on_training_and_marks_evaluation(browser: Browser, tmp_path):
+    rng = np.random.default_rng(0)
+    run = write_run(tmp_path / "demo", steps=5, sample_every=5, end=False)
+    run.log_samples(0, [trajectory(rng, 0, index, log_ratios=None) for index in range(2)])
+    path, _ = build_report(run.path)
+    browser.open(f"{path.as_uri()}#trajectories")
+    browser.wait("document.querySelectorAll('.list li').length === 6")
+    browser.wait("document.querySelector('.pane .facts-row')?.textContent.includes('step5')")
+    assert [text.startswith("evaluation") for text in texts(browser, ".list .snippet")] == [False] * 4 + [True] * 2
+    browser.click(".list li:last-child button")
+    browser.wait("document.querySelector('.pane .facts-row')?.textContent.includes('step0')")
+    assert "advantage–" in texts(browser, ".pane .facts-row")[0]
+    assert "evaluation" in texts(browser, ".pane h3 .pill")
+    browser.choose("select[aria-label=flag]", "evaluation")
+    assert texts(browser, ".count") == ["2 of 6 trajectories"]
+
+
+def test_a_served_evaluation_gives_way_to_training(browser: Browser, tmp_path):
+    rng = np.random.default_rng(0)
+    run = RunDirectory.create(tmp_path / "demo", recipe="")
+    run.log({"step": 0, "eval/sums": 0.4})
+    run.log_samples(0, [trajectory(rng, 0, 0, log_ratios=None)])
+    facts = "document.querySelector('.pane .facts-row')?.textContent"
+    with served(run) as url:
+        browser.open(f"{url}#trajectories")
+        browser.wait(f"{facts}?.includes('step0')")
+        run.log(step_metrics(rng, 1, 5))
+        run.log_samples(1, [trajectory(rng, 1, 0)])
+        browser.wait(f"{facts}?.includes('step1')")
+        run.log(step_metrics(rng, 2, 5))
+        run.log_samples(2, [trajectory(rng, 2, 0)])
+        browser.wait("document.querySelectorAll('.list li').length === 3")
+        assert "step1" in browser.run(facts)  # somebody may be reading it
+        run.finish()
+
+
 def clipped(run: RunDirectory, name: str, low: float) -> int:
     """Tokens of a trajectory with negative advantage whose ratio is below 1 - low."""
-    records = map(json.loads, (run.samples / "step_5.jsonl").read_text().splitlines())
+    records = map(json.loads, (run.samples / "step_30.jsonl").read_text().splitlines())
     record = next(record for record in records if record["id"] == name)
     assert record["advantage"] < 0
     ratios = [ratio for one in (*record["earlier"], record) for ratio in one["log_ratios"]]
@@ -203,7 +364,7 @@ def test_an_episode_reads_as_a_conversation(page: Browser, demo: RunDirectory):
         "document.querySelector('.scale')?.textContent === 'learned fromgradient cut off, ratio beyond 0.99 to 1.03'"
     )
     ratios = "[...document.querySelectorAll('.stream .token.warm')].length"
-    assert page.run(ratios) == clipped(demo, "coding/5#0", 0.01)
+    assert page.run(ratios) == clipped(demo, "coding/30#0", 0.01)
     page.click(".siblings .chip:last-child")
     page.wait("location.hash.includes('coding')")
 
@@ -272,6 +433,10 @@ def test_runs_are_compared_curve_by_curve(browser: Browser, demo: RunDirectory, 
     reward = "[...document.querySelectorAll('.chart')].find((c) => c.querySelector('h4').textContent === 'Reward')"
     assert browser.run(f"{reward}.querySelectorAll('.legend .key').length") == 2
     assert browser.run(f"{reward}.querySelectorAll('path.line:not(.raw)').length") == 2
+    title = "[...document.querySelectorAll('.chart h4')].find((h) => h.textContent === 'reward/sums/length_penalty')"
+    assert browser.run(f"[...{title}.childNodes].map((node) => node.textContent || '-').join('')") == (
+        "reward/-sums/-length_-penalty"  # where it may be broken
+    )
     go_to(browser, "recipe")
     assert texts(browser, ".differences tbody th") == ["seed"]
     assert texts(browser, ".differences tbody td") == ["0", "1"]

@@ -2,6 +2,7 @@
 
 const MARGIN = { top: 8, right: 10, bottom: 20, left: 46 };
 const HEIGHT = 150;
+const DIGIT = 6.4; // width of one in a label
 const SMOOTHING = 0.04; // of a noisy curve, that each point of its smoothed one reaches to either side
 
 // Values are numbers, null where one is missing, and undefined at steps that a run does not have (of several runs).
@@ -45,14 +46,16 @@ function linePath(values, x, y, joined) {
       if (value === null && !joined) pen = false;
       return;
     }
-    path += `${pen ? "L" : "M"}${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
+    const to = `${x(i).toFixed(1)} ${y(value).toFixed(1)}`;
+    path += pen ? `L${to}` : `M${to}h0`; // of a number between two gaps this leaves a dot
     pen = true;
   });
   return path;
 }
 
 class Chart {
-  // figure: {title, about, format, zero, smooth, stack, series: [{label, values, colour}], outline: series or null}
+  // figure: {title, about, format, zero, smooth, stack, labelled, series: [{label, values, colour}], outline: series or
+  // null}; a curve that is alone is named only where the figure is ``labelled``.
   constructor(figure, cursor) {
     this.cursor = cursor;
     this.take(figure);
@@ -62,10 +65,11 @@ class Chart {
       const swatch = element("i", { class: `swatch ${curve === figure.outline ? "outline" : curve.colour}` });
       return element("span", { class: "key" }, swatch, `${curve.label} `, this.values[i]);
     });
-    if (this.curves.length === 1) keys[0].replaceChildren(this.values[0]);
-    const head = element("div", { class: "chart-head" }, element("h4", {}, figure.title));
-    if (this.curves.length === 1) head.append(keys[0]);
-    const legend = this.curves.length > 1 ? element("div", { class: "legend" }, ...keys) : null;
+    const isAlone = this.curves.length === 1 && !figure.labelled;
+    if (isAlone) keys[0].replaceChildren(this.values[0]);
+    const head = element("div", { class: "chart-head" }, element("h4", {}, ...breakable(figure.title)));
+    if (isAlone) head.append(keys[0]);
+    const legend = !isAlone ? element("div", { class: "legend" }, ...keys) : null;
     this.caption = element("figcaption", {}, head, element("p", {}, figure.about), legend);
     this.node = element("figure", { class: "chart" }, this.caption, this.svg);
     this.svg.addEventListener("pointermove", (event) => this.point(event));
@@ -91,7 +95,7 @@ class Chart {
   point(event, pin = false) {
     if (!this.x) return;
     const box = this.svg.getBoundingClientRect();
-    const share = (event.clientX - box.left - MARGIN.left) / (this.width - MARGIN.left - MARGIN.right);
+    const share = (event.clientX - box.left - this.left) / (this.width - this.left - MARGIN.right);
     const steps = this.cursor.steps;
     const index = nearest(steps, steps[0] + share * (steps.at(-1) - steps[0]));
     if (pin && this.cursor.pinned && index === this.cursor.index) this.cursor.release();
@@ -125,15 +129,17 @@ class Chart {
     this.width = width;
     const steps = this.cursor.steps;
     const [low, high] = this.extent();
-    const across = width - MARGIN.left - MARGIN.right;
+    const levels = this.levels(low, high);
+    this.left = Math.max(MARGIN.left, 12 + DIGIT * Math.max(...levels.map(({ text }) => text.length)));
+    const across = width - this.left - MARGIN.right;
     const down = HEIGHT - MARGIN.top - MARGIN.bottom;
     const range = steps.at(-1) - steps[0] || 1;
-    const place = (step) => MARGIN.left + ((step - steps[0]) / range) * across;
+    const place = (step) => this.left + ((step - steps[0]) / range) * across;
     this.x = (i) => place(steps[i]);
     this.y = (value) => MARGIN.top + (1 - (value - low) / (high - low)) * down;
     this.svg.replaceChildren();
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
-    this.axes(low, high, place, width);
+    this.axes(levels, place, width);
     for (const { metric, from, to } of this.cursor.alarms) {
       if (!this.figure.names.includes(metric)) continue;
       const begin = place(Math.max(from, steps[0]));
@@ -149,14 +155,18 @@ class Chart {
     this.follow();
   }
 
-  axes(low, high, place, width) {
-    const levels = ticks(low, high, 4);
-    const gap = Number(((levels[1] ?? high) - levels[0]).toPrecision(6));
-    for (const mark of levels) {
+  // Marks of the vertical axis, with their labels.
+  levels(low, high) {
+    const marks = ticks(low, high, 4);
+    const gap = Number(((marks[1] ?? high) - marks[0]).toPrecision(6));
+    return marks.map((mark) => ({ mark, text: axisLabel(mark, gap, this.figure.format) }));
+  }
+
+  axes(levels, place, width) {
+    for (const { mark, text } of levels) {
       const y = this.y(mark);
-      const text = axisLabel(mark, gap, this.figure.format);
-      const label = vector("text", { class: "tick", x: MARGIN.left - 8, y: y + 3.5, "text-anchor": "end" }, text);
-      const line = { class: mark === 0 ? "grid zero" : "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y, y2: y };
+      const label = vector("text", { class: "tick", x: this.left - 8, y: y + 3.5, "text-anchor": "end" }, text);
+      const line = { class: mark === 0 ? "grid zero" : "grid", x1: this.left, x2: width - MARGIN.right, y1: y, y2: y };
       this.svg.append(vector("line", line), label);
     }
     const steps = this.cursor.steps;
@@ -248,10 +258,11 @@ class CurvesView {
     this.cursor.listeners = this.cursor.listeners.filter((listener) => !listener.ofChart);
     this.charts = figures.map((figure) => new Chart(figure, this.cursor));
     let at = 0;
-    this.groups = sections.map(({ title, figures: all }) => {
+    this.groups = sections.map(({ title, about, figures: all }) => {
       const charts = this.charts.slice(at, (at += all.length));
       const grid = element("div", { class: "grid-of-charts" }, ...charts.map((chart) => chart.node));
-      return { charts, node: element("section", { class: "group" }, element("h3", {}, title), grid) };
+      const what = about ? element("p", { class: "about" }, about) : null;
+      return { charts, node: element("section", { class: "group" }, element("h3", {}, title), what, grid) };
     });
     this.node.replaceChildren(...this.groups.map((group) => group.node));
     this.filter(this.words ?? "");

@@ -27,6 +27,13 @@ function vector(tag, attributes = {}, ...children) {
   return node;
 }
 
+// A name of slashes and underscores, which may go on in the next line behind one of them.
+function breakable(name) {
+  return String(name)
+    .split(/(?<=[/_])/)
+    .flatMap((part, i) => (i ? [element("wbr"), part] : [part]));
+}
+
 function button(text, action, attributes = {}) {
   return element("button", { type: "button", class: "quiet", on: { click: action }, ...attributes }, text);
 }
@@ -85,7 +92,7 @@ const FORMATS = {
     const percent = 100 * value;
     return `${decimal(percent, Math.abs(percent) < 1 && percent !== 0 ? 2 : 1)} %`;
   },
-  seconds: (value) => `${significant(value, 3)} s`,
+  seconds: (value) => (value !== 0 && Math.abs(value) < 1e-3 ? `${significant(1000 * value, 2)} ms` : `${significant(value, 3)} s`),
   bytes,
 };
 
@@ -94,7 +101,8 @@ function axisLabel(mark, step, format) {
   if (format === "bytes") return bytes(mark);
   if (format === "share") return `${axisLabel(100 * mark, 100 * step, "number")} %`;
   if (format === "seconds") return `${axisLabel(mark, step, "number")} s`;
-  if (Math.abs(mark) >= 1e4) return `${significant(mark / 1e3, 3)}k`;
+  const large = [[1e9, 1e9, "G"], [1e6, 1e6, "M"], [1e4, 1e3, "k"]].find(([least]) => Math.abs(mark) >= least);
+  if (large) return `${axisLabel(mark / large[1], step / large[1], "number")}${large[2]}`;
   if (mark === 0 || step < 1e-4) return significant(mark, 3);
   const places = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (/^2\.5/.test(step.toExponential()) ? 1 : 0));
   return decimal(mark, places);

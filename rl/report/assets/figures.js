@@ -19,7 +19,7 @@ const SECTIONS = [
   {
     title: "Stability",
     figures: [
-      { title: "Alarms that are on", about: "They are listed above.", keys: ["alarms/active"], format: "count", zero: true },
+      { title: "Alarms that are on", about: "How many of the run's own checks have raised one.", keys: ["alarms/active"], format: "count", zero: true },
       { title: "Engine and learner mismatch", about: "Mean |log-probability difference| per token, in nats.", keys: ["mismatch/logprob_abs"], format: "number", zero: true },
       { title: "Canary prompts", about: "The same on fixed prompts, both sides with equal weights.", keys: ["canary/logprob_abs", "canary/max", "canary/kl"], format: "number", zero: true },
       { title: "Mismatch KL", about: "Of the engine's policy to the learner's, nats per token.", keys: ["mismatch/kl"], format: "number", zero: true },
@@ -45,17 +45,35 @@ const SECTIONS = [
       { title: "Inside learning", about: "On a rank, mean over ranks.", keys: ["time/forward_s", "time/backward_s", "time/optimizer_s"], outline: "time/learn_s", format: "seconds", stack: true },
       { title: "Idle", about: "Seconds of a step with nothing to do.", keys: ["time/learner_idle_s", "time/engines_idle_s"], format: "seconds", zero: true },
       { title: "Scoring", about: "From a group's last token to its rewards.", keys: ["time/reward_s"], format: "seconds", zero: true },
-      { title: "Other times", about: "Seconds in a step.", keys: ["time/*"], format: "seconds", zero: true },
+      { title: "Checkpoint in the step", about: "Copying it to host memory, and waiting for the one before it.", keys: ["time/checkpoint_s"], format: "seconds", zero: true },
+      { title: "Checkpoint beside the steps", about: "From its copy in host memory to its last byte on the disk.", keys: ["checkpoint/seconds"], format: "seconds", zero: true },
+      { title: "Checkpoint size", about: "Bytes of the latest checkpoint.", keys: ["checkpoint/bytes"], format: "bytes", zero: true },
+      { title: "Other times", about: "Seconds in a step.", keys: ["time/*"], format: "seconds", zero: true, labelled: true },
       { title: "Generation speed", about: "Tokens per second, over the step and while engines were busy.", keys: ["tokens_per_s", "speed/engines_tokens_per_s"], format: "count", zero: true },
       { title: "Learner's arithmetic", about: "10¹² operations a second and rank.", keys: ["speed/learner_tflops"], format: "number", zero: true },
       { title: "Learner's MFU", about: "Share of the GPU's dense bf16 peak.", keys: ["speed/learner_mfu"], format: "share", zero: true },
-      { title: "GPU memory", about: "10⁹ bytes, the most over ranks and engines.", keys: ["memory/*"], format: "number", zero: true },
+      { title: "GPU memory", about: "10⁹ bytes, the most over ranks and engines.", keys: ["memory/*"], format: "number", zero: true, labelled: true },
       { title: "Tokens", about: "Generated and trained in a step.", keys: ["tokens/*"], format: "count", zero: true },
       { title: "Weights sent", about: "Bytes of a weight sync.", keys: ["sync/bytes"], format: "bytes", zero: true },
       { title: "Weight syncs verified", about: "1 when the checksums of engine and learner agree.", keys: ["sync/verified"], format: "number", zero: true },
       { title: "Weight version", about: "That the engines generate with.", keys: ["sync/version"], format: "count", zero: true },
       { title: "Learning rate", about: "After warm-up and schedule.", keys: ["lr"], format: "number", zero: true },
     ],
+  },
+  {
+    title: "Faults",
+    about: "What failed and was dealt with, counted in each step. Those that never happened are left out.",
+    figures: [
+      { title: "Engines restarted", about: "Their process was gone.", keys: ["faults/engine_restarts"] },
+      { title: "Engines lost", about: "Given up after too many restarts.", keys: ["faults/engines_lost"] },
+      { title: "Requests reissued", about: "From their beginning, because their engine died.", keys: ["faults/reissued"] },
+      { title: "Reward workers ended", about: "Crashed, or killed for a call that took too long.", keys: ["faults/reward_workers"] },
+      { title: "Tools that failed", about: "Episodes whose environment died or did not answer.", keys: ["faults/tools"] },
+      { title: "Late phases", about: "Took longer than the hang doctor allows.", keys: ["faults/late"] },
+      { title: "Learner restored", about: "From a checkpoint, times so far.", keys: ["faults/learner_restores"] },
+      { title: "Checkpoints not written", about: "So far.", keys: ["faults/checkpoints_failed"] },
+      { title: "Other faults", about: "", keys: ["faults/*"], labelled: true },
+    ].map((figure) => ({ ...figure, format: "count", zero: true, onlyAboveZero: true })),
   },
 ];
 
@@ -69,7 +87,8 @@ function hasValues(values) {
 function shortLabel(key, figure) {
   if (figure.named) return key.replaceAll("_", " ");
   const last = key.split("/").slice(1).join("/") || key;
-  return !figure.stack && figure.keys.some((name) => name.includes("*")) ? last : last.replace(/_s$/, "").replaceAll("_", " ");
+  if (!figure.stack && !figure.labelled && figure.keys.some((name) => name.includes("*"))) return last;
+  return last.replace(/_per_s$/, "_a_second").replace(/_s$/, "").replaceAll("_", " ");
 }
 
 function matching(key, names) {
@@ -84,8 +103,9 @@ function matching(key, names) {
 function withSeries(figure, columns, used) {
   const wanted = figure.keys.flatMap((key) => matching(key, Object.keys(columns)));
   const isNew = (name) => name !== figure.outline && !used.has(name) && hasValues(columns[name]);
-  const names = [...new Set(wanted)].filter(isNew);
-  names.forEach((name) => used.add(name));
+  const found = [...new Set(wanted)].filter(isNew);
+  found.forEach((name) => used.add(name));
+  const names = figure.onlyAboveZero ? found.filter((name) => columns[name].some((value) => value > 0)) : found;
   if (figure.distinct && names.length === 2 && String(columns[names[0]]) === String(columns[names[1]])) names.pop(); // one domain
   const series = names.map((name, i) => ({ label: shortLabel(name, figure), values: columns[name], colour: `c${i % COLOURS}` }));
   let outline = null;
@@ -106,8 +126,9 @@ function otherFigures(columns, used) {
 // Every section with at least one curve. A metric that no figure names gets one of its own under "Other".
 function sectionsOf(columns) {
   const used = new Set();
-  const sections = SECTIONS.map(({ title, figures }) => ({
+  const sections = SECTIONS.map(({ title, about, figures }) => ({
     title,
+    about,
     figures: figures.map((figure) => withSeries(figure, columns, used)).filter((figure) => figure.series.length),
   }));
   sections.push({ title: "Other", figures: otherFigures(columns, used) });
@@ -146,20 +167,23 @@ function joined(tables) {
 }
 
 // One figure for each metric of a section, with a curve for each run that has it.
-function comparedSection({ title, figures }, columns, names) {
+function comparedSection({ title, about: what, figures }, columns, names) {
   const compare = (figure, name) => {
     const series = columns.flatMap((of, i) => (hasValues(of[name]) ? [{ label: names[i], values: of[name], colour: `c${i % COLOURS}` }] : []));
     const single = figure.names.filter(Boolean).length === 1;
     const about = single ? figure.about : `${figure.title}. ${figure.about}`;
-    return { ...figure, title: single ? figure.title : name, about, names: [name], series, stack: false, outline: null };
+    return { ...figure, title: single ? figure.title : name, about, names: [name], series, labelled: true, stack: false, outline: null };
   };
-  return { title, figures: figures.flatMap((figure) => figure.names.filter(Boolean).map((name) => compare(figure, name))) };
+  return { title, about: what, figures: figures.flatMap((figure) => figure.names.filter(Boolean).map((name) => compare(figure, name))) };
 }
 
 // Sections for the tables of one run or several; ``sections`` makes them of columns.
 function figuresOf(tables, names, sections) {
   if (tables.length === 1) return { steps: tables[0].steps, sections: sections(tables[0].columns) };
   const { steps, columns } = joined(tables);
-  const every = Object.assign({}, ...[...columns].reverse());
+  const every = {};
+  for (const [name, values] of columns.flatMap(Object.entries)) {
+    if (!every[name]?.some((value) => value > 0)) every[name] = values; // rather of a run that has something to show
+  }
   return { steps, sections: sections(every).map((section) => comparedSection(section, columns, names)) };
 }

@@ -12,6 +12,7 @@ const coldCursor = new Cursor([0]);
 const coldCurves = new CurvesView(coldCursor);
 const timelines = runs.map(() => new TimelineView());
 const reader = new Reader(names, runs.map((run) => run.clip));
+const numbers = stepTable();
 const alarms = new AlarmsView((step) => {
   openTab("curves");
   cursor.move(nearest(cursor.steps, step), { pin: true });
@@ -23,7 +24,7 @@ function showCurves() {
   const trained = runs.map((run) => run.metrics);
   const { steps, sections } = figuresOf(trained, names, sectionsOf);
   place("curves-empty").hidden = steps.length > 0;
-  place("step-bar").hidden = !steps.length;
+  for (const node of [place("step-bar"), numbers]) node.hidden = !steps.length;
   if (steps.length) {
     cursor.extend(steps);
     cursor.alarms = runs.flatMap((run) => alarmsOf(run.alarms).flatMap(({ metric, times }) => times.map((time) => ({ metric, ...time }))));
@@ -146,7 +147,7 @@ async function follow(number) {
   showStanding();
   if (grown) showCurves();
   showTimeline(number, news.spans);
-  if (news.index.length) reader.add(number, sources[number], news.index);
+  if (news.index.length) reader.add(number, sources[number], news.index, { more: news.more });
   return news.more;
 }
 
@@ -179,7 +180,7 @@ const read = button("Read its trajectories", () => {
   openTab("trajectories");
 });
 place("step-bar").append(stepBar(cursor, [read, filter]));
-place("charts").append(curves.node, stepTable(), coldCurves.node);
+place("charts").append(curves.node, numbers, coldCurves.node);
 place("alarms").append(alarms.node);
 place("reader").append(reader.node);
 themeButton(place("theme"));

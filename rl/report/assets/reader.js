@@ -4,8 +4,8 @@ const LIST_PAGE = 100;
 const SPECIAL = /<\/?think>|<[|｜][^<>]{1,40}[|｜]>/g; // left out of the one-line view of a reply
 
 const ORDERS = {
-  step: { label: "step, earliest first", compare: (a, b) => a.step - b.step },
   latest: { label: "step, latest first", compare: (a, b) => b.step - a.step },
+  step: { label: "step, earliest first", compare: (a, b) => a.step - b.step },
   best: { label: "reward, highest first", compare: (a, b) => b.reward - a.reward },
   worst: { label: "reward, lowest first", compare: (a, b) => a.reward - b.reward },
   mismatch: { label: "mismatch, largest first", compare: (a, b) => (b.mismatch ?? 0) - (a.mismatch ?? 0) },
@@ -15,6 +15,9 @@ const ORDERS = {
 function rewardText(trajectory) {
   return trajectory.reward === null ? "–" : significant(trajectory.reward, 3);
 }
+
+// A sample of the evaluation before training, which has neither advantage nor log-ratios.
+const isEvaluation = (trajectory) => trajectory.flags.includes("evaluation");
 
 function toneOf(trajectory) {
   return trajectory.advantage > 0 ? "up" : trajectory.advantage < 0 ? "down" : "";
@@ -41,11 +44,14 @@ class Reader {
     this.node = element("div", {}, this.buildFilters(), element("div", { class: "reader" }, side, this.pane));
   }
 
-  // Adds summaries; each knows its run and where the whole trajectory is.
-  add(run, source, summaries) {
+  // Adds summaries; each knows its run and where the whole trajectory is; ``more`` are on
+  // their way.
+  add(run, source, summaries, { more = false } = {}) {
     for (const summary of summaries) this.all.push(Object.assign(summary, { run, source }));
     this.refreshChoices();
-    return this.apply();
+    const shown = this.apply();
+    this.isFilled = !more;
+    return shown;
   }
 
   buildFilters() {
@@ -136,7 +142,12 @@ class Reader {
     this.shown = 0;
     this.list.replaceChildren();
     this.extend(least);
-    this.open(found.includes(this.opened) ? this.opened : found[0]);
+    this.open(found.includes(this.opened) && this.stays(this.opened) ? this.opened : found[0]);
+  }
+
+  // What nobody asked for gives way while older steps still come in, and an evaluation to the first of training.
+  stays(t) {
+    return this.isAsked || (this.isFilled && !isEvaluation(t));
   }
 
   extend(count = LIST_PAGE) {
@@ -155,7 +166,7 @@ class Reader {
     const head = element("span", { class: "item-head" }, place, element("span", { class: `reward ${toneOf(t)}` }, rewardText(t)), element("span", { class: "item-id" }, t.id), element("span", { class: "item-step" }, `step ${t.step}`));
     const marks = [t.status === "finished" ? null : t.status, ...t.flags.filter((flag) => ["masked", "malformed", "tool errors"].includes(flag))].filter(Boolean);
     const turns = t.turns > 1 ? `${t.turns} turns` : null;
-    const note = [...marks, turns].filter(Boolean).join(", ");
+    const note = [...marks, isEvaluation(t) ? "evaluation" : null, turns].filter(Boolean).join(", ");
     const snippet = element("span", { class: "snippet" }, note ? element("span", { class: marks.length ? "marks" : "" }, `${note} · `) : null, t.snippet.replace(SPECIAL, " "));
     const node = element("button", { type: "button", on: { click: () => this.open(t, { asked: true }) } }, head, snippet);
     node.summary = t;
@@ -175,7 +186,10 @@ class Reader {
   // Opens what a link names, as run/step/id.
   openNamed(name) {
     const t = this.all.find((one) => this.nameOf(one) === name);
-    if (t) this.open(t);
+    if (t) {
+      this.isAsked = true;
+      this.open(t);
+    }
     return Boolean(t);
   }
 
@@ -191,6 +205,7 @@ class Reader {
       this.pane.replaceChildren(element("p", { class: "empty" }, this.all.length ? "No trajectory matches these filters." : "No trajectories yet."));
       return;
     }
+    this.isAsked ||= asked;
     if (asked) history.replaceState(null, "", `#trajectories/${this.nameOf(t)}`);
     try {
       const whole = await t.source.trajectory(t);
@@ -212,7 +227,7 @@ class Reader {
     const versions = versionsOf(whole);
     const facts = [
       ["reward", rewardText(t)],
-      ["advantage", t.advantage === null ? "–" : signed(t.advantage, 3)],
+      ["advantage", t.advantage === null || isEvaluation(t) ? "–" : signed(t.advantage, 3)],
       ["status", t.status],
       ["tokens", FORMATS.count(t.tokens)],
       ["weights", versions.length > 1 ? `versions ${versions.join(", ")}` : `version ${versions[0] ?? "–"}`],
@@ -247,7 +262,7 @@ class Reader {
     const largest = Math.max(1, ...entries.map(([, value]) => Math.abs(value ?? 0)));
     const rows = entries.map(([name, value]) => {
       const bar = element("meter", { min: 0, max: largest, value: Math.abs(value ?? 0), class: value < 0 ? "down" : "up", "aria-label": name });
-      return element("div", {}, element("span", {}, name), bar, element("b", {}, value === null ? "–" : significant(value, 3)));
+      return element("div", {}, element("span", {}, ...breakable(name)), bar, element("b", {}, value === null ? "–" : significant(value, 3)));
     });
     return element("div", { class: "parts", role: "group", "aria-label": "Reward parts" }, ...rows);
   }

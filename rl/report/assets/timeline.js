@@ -4,6 +4,7 @@ const LANE = 30;
 const AXIS = 22;
 const MOST_ROWS = 4; // spans of one actor that lie over each other and are told apart
 const OVERVIEW = 30;
+const RESUMED = "resumed";
 
 // Phases in the colours of what they are for; any other gets one of the rest.
 const PHASES = {
@@ -35,7 +36,8 @@ class Spans {
   constructor() {
     this.all = [];
     this.actors = [];
-    this.end = 0; // milliseconds
+    this.resumed = []; // milliseconds
+    this.end = 0;
   }
 
   add({ actor, phase, detail, begin, length, step, names }) {
@@ -53,6 +55,14 @@ class Spans {
       this.end = Math.max(this.end, span.end);
     }
     this.actors = [...byActor.entries()].sort(([a], [b]) => actorOrder(a, b)).map(([name, spans]) => this.lane(name, spans));
+    this.resumed = this.findResumed();
+  }
+
+  // Where the run went on after it had ended or failed: the last thing seen in front of each start but the first.
+  findResumed() {
+    const starts = this.all.filter((span) => span.actor === "driver" && span.phase === "start");
+    const before = starts.map(({ begin }) => this.all.reduce((last, { end }) => (end <= begin ? Math.max(last, end) : last), -1));
+    return before.filter((end) => end >= 0);
   }
 
   lane(name, spans) {
@@ -229,6 +239,7 @@ class TimelineView {
     const context = fitted(this.canvas, width, height);
     this.drawAxis(context, width, height, paint);
     this.spans.actors.forEach((lane, i) => this.drawLane(context, lane, AXIS + i * LANE, width, paint));
+    this.drawResumed(context, width, height, paint);
     this.drawOverview(width, paint);
     this.describe();
   }
@@ -246,6 +257,20 @@ class TimelineView {
       context.lineTo(x, height);
       context.stroke();
       context.fillText(duration(mark), Math.min(x + 3, width - 44), AXIS / 2 - 2);
+    }
+  }
+
+  // A line through all lanes, with a word in the place of the axis' labels.
+  drawResumed(context, width, height, paint) {
+    const size = context.measureText(RESUMED).width;
+    for (const time of this.spans.resumed.filter((one) => one >= this.from && one <= this.to)) {
+      const x = Math.round((time - this.from) / this.perPixel());
+      const left = Math.min(x, width - size - 8);
+      context.fillStyle = paint.card;
+      context.fillRect(left, 0, size + 8, AXIS - 4);
+      context.fillStyle = paint.bad;
+      context.fillRect(x, 0, 1, height);
+      context.fillText(RESUMED, left + 4, AXIS / 2 - 2);
     }
   }
 
@@ -290,6 +315,8 @@ class TimelineView {
         context.fillRect(x, i * height, end - x, Math.max(height - 0.5, 0.5));
       }
     });
+    context.fillStyle = paint.bad;
+    for (const time of this.spans.resumed) context.fillRect(Math.round(time * scale), 0, 1, OVERVIEW);
     context.fillStyle = paint.veil;
     context.fillRect(0, 0, this.from * scale, OVERVIEW);
     context.fillRect(this.to * scale, 0, width, OVERVIEW);
@@ -307,7 +334,9 @@ class TimelineView {
     });
     this.shares.replaceChildren(element("div", { class: "share-head" }, element("span", {}, "actor"), element("span", {}, "busy")), ...rows);
     this.table.replaceChildren(this.sharesTable(spent));
-    this.legend.replaceChildren(...this.spans.phases.map((phase) => element("span", { class: "key" }, element("i", { class: `swatch ${phaseClass(phase)}` }), phase)));
+    const keys = this.spans.phases.map((phase) => element("span", { class: "key" }, element("i", { class: `swatch ${phaseClass(phase)}` }), phase));
+    if (this.spans.resumed.length) keys.push(element("span", { class: "key" }, element("i", { class: "swatch resumed" }), RESUMED));
+    this.legend.replaceChildren(...keys);
   }
 
   // A row for each actor, a column for each phase: the share of the window, and the seconds.
@@ -338,7 +367,7 @@ function colours(node) {
   const of = (name) => style.getPropertyValue(name).trim();
   const palette = { waiting: of("--waiting"), soft: of("--faint") };
   for (let i = 0; i < COLOURS; i += 1) palette[`c${i}`] = of(`--c${i}`);
-  const named = Object.fromEntries(["ink", "soft", "faint", "line", "card", "sunken", "veil"].map((name) => [name, of(`--${name}`)]));
+  const named = Object.fromEntries(["ink", "soft", "faint", "line", "card", "sunken", "veil", "bad"].map((name) => [name, of(`--${name}`)]));
   return { ...named, font: style.fontFamily, phase: (phase) => palette[phaseClass(phase)] };
 }
 
