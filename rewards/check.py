@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         judge = judge_of(options)
         began = time.perf_counter()
         surroundings = Surroundings(directory=os.getcwd(), judge=judge, env=chosen_variables(options.env))
-        outcomes = list(_called(use, samples, surroundings))
+        outcomes = list(_all_scored(use, samples, surroundings))
         seconds = time.perf_counter() - began
     except UserError as error:
         print(f"keel: {error}", file=sys.stderr)
@@ -98,7 +98,18 @@ def _args(pairs: Sequence[str]) -> dict[str, object]:
     return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def _called(use: RewardUse, samples: Sequence[Sample], surroundings: Surroundings) -> Iterator[Outcome]:
+def scored(use: RewardUse, samples: Iterable[Sample], surroundings: Surroundings) -> Iterator[Outcome]:
+    """One outcome a sample, each scored when it is asked for, in a process of its own; a batched function is given
+    groups of one. Raises RecipeError for a function that cannot be."""
+    runner = _Runner(use, surroundings)
+    try:
+        for sample in samples:
+            yield runner.call([sample])[0]
+    finally:
+        runner.close()
+
+
+def _all_scored(use: RewardUse, samples: Sequence[Sample], surroundings: Surroundings) -> Iterator[Outcome]:
     """One outcome a sample, in order; a batched function is given the siblings of a prompt together."""
     runner = _Runner(use, surroundings)
     try:

@@ -33,6 +33,11 @@ def read_samples(path: str | Path) -> list[Sample]:
     return samples
 
 
+def sample_of(prompt: Prompt, reply: str) -> Sample:
+    """As of a saved line with no more than a reply."""
+    return _sequence({"reply": reply}, prompt)
+
+
 def siblings(samples: Sequence[Sample]) -> list[list[Sample]]:
     """The samples by prompt, in the order in which prompts first occur."""
     groups: dict[str, list[Sample]] = {}

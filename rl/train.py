@@ -38,6 +38,7 @@ from rl.loop_state import Loop
 from rl.plan_text import add_plan_arguments, show_plan
 from rl.progress import Progress, Stage
 from rl.recipe import load_recipe, to_yaml
+from rl.rehearsal import rehearse
 from rl.report import build_report
 from rl.resume import bring_back, open_run
 from rl.rollouts import Rollouts
@@ -248,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         "overrides", nargs="*", default=[], metavar="key.path=value", help="settings that replace the recipe's"
     )
     parser.add_argument("--show", action="store_true", help="print the whole resolved recipe and stop")
+    parser.add_argument("--check", action="store_true", help="read the data, try the rewards, start nothing and stop")
     add_plan_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
     conceal_environment()
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         check_plugins(recipe)
         check_wandb(recipe)
         data = load_data(recipe)
-        return launch(recipe, data)
+        return rehearse(recipe, data) if arguments.check else launch(recipe, data)
     except UserError as error:
         print(f"keel: {redact(str(error))}", file=sys.stderr)
         return 1

@@ -5,20 +5,17 @@ from __future__ import annotations
 import torch
 
 from kernels.bench import Case, Setup
-from model.checksum import LiveSums, Piece
+from kernels.checksum import HashTable
 
 
 def _setup(layers: int, hidden: int, rows: int, *, cut: bool) -> Setup:
-    """``cut``: every matrix is the left half of one, whose rows do not lie side by side."""
+    """``cut``: every matrix is the first columns of one, whose rows do not lie side by side."""
     width = 2 * hidden if cut else hidden
     shapes = [(hidden,), (rows, width), (hidden, rows)] * layers
     whole = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
     weights = [tensor[:, :hidden] if cut and tensor.dim() == 2 else tensor for tensor in whole]
-    pieces = [
-        Piece(shape=tuple(tensor.shape), axis=tensor.dim() - 1, length=weight.shape[-1])
-        for tensor, weight in zip(whole, weights, strict=True)
-    ]
-    sums = LiveSums((weight, piece, weight.dtype) for weight, piece in zip(weights, pieces, strict=True))
+    words = [weight.view(torch.int64).reshape(-1, weight.shape[-1] // 4) for weight in weights]
+    sums = HashTable([(of, 0, tensor.shape[-1] // 4) for of, tensor in zip(words, whole, strict=True)])
     copies = [torch.empty_like(weight) for weight in weights]
 
     def copy() -> list[torch.Tensor]:
