@@ -26,8 +26,7 @@ from rl.environ import chosen_variables
 from rl.errors import RecipeError
 from rl.printable import printable
 from rl.sample import Prompt, Sample
-from rl.system import encode, open_conversation
-from rollout.conversation import Conversation
+from rl.system import check_lengths, lengths_of, open_conversation
 
 ENOUGH_S = 5.0
 """Seconds after which no further prompt is tried with a reward."""
@@ -43,33 +42,24 @@ def rehearse(recipe: Recipe, data: RunData) -> int:
         path = Path(recipe.model.path or folder)
         if recipe.model.path is None:
             save_byte_tokenizer(path)
-        conversation = open_conversation(recipe, data.prompts, path)
+        lengths = lengths_of(open_conversation(recipe, (), path), data.prompts)
+    check_lengths(recipe, lengths)
     surroundings = Surroundings(directory=os.getcwd(), env=chosen_variables(recipe.reward_env), seed=recipe.seed)
     failed = 0
     for name, domain in recipe.domains.items():
         members = [prompt for prompt in data.training if prompt.domain == name]
-        print(_of_prompts(recipe, name, members, data.evaluation, conversation))
+        longest = max((lengths[prompt.id] for prompt in members), default=0)
+        held_out = sum(prompt.domain == name for prompt in data.evaluation)
+        print(
+            f"{name}: {len(members):,} prompts and {held_out:,} for evaluation; the longest has {longest:,} of the "
+            f"{recipe.model.max_context:,} tokens of model.max_context"
+        )
         for use in domain.rewards:
             sentence, fails = _of_reward(domain, use, members, surroundings)
             print(printable(f"  {part_name(use)}: {sentence}"), flush=True)
             failed += fails
-    print("\nnothing was started; " + (f"{_many(failed)} failed" if failed else "this much is in order"))
+    print("\nnothing was started; " + (f"rewards that failed: {failed}" if failed else "this much is in order"))
     return int(failed > 0)
-
-
-def _many(rewards: int) -> str:
-    return "a reward" if rewards == 1 else f"{rewards} rewards"
-
-
-def _of_prompts(
-    recipe: Recipe, name: str, members: Sequence[Prompt], evaluation: Sequence[Prompt], conversation: Conversation
-) -> str:
-    longest = max((len(encode(conversation, prompt)) for prompt in members), default=0)
-    held_out = sum(prompt.domain == name for prompt in evaluation)
-    return (
-        f"{name}: {len(members):,} prompts and {held_out:,} for evaluation; the longest has {longest:,} of the "
-        f"{recipe.model.max_context:,} tokens of model.max_context"
-    )
 
 
 def _of_reward(

@@ -163,13 +163,22 @@ def open_conversation(recipe: Recipe, prompts: Iterable[Prompt], model_dir: Path
         conversation = Conversation(load_tokenizer(model_dir))
     except ValueError as error:
         raise DataError(str(error)) from error
-    lengths = [(prompt.id, len(encode(conversation, prompt))) for prompt in prompts]
-    too_long = [one for one in lengths if one[1] >= recipe.model.max_context]
-    if too_long:
-        name, longest = max(too_long, key=lambda one: one[1])
-        many = f" ({len(too_long)} of {len(lengths)} prompts are too long, this is the longest)"
-        check_window(f"prompt {name}", longest, recipe.model.max_context, note=many)
+    check_lengths(recipe, lengths_of(conversation, prompts))
     return conversation
+
+
+def lengths_of(conversation: Conversation, prompts: Iterable[Prompt]) -> dict[str, int]:
+    """Tokens of each prompt, by its id."""
+    return {prompt.id: len(encode(conversation, prompt)) for prompt in prompts}
+
+
+def check_lengths(recipe: Recipe, lengths: Mapping[str, int]) -> None:
+    """Raises DataError, naming the longest, when prompts leave no room for a reply."""
+    too_long = {name: length for name, length in lengths.items() if length >= recipe.model.max_context}
+    if too_long:
+        longest = max(too_long, key=lambda name: too_long[name])
+        many = f" ({len(too_long)} of {len(lengths)} prompts are too long, this is the longest)"
+        check_window(f"prompt {longest}", too_long[longest], recipe.model.max_context, note=many)
 
 
 @asynccontextmanager

@@ -218,6 +218,17 @@ def test_too_few_gpus(tmp_path: Path):
     assert changes["placement"] == "shared"
 
 
+@pytest.mark.parametrize("num_gpus", [1, 2, 3, 5])
+def test_fewer_gpus_than_it_asks_for(num_gpus: int, tmp_path: Path, costs: Write):
+    model = costs(QWEN3_8B)
+    recipe = vllm_recipe(tmp_path, "rollout.engines=4", "learner.ranks=4", "learner.zero_stage=3")
+    sentence, changes, advised_gpus = advised(recipe, model, node(num_gpus, 141))
+    assert "needs 8 GPUs" in sentence and advised_gpus == num_gpus
+    unchanged = ["rollout.engines=4", "learner.ranks=4", "learner.zero_stage=3"]
+    better = vllm_recipe(tmp_path, *unchanged, *(f"{name}={value}" for name, value in changes.items()))
+    assert not list(problems(make_plan(better, model, node(num_gpus, 141))))
+
+
 def test_an_engine_without_room_for_a_sequence(tmp_path: Path):
     recipe = vllm_recipe(tmp_path, "rollout.gpu_memory=0.01")
     sentence, changes, _ = advised(recipe, recipe_costs(recipe), node(2))

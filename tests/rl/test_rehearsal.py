@@ -48,7 +48,7 @@ def test_a_reward_that_cannot_be(reward: str, sentence: str, tmp_path: Path, cap
     printed = capsys.readouterr().out
     assert "  math_answer: 0 for the reply 0" in printed or "  math_answer: 1 for the reply 0" in printed
     assert re.search(f"^  {sentence}", printed, re.MULTILINE)
-    assert printed.endswith("nothing was started; a reward failed\n")
+    assert printed.endswith("nothing was started; rewards that failed: 1\n")
 
 
 def test_prompts_that_a_reward_cannot_score(tmp_path: Path, capsys: Capture):
