@@ -1,12 +1,16 @@
 """Where a step of a vLLM engine, or an update of its weights, spends its time.
 
-    PYTHONPATH=tests/gpu/phases KEEL_PHASES=runs/phases python -m tests.gpu.measure throughput --passes 4
+    PYTHONPATH=tests/gpu/phases PYTHON_PHASES=runs/phases python -m tests.gpu.measure throughput --passes 4
 
 Python imports this module first, of itself, where its folder is on PYTHONPATH.
 
-Times methods of vLLM's and ours in every process, as soon as their modules are there, and writes to KEEL_PHASES.PID how
-often each was called, and the mean and median of its milliseconds after the first quarter of the calls. What one calls
-counts to the other as well. What a GPU does meanwhile is not in it, but for what Event.synchronize waits.
+Times methods of vLLM's and ours in every process, as soon as their modules are there, and writes to PYTHON_PHASES.PID
+how often each was called, and the mean and median of its milliseconds after the first quarter of the calls. What one
+calls counts to the other as well. What a GPU does meanwhile is not in it, but for what Event.synchronize waits. The
+last calls are in PYTHON_PHASES.PID.calls, with their beginnings in seconds of the machine's clock, and their
+milliseconds: `sort -n` of all these files is what the processes of a run did, in order.
+
+The variable is named so that Ray's processes have it too (`rl.environ`).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +46,41 @@ METHODS = {
         "HeldWeights.write",
         "HeldWeights.take_written",
         "HeldWeights.answer",
+        "HeldWeights.absorb",
+        "HeldWeights.is_live",
+        "HeldWeights._read",
         "Verifier.checksums",
     ),
     "rollout.weight_receiver": ("WeightReceiver.take",),
     "rollout.direct_update": ("DirectUpdates.begin", "DirectUpdates.taken"),
-    "rollout.vllm_worker": ("WeightReader.take_broadcast", "WeightReader.held_weights"),
+    "rollout.vllm_worker": (
+        "WeightReader.take_broadcast",
+        "WeightReader.finish_update",
+        "WeightReader.held_weights",
+        "WeightReader.peak_memory_gb",
+    ),
+    "vllm.v1.worker.gpu_worker": ("Worker.start_weight_update", "Worker.update_weights", "Worker.finish_weight_update"),
     "rollout.vllm_engine": (
         "VllmEngineActor.take_broadcast",
         "VllmEngineActor.begin_update",
         "VllmEngineActor.receive",
         "VllmEngineActor.commit",
         "VllmEngineActor._make_way",
+        "VllmEngineActor._of_workers",
+        "VllmEngineActor._relabel",
         "VllmEngineActor._put_into_effect",
     ),
-    "rl.sync": ("Publisher.publish", "Broadcast.update", "SharedMemory.update"),
+    "rl.sync": ("Publisher.publish", "Broadcast._connected", "Broadcast.update", "SharedMemory.update"),
+    "rollout.pool": ("EnginePool.take_broadcast", "EnginePool.receive", "EnginePool.commit"),
+    "trainer.learner": ("Learner.send_weights", "Learner.offer_weights"),
+    "trainer.rank": ("LearnerRank.send_weights", "LearnerRank.offer_weights"),
     "trainer.sender": ("WeightSender.offer", "WeightSender.send"),
     "model.transport": (
         "StagingBuffers.pack",
+        "BroadcastGroup.send",
+        "BroadcastGroup._broadcast",
+        "BroadcastGroup._description",
+        "BroadcastGroup._forget_last_round",
         "BroadcastGroup._take",
         "BroadcastGroup._wait",
         "BroadcastGroup._publish",
@@ -67,12 +90,14 @@ METHODS = {
     "torch.cuda.streams": ("Event.synchronize",),
 }
 LOOK_S, STARTING_S, WRITE_S = 0.005, 300.0, 2.0
+LAST_CALLS = 4000
 
 
 class Phases:
     def __init__(self, out: str) -> None:
         self._out = Path(f"{out}.{os.getpid()}")
         self._seconds: dict[str, list[float]] = {}
+        self._calls: deque[tuple[float, float, str]] = deque(maxlen=LAST_CALLS)
         self._left = {(module, name) for module, names in METHODS.items() for name in names}
 
     def watch(self) -> None:
@@ -92,21 +117,26 @@ class Phases:
                 self._write()
 
     def _time(self, owner: type, method: str) -> None:
-        inner, seconds = vars(owner)[method], self._seconds.setdefault(f"{owner.__name__}.{method}", [])
+        inner, name = vars(owner)[method], f"{owner.__name__}.{method}"
+        seconds = self._seconds.setdefault(name, [])
+
+        def note(began: float) -> None:
+            seconds.append(time.perf_counter() - began)
+            self._calls.append((began, seconds[-1], name))
 
         def timed(*args: Any, **others: Any) -> Any:
             began = time.perf_counter()
             try:
                 return inner(*args, **others)
             finally:
-                seconds.append(time.perf_counter() - began)
+                note(began)
 
         async def awaited(*args: Any, **others: Any) -> Any:
             began = time.perf_counter()
             try:
                 return await inner(*args, **others)
             finally:
-                seconds.append(time.perf_counter() - began)
+                note(began)
 
         setattr(owner, method, awaited if inspect.iscoroutinefunction(inner) else timed)
 
@@ -116,10 +146,16 @@ class Phases:
             if settled := [1e3 * s for s in seconds[len(seconds) // 4 :]]:
                 mean, median = statistics.fmean(settled), statistics.median(settled)
                 lines.append(f"{name:40} {len(seconds):7} calls  mean {mean:9.4f} ms  median {median:9.4f} ms\n")
-        coming = self._out.with_name(f"{self._out.name}.coming")
+        self._put(self._out, lines)
+        calls = sorted(self._calls.copy())
+        lines = [f"{began:.6f} {1e3 * s:9.3f} ms  {os.getpid()}  {name}\n" for began, s, name in calls]
+        self._put(self._out.with_name(f"{self._out.name}.calls"), lines)
+
+    def _put(self, out: Path, lines: list[str]) -> None:
+        coming = out.with_name(f"{out.name}.coming")
         coming.write_text("".join(lines))  # whoever is killed amid this leaves the last one
-        coming.replace(self._out)
+        coming.replace(out)
 
 
-if out := os.environ.get("KEEL_PHASES"):
+if out := os.environ.get("PYTHON_PHASES"):
     threading.Thread(target=Phases(out).watch, name="phases", daemon=True).start()
