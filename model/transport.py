@@ -108,7 +108,7 @@ class StagingBuffers:
         return self._numbers[self._turn]
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Bucket, torch.Tensor]:
-        """The bucket and the buffer that holds it, which is overwritten ``count`` calls later."""
+        """The bucket, and what holds it once the current stream is done; overwritten ``count`` calls later."""
         bucket = Bucket.of(tensors)
         self._turn = (self._turn + 1) % len(self._buffers)
         if self._buffers[self._turn].numel() < bucket.num_bytes:
@@ -118,9 +118,6 @@ class StagingBuffers:
             self._numbers[self._turn] = max(self._numbers) + 1
         buffer = self._buffers[self._turn][: bucket.num_bytes]
         bucket.pack(tensors, buffer)
-        if buffer.is_cuda:
-            # Gathered tensors give their memory up at the end of their turn, on a stream of their own.
-            torch.cuda.current_stream(buffer.device).synchronize()
         return bucket, buffer
 
 
@@ -174,7 +171,10 @@ class BroadcastGroup:
         return cls(own_host, store, **settings)
 
     def send(self, buckets: Iterable[Mapping[str, torch.Tensor]]) -> int:
-        """Sends one transfer from rank 0, and returns its bytes. A bucket's tensors must be valid for its turn only."""
+        """Sends one transfer from rank 0, and returns its bytes.
+
+        When a bucket's turn is over, the current stream may still have its tensors to read; nothing else has.
+        """
         assert self._staging is not None, "only rank 0 sends"
         self._forget_last_round()
         number, num_bytes, under_way = -1, 0, []

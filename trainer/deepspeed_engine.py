@@ -11,7 +11,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -331,14 +331,25 @@ def shard_frozen(module: nn.Module, sharding: Sharding) -> Callable[..., Any]:
     return engine
 
 
-def gathered(tensors: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """Makes partitioned parameters whole within the context; the ranks enter it together, with the same parameters."""
+@contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Makes partitioned parameters whole within the context; the ranks enter it together, with the same parameters.
+
+    Ends when what the current stream was asked to do with them is done.
+    """
     partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not partitioned:
-        return nullcontext()
+        yield
+        return
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(partitioned)
+    with deepspeed.zero.GatheredParameters(partitioned):
+        try:
+            yield
+        finally:
+            if (device := partitioned[0].device).type == "cuda":
+                # They give their memory up on a stream of their own, which does not wait for this one.
+                torch.cuda.current_stream(device).synchronize()
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

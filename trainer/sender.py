@@ -98,6 +98,8 @@ class WeightSender:
         self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._staging = self._staging or StagingBuffers(2, self.device)
         bucket, buffer = self._staging.pack(tensors)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # whoever is told of the buffer reads it at once
         uuid = str(torch.cuda.get_device_properties(self.device).uuid)
         return Offer(bucket=bucket.to_json(), handles={uuid: self._handle(self._staging.number, buffer)})
 
@@ -123,6 +125,3 @@ def _summed(buckets: Iterator[Bucket], sums: Checksums | None) -> Iterator[Bucke
         yield tensors
         if sums is not None and tensors:
             sums.add(tensors)
-            if (device := next(iter(tensors.values())).device).type == "cuda":
-                # Gathered tensors give their memory up when the next ones come, on a stream of their own.
-                torch.cuda.current_stream(device).synchronize()

@@ -33,6 +33,7 @@ SHARED_CACHE = {"KEEL_GPU_CACHE_GB": "6"}
 LOOK_S = 0.5
 
 FIGURES, SYNC, FAULTS = "KEEL_FIGURES", "KEEL_FIGURES_SYNC", "KEEL_FIGURES_FAULTS"
+VERIFICATION = "KEEL_FIGURES_VERIFICATION"
 MEASURE = "{python} -m tests.gpu.measure"
 TEST = "{python} -m pytest -s -p no:cacheprovider tests/gpu"
 ONE_GPU = "recipes/gpu/dsv32_shared_1gpu.yaml"
@@ -105,9 +106,8 @@ JOBS = (
     _figures("sync", f"sync placement=split {TRAINED}", 2, after=AFTER_LOOP),
     _figures("sync_4gb", f"sync placement=split {LARGE} model.init.num_hidden_layers=8", 2),
     _figures("sync_10gb", f"sync placement=split {LARGE} model.init.num_hidden_layers=18", 2),
-    _figures("verification", "verification", passes=20),
-    _figures("verification_4gb", f"verification {LARGE} model.init.num_hidden_layers=8", passes=20),
-    _figures("verification_two", f"verification placement=split {LARGE} model.init.num_hidden_layers=8", 2, passes=20),
+    _test("verification", "test_verification.py", select="shared", figures=VERIFICATION, alone=True),
+    _test("verification_two", "test_verification.py", 2, select="split", figures=VERIFICATION, alone=True),
     _test("killed", "test_killed_engine.py", select="shared", figures=FAULTS),
     _test("killed_broadcast", "test_killed_engine.py", 2, select="not shared", figures=FAULTS),
     _test("engine", "test_vllm_engine.py"),

@@ -15,6 +15,7 @@ The variable is named so that Ray's processes have it too (`rl.environ`).
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import statistics
@@ -124,6 +125,7 @@ class Phases:
             seconds.append(time.perf_counter() - began)
             self._calls.append((began, seconds[-1], name))
 
+        @functools.wraps(inner)  # Ray looks at what a method takes
         def timed(*args: Any, **others: Any) -> Any:
             began = time.perf_counter()
             try:
@@ -131,6 +133,7 @@ class Phases:
             finally:
                 note(began)
 
+        @functools.wraps(inner)
         async def awaited(*args: Any, **others: Any) -> Any:
             began = time.perf_counter()
             try:
