@@ -84,9 +84,10 @@ class DirectUpdates:
             self._arrived.append((parts, sums))
 
     @torch.inference_mode()
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def write(self, tensors: Mapping[str, torch.Tensor], *, flowing: bool) -> None:
+        """As `HeldWeights.write`."""
         assert self._held is not None
-        self._held.write(tensors)
+        self._held.write(tensors, flowing=flowing)
 
     @torch.inference_mode()
     def finish(self) -> None:

@@ -30,8 +30,8 @@ Taken = tuple[NDArray, list[str]]
 """The sums of a worker's parts, int64, and the names of kv_b_proj of which decoding uses something else."""
 _MOST_PLACES = 1_000_000
 _LARGE = 1 << 30
-"""Bytes of a worker's parts from which on each bucket is added up as it comes in, while the next one is on its way. Of
-fewer, one launch for all at the end takes less than one for each."""
+"""Bytes of a worker's parts from which on each bucket is added up while the next one is on its way. Of fewer, one
+launch for all at the end takes less than one for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,10 +253,11 @@ class HeldWeights:
         description = None if self.key in known else self._description
         return Answer(self.key, sums.tobytes(), unabsorbed, description)
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies the worker's parts of whole tensors to where it holds them; a large worker adds up what lies there.
+    def write(self, tensors: Mapping[str, torch.Tensor], *, flowing: bool) -> None:
+        """Copies the worker's parts of whole tensors to where it holds them.
 
-        Raises ValueError for a tensor that is none of these, or has another shape or dtype.
+        ``flowing``: whether more is on its way meanwhile; a large worker adds up what lies there now, then. Raises
+        ValueError for a tensor that is none of these, or has another shape or dtype.
         """
         alike, others = defaultdict(list), []
         for name, tensor in tensors.items():
@@ -269,7 +270,7 @@ class HeldWeights:
                 (alike[source.dtype] if fast else others).append((target, source))
         for pairs in filter(None, [*alike.values(), others]):
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateImportUsage]
-        if self._is_large:
+        if flowing and self._is_large:
             numbers, sums = self._bucket_of(tuple(tensors))
             if len(numbers):
                 self._written.append((numbers, sums.sums()))

@@ -88,22 +88,21 @@ class KeelTransfer(WeightTransferEngine):
         )
 
         self.receiver.begin()
-        self._take = self.updates.write
         if not self.updates.begin(self.shapes):
-            self._take = self._load
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Offer) -> None:
         if update_info.bucket is None:
             for tensors in self.receiver.receive():
-                self._take(tensors)
+                self._take(tensors, flowing=True)
         else:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
             handle = (update_info.handles or {}).get(uuid)
             if handle is None:
                 raise ValueError(f"no learner rank offers weights on this worker's GPU, {uuid}")
             copied = bool(self.updates.through_loader)  # which keeps tensors until it has a layer's
-            self._take(self.receiver.take(update_info.bucket, handle, copied=copied))
+            # vLLM waits for the GPU before it says that it has this one, and the next one is offered.
+            self._take(self.receiver.take(update_info.bucket, handle, copied=copied), flowing=False)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
@@ -117,6 +116,12 @@ class KeelTransfer(WeightTransferEngine):
 
     def shutdown(self) -> None:
         self.receiver.close()
+
+    def _take(self, tensors: Tensors, *, flowing: bool) -> None:
+        if self.updates.through_loader:
+            self._load(tensors)
+        else:
+            self.updates.write(tensors, flowing=flowing)
 
     def _load(self, tensors: Tensors) -> None:
         from vllm.model_executor.model_loader.mtp_validation import (  # pyright: ignore[reportMissingImports]

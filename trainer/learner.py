@@ -171,7 +171,7 @@ class Learner:
         """Broadcasts the current weights to the engines that joined, at most ``max_bytes`` whole at a time."""
         return (await self._all("send_weights", max_bytes))[0]
 
-    async def offer_weights(self, *, first: bool, max_bytes: int = 256 << 20) -> Offer | Sent:
+    async def offer_weights(self, *, first: bool, max_bytes: int = 512 << 20) -> Offer | Sent:
         """The next bucket of the current weights in the memory of every rank's GPU; at last, what they amounted to.
 
         An offer stands until the call after the next one.

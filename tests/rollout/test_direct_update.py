@@ -22,12 +22,14 @@ NOPE, VALUE, LATENT = 8, 4, 8
 """Of `deepseek_model`'s kv_b_proj."""
 
 
-@pytest.fixture(autouse=True, params=["small", "large"])
-def is_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(autouse=True, params=["small, flowing", "large, offered", "large, flowing"])
+def adds_up(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether buckets are added up as they come."""
-    if request.param == "large":
+    size, way = request.param.split(", ")
+    if size == "large":
         monkeypatch.setattr("rollout.held_weights._LARGE", 0)
-    return request.param == "large"
+    monkeypatch.setattr(Engine, "flowing", way == "flowing")
+    return request.param == "large, flowing"
 
 
 def module_of(live: Weights) -> nn.Module:
@@ -60,6 +62,8 @@ def changed(weights: Weights, turn: int) -> Weights:
 
 class Engine:
     """Workers whose parameters are written by hand where an update goes through vLLM's loader."""
+
+    flowing = True
 
     def __init__(
         self, weights: Weights, s: Shapes, size: int, *, by_expert: bool = False, copied: bool = False
@@ -99,7 +103,10 @@ class Engine:
             straight.append(updates.begin(shapes))
             for first in range(0, len(brought), 5):
                 bucket = dict(list(brought.items())[first : first + 5])
-                (updates.write if straight[-1] else updates.note)(bucket)
+                if straight[-1]:
+                    updates.write(bucket, flowing=self.flowing)
+                else:
+                    updates.note(bucket)
             if straight[-1]:
                 updates.finish()
             else:
@@ -239,9 +246,9 @@ def test_a_direct_update_takes_nothing_else():
     updates = engine.updates[0]
     assert updates.begin({})
     with pytest.raises(ValueError, match=r"model.norm.weight came as \(\(24,\), 'float32'\), but before as \(\(24,\),"):
-        updates.write({"model.norm.weight": torch.zeros(24)})
+        updates.write({"model.norm.weight": torch.zeros(24)}, flowing=True)
     with pytest.raises(ValueError, match=r"model.norms came as .* but before as None"):
-        updates.write({"model.norms": torch.zeros(24)})
+        updates.write({"model.norms": torch.zeros(24)}, flowing=True)
 
 
 def test_a_tensor_that_was_not_written_shows(monkeypatch: pytest.MonkeyPatch):
@@ -269,7 +276,7 @@ def test_a_tensor_that_was_not_written_shows(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_sums_are_taken_again_where_a_tensor_may_have_been_written_since(
-    monkeypatch: pytest.MonkeyPatch, is_large: bool
+    monkeypatch: pytest.MonkeyPatch, adds_up: bool
 ):
     taken, take = [], HeldWeights.take
     monkeypatch.setattr(HeldWeights, "take", lambda held: taken.append(held) or take(held))
@@ -281,7 +288,7 @@ def test_sums_are_taken_again_where_a_tensor_may_have_been_written_since(
         (updates,) = engine.updates
         assert updates.begin(shapes)
         for bucket in buckets:
-            updates.write(bucket)
+            updates.write(bucket, flowing=engine.flowing)
         updates.finish()
         taken.clear()
         held, found = updates.taken(described(weights))
@@ -289,7 +296,7 @@ def test_sums_are_taken_again_where_a_tensor_may_have_been_written_since(
 
     engine = Engine(weights, s, 1)
     engine.update(weights)
-    assert write(engine, weights) == checksums(weights.items()) and len(taken) == (not is_large)
+    assert write(engine, weights) == checksums(weights.items()) and len(taken) == (not adds_up)
     later = weights | {name: weights[name] + 1}
     assert write(engine, weights, {name: later[name]}) == checksums(later.items()) and len(taken) == 1
 
