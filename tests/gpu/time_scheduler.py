@@ -1,9 +1,11 @@
 """Milliseconds that vLLM's scheduler and the engine's own take for a step, one after the other; needs vLLM, and no GPU.
 
-    python -m tests.gpu.time_scheduler [--sequences 256] [--steps 150] [--turns 3]
+    python -m tests.gpu.time_scheduler [--sequences 256] [--steps 150] [--turns 3] [--length 200]
 
-Sequences of 48 tokens get one after another, two steps under way at once as in an engine. The engine's own records:
-log-probabilities, kept sets of 20 ids and 24 bytes a token of routes.
+Sequences of 48 tokens get one after another, two steps under way at once as in an engine. With ``--length`` they end, at
+the tenth to nineteen tenths of it, and others begin in their place. The engine's own records: log-probabilities, kept
+sets of 20 ids and 24 bytes a token of routes. ``front end`` is what keeps them, in another process: a step's and a mean
+of what the requests that ended in it take.
 """
 
 # pyright: reportMissingImports=false
@@ -11,6 +13,7 @@ log-probabilities, kept sets of 20 ids and 24 bytes a token of routes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -32,7 +35,10 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kernels.reference.draws import DRAW_FIELDS, draws_in
+from rl.sample import NDArray
 from rollout.drawn import Drawn, StepRows
+from rollout.engine_step import Step
+from rollout.step_records import StepRecords
 from rollout.vllm_recording import RecordingScheduler
 
 BLOCK, NUM_BLOCKS, PROMPT, VOCAB, KEPT, ROW_BYTES = 64, 20_000, 48, 384, 20, 24
@@ -71,48 +77,95 @@ def make_scheduler(kind: type, path: Path, sequences: int) -> Any:
     return kind(config, cache, structured_output_manager=manager, block_size=BLOCK, log_stats=logs)
 
 
-def add(scheduler: Any, number: int, steps: int) -> None:
-    tokens = np.random.default_rng(number).integers(0, VOCAB, PROMPT).tolist()
-    sampling = SamplingParams(top_p=0.95, max_tokens=2 * steps, ignore_eos=True, detokenize=False, seed=number)
-    asked = EngineCoreRequest(f"{number}.r-12345678", tokens, None, sampling, None, 0.0, None, None, None)
+def num_tokens(number: int, length: int | None) -> int | None:
+    return None if length is None else int(np.random.default_rng(number).uniform(0.1, 1.9) * length)
+
+
+def add(scheduler: Any, number: int, most: int) -> NDArray:
+    tokens = np.random.default_rng(number).integers(0, VOCAB, PROMPT).astype(np.int32)
+    sampling = SamplingParams(top_p=0.95, max_tokens=most, ignore_eos=True, detokenize=False, seed=number)
+    name = f"{number}.r-12345678"
+    asked = EngineCoreRequest(name, tokens.tolist(), None, sampling, None, 0.0, None, None, None)
     scheduler.add_request(Request.from_engine_core_request(asked, get_request_block_hasher(BLOCK, sha256)))
+    return tokens
 
 
-def drawn_by(counts: list[int], sampled: list[bool]) -> Drawn:
+def drawn_by(starts: list[int], counts: list[int], sampled: list[bool]) -> Drawn:
     num_rows = len(counts)
     table = np.zeros(1 + num_rows * (DRAW_FIELDS + VOCAB), np.int32)
     fields, _ = draws_in(table, num_rows)
     fields[:, 1], fields[:, 3], fields[:, 4] = sampled, KEPT, np.arange(num_rows) * KEPT
     table[0] = num_rows * KEPT
     edges = np.concatenate([[0], np.cumsum(counts)])
-    rows = StepRows(np.zeros(num_rows, np.int64), edges, np.zeros((edges[-1], ROW_BYTES), np.uint8))
+    rows = StepRows(np.array(starts, np.int64), edges, np.zeros((edges[-1], ROW_BYTES), np.uint8))
     return Drawn.of_table(table, num_rows, VOCAB, rows, lambda row: np.zeros(0, np.int32))
 
 
+class FrontEnd:
+    """What the engine's own process does with a step, and with the requests that ended in it."""
+
+    def __init__(self) -> None:
+        self._records = StepRecords(NUM_BLOCKS * BLOCK)
+
+    def open(self, number: int, prompt: NDArray) -> None:
+        self._records.open(str(number), prompt)
+
+    def take(self, outputs: Any) -> float:
+        """Its seconds."""
+        plain = outputs.scheduler_stats and outputs.scheduler_stats.kv_connector_stats
+        began = time.perf_counter()
+        if plain is not None:
+            self._records.add(Step.of_plain(plain))
+        return time.perf_counter() - began
+
+    def close(self, name: str, num_tokens: int) -> float:
+        """Its seconds."""
+        began = time.perf_counter()
+        self._records.read(name, num_tokens, width=ROW_BYTES)
+        self._records.close(name)
+        return time.perf_counter() - began
+
+
 def milliseconds(kind: type, path: Path, options: argparse.Namespace) -> dict[str, float]:
-    scheduler, under_way = make_scheduler(kind, path, options.sequences), []
+    scheduler, under_way, front = make_scheduler(kind, path, options.sequences), [], FrontEnd()
     scheduler.aux_output_connector = None
-    for number in range(options.sequences):
-        add(scheduler, number, options.steps)
-    seconds: dict[str, list[float]] = {"schedule": [], "update_from_output": []}
+    numbers, lengths = itertools.count(), {}
+
+    def begin() -> None:
+        number = next(numbers)
+        lengths[f"{number}.r-12345678"] = most = num_tokens(number, options.length) or 2 * options.steps
+        front.open(number, add(scheduler, number, most))
+
+    for _ in range(options.sequences):
+        begin()
+    seconds: dict[str, list[float]] = {"schedule": [], "update_from_output": [], "front end": []}
     for _ in range(options.steps):
         began = time.perf_counter()
         planned = scheduler.schedule()
         seconds["schedule"].append(time.perf_counter() - began)
         names = list(planned.num_scheduled_tokens)
-        under_way.append((planned, names, [scheduler.requests[n].num_computed_tokens >= PROMPT for n in names]))
+        under_way.append((planned, names, [scheduler.requests[name].num_computed_tokens for name in names]))
         if len(under_way) < 2:
             continue
-        planned, names, sampled = under_way.pop(0)
+        planned, names, ends = under_way.pop(0)
+        sampled = [end >= PROMPT for end in ends]
         output = ModelRunnerOutput(names, {name: at for at, name in enumerate(names)})
         output.sampled_token_ids = [[5] if got else [] for got in sampled]
         if kind is RecordingScheduler:
             counts = list(planned.num_scheduled_tokens.values())
-            output.aux_output_connector_output = drawn_by(counts, sampled)  # pyright: ignore[reportAttributeAccessIssue]
+            drawn = drawn_by([end - count for end, count in zip(ends, counts, strict=True)], counts, sampled)
+            output.aux_output_connector_output = drawn  # pyright: ignore[reportAttributeAccessIssue]
         began = time.perf_counter()
-        scheduler.update_from_output(planned, output)
+        outputs = scheduler.update_from_output(planned, output).get(0)
         seconds["update_from_output"].append(time.perf_counter() - began)
-    return {name: 1e3 * statistics.median(of_all[options.steps // 4 :]) for name, of_all in seconds.items()}
+        in_front = front.take(outputs) if outputs is not None and kind is RecordingScheduler else 0.0
+        for name in [each.request_id for each in outputs.outputs if each.finished] if outputs is not None else ():
+            most = lengths.pop(name)
+            in_front += front.close(name.partition(".")[0], most) if kind is RecordingScheduler else 0.0
+            begin()
+        seconds["front end"].append(in_front)
+    # The mean: what only some steps do counts too.
+    return {name: 1e3 * statistics.fmean(of_all[options.steps // 4 :]) for name, of_all in seconds.items()}
 
 
 def main() -> None:
@@ -120,6 +173,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--length", type=int, help="tokens of a sequence, on average")
     options = parser.parse_args()
     init_none_hash(sha256)
     with tempfile.TemporaryDirectory() as folder:
