@@ -331,13 +331,18 @@ def shard_frozen(module: nn.Module, sharding: Sharding) -> Callable[..., Any]:
     return engine
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it is a parameter of which every rank has a part."""
+    return hasattr(tensor, "ds_id")
+
+
 @contextmanager
 def gathered(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Makes partitioned parameters whole within the context; the ranks enter it together, with the same parameters.
 
     Ends when what the current stream was asked to do with them is done.
     """
-    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    partitioned = list(filter(is_partitioned, tensors))
     if not partitioned:
         yield
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from trainer.sender import Offer, Sent, WeightSender
 from trainer.step import RankStep, Reference, grpo_step, score
 from trainer.supervised import supervised_step
 from trainer.training_state import SavedState
-from trainer.weights import save_whole_model, weight_checksums, whole_weights
+from trainer.weights import resident_weights, save_whole_model, weight_checksums, whole_weights
 
 LOOPBACK = "127.0.0.1"
 GATHER_BYTES = 1 << 30
@@ -198,11 +199,13 @@ class LearnerRank:
 
     def send_weights(self, max_bytes: int) -> Sent | None:
         """Rank 0 broadcasts the weights to the engines; None on the other ranks."""
-        return self.sender.send(whole_weights(self.policy.model, max_bytes))
+        model = self.policy.model
+        return self.sender.send(whole_weights(model, max_bytes), partial(resident_weights, model))
 
     def offer_weights(self, max_bytes: int, first: bool) -> Offer | Sent:
         """The next bucket of weights, in this rank's GPU memory, for the engine on the same GPU; at last, the sum."""
-        return self.sender.offer(whole_weights(self.policy.model, max_bytes) if first else None)
+        model = self.policy.model
+        return self.sender.offer(whole_weights(model, max_bytes) if first else None, partial(resident_weights, model))
 
     def node(self) -> tuple[str, str]:
         """The address of this rank's node, and the GPUs that it has there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from model.checksum import Checksums, SumTables
 from model.transport import BroadcastGroup, StagingBuffers, open_store
 
 Bucket = Mapping[str, torch.Tensor]
+Resident = Callable[[], Bucket | None]
+"""All of an update's tensors, where they lie whole on this rank anyway; else None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class WeightSender:
         """On rank 0: waits until all ``size`` processes are there."""
         self._group = BroadcastGroup(host, self._store, rank=0, size=size, device=self.device, timeout_s=timeout_s)
 
-    def send(self, buckets: Iterator[Bucket]) -> Sent | None:
+    def send(self, buckets: Iterator[Bucket], resident: Resident = lambda: None) -> Sent | None:
         """Broadcasts an update. Ranks other than 0 go through the buckets, send nothing and return None."""
         if self.rank != 0:
             for _ in buckets:
@@ -71,7 +73,7 @@ class WeightSender:
         assert self._group is not None, "join() comes first"
         sums = Checksums(self._tables)
         try:
-            num_bytes = self._group.send(_summed(buckets, sums))
+            num_bytes = self._group.send(_summed(buckets, sums, resident))
         except Exception:
             self._leave()  # a broadcast that nobody takes keeps the GPU from whatever waits for all of it
             for _ in buckets:  # the other ranks go through them all, and make tensors whole together with this one
@@ -79,14 +81,14 @@ class WeightSender:
             raise
         return Sent(num_bytes=num_bytes, checksums=sums.result())
 
-    def offer(self, buckets: Iterator[Bucket] | None) -> Offer | Sent:
+    def offer(self, buckets: Iterator[Bucket] | None, resident: Resident = lambda: None) -> Offer | Sent:
         """The next bucket of an update, begun with ``buckets`` and continued with None; at the end, what was offered.
 
         An offer stands until the call after the next one.
         """
         if buckets is not None:
             self._sums, self._num_bytes = Checksums(self._tables), 0
-            self._offering = _summed(buckets, self._sums if self.rank == 0 else None)
+            self._offering = _summed(buckets, self._sums, resident) if self.rank == 0 else buckets
         assert self._offering is not None, "no update has begun"
         tensors = next(self._offering, None)
         if tensors is None:
@@ -119,9 +121,16 @@ class WeightSender:
         return self._handles[number]
 
 
-def _summed(buckets: Iterator[Bucket], sums: Checksums | None) -> Iterator[Bucket]:
-    """The buckets as they are. Checksums are taken of each when the next one is asked for: it is on its way then."""
-    for tensors in buckets:
+def _summed(buckets: Iterator[Bucket], sums: Checksums, resident: Resident) -> Iterator[Bucket]:
+    """The buckets as they are. Checksums are taken when the next one is asked for: a bucket is on its way then.
+
+    Of all at once, behind the first one, where that can be: engines are still getting ready, and the GPU waits.
+    """
+    everything = None
+    for number, tensors in enumerate(buckets):
         yield tensors
-        if sums is not None and tensors:
+        everything = resident() if number == 0 else everything
+        if everything is None:
             sums.add(tensors)
+        elif number == 0:
+            sums.add(everything)

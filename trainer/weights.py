@@ -14,7 +14,7 @@ from torch import Tensor
 from model import LanguageModel, write_checkpoint
 from model.checksum import Checksums
 from model.expert_exchange import exchange_of
-from trainer.deepspeed_engine import full_shape, gathered
+from trainer.deepspeed_engine import full_shape, gathered, is_partitioned
 
 
 def whole_weights(model: LanguageModel, max_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -39,6 +39,14 @@ def whole_weights(model: LanguageModel, max_bytes: int) -> Iterator[dict[str, Te
 def _whole(bucket: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     with gathered(bucket.values()):
         yield {name: _with_all_experts(tensor) for name, tensor in bucket.items()}
+
+
+def resident_weights(model: LanguageModel) -> dict[str, Tensor] | None:
+    """All of :func:`whole_weights` at once, where they lie; None where ranks hold some of them together."""
+    weights = dict(model.named_weights())
+    if any(is_partitioned(tensor) or exchange_of(tensor) for tensor in weights.values()):
+        return None
+    return {name: tensor.detach() for name, tensor in weights.items()}
 
 
 def _with_all_experts(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 Sequences of 48 tokens get one after another, two steps under way at once as in an engine. With ``--length`` they end,
 after a tenth to nineteen tenths of it, and others begin in their place. The engine's own records: log-probabilities,
-kept sets of 20 ids and 24 bytes a token of routes. ``front end`` is what another process does with a step's records, and
+kept sets of 20 ids and 24 bytes a token of routes. ``front end`` is what another process does with a step's records and
 with those of the sequences that ended in it. Means, after the first quarter of the steps.
 """
 

@@ -42,7 +42,7 @@ from trainer.phase import Phase
 from trainer.rank import LearnerRank
 from trainer.step import RankStep
 from trainer.supervised import EncodedDemonstration, pack_demonstrations
-from trainer.weights import whole_weights
+from trainer.weights import resident_weights, whole_weights
 
 Weights = dict[str, torch.Tensor]
 STAGES = [0, 1, 2, 3]
@@ -194,6 +194,9 @@ def read_weights(make: MakeRank, recipe: Recipe, model_dir: Path, saved: Path) -
     rank.step([minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size)])
     rank.save_model(saved)
     buckets = [{n: t.clone() for n, t in b.items()} for b in whole_weights(rank.policy.model, 4096)]
+    resident = resident_weights(rank.policy.model)
+    assert (resident is None) == (recipe.learner.zero_stage == 3 or recipe.learner.expert_parallel > 1)
+    assert resident is None or checksums(resident.items()) == rank.checksums()
     # Reading must not disturb training.
     rank.step([minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size)])
     sums = rank.checksums()

@@ -2,12 +2,14 @@
 
 import ctypes
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from model import checksums
 from trainer import sender as module
 from trainer.sender import Offer, WeightSender
 
@@ -41,3 +43,25 @@ def test_an_address_that_comes_back_is_exported_anew(monkeypatch: pytest.MonkeyP
     assert second[0] not in first and second == [second[0], first[2], second[0]]
     assert handles(5000, 5000) == [first[2], second[0]]
     assert next(exports) == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("lie_whole", [True, False])
+def test_what_was_offered_has_the_sums_of_all_tensors(monkeypatch: pytest.MonkeyPatch, rank: int, lie_whole: bool):
+    monkeypatch.setattr(module, "reduce_tensor", lambda whole: (None, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="gpu"))
+    weights = {f"weight {n}": torch.randn(8, n, generator=torch.Generator().manual_seed(n)) for n in range(1, 8)}
+    sender = WeightSender(rank=rank, device=torch.device("cpu"))
+
+    def buckets() -> Iterator[dict[str, torch.Tensor]]:
+        for name, tensor in weights.items():
+            whole = tensor.clone()
+            yield {name: whole}
+            whole.zero_()  # its turn is over
+
+    for _ in range(2):  # another update begins anew
+        offer = sender.offer(buckets(), lambda: weights if lie_whole else None)
+        while isinstance(offer, Offer):
+            offer = sender.offer(None, lambda: weights if lie_whole else None)
+        assert offer.checksums == (checksums(weights.items()) if rank == 0 else {})
+        assert offer.num_bytes == sum(tensor.nbytes for tensor in weights.values())
