@@ -10,6 +10,7 @@ through it is on the new version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -209,12 +210,17 @@ class SharedMemory:
     pool: EnginePool
 
     async def update(self, version: int, engines: Sequence[int]) -> tuple[Sent, EngineSums]:
-        offer, _ = await together(self.learner.offer_weights(first=True), self.pool.begin_update(engines))
-        while not isinstance(offer, Sent):
-            # The next bucket is put together while engines load this one.
-            offer, _ = await together(
-                self.learner.offer_weights(first=False), self.pool.receive(asdict(offer), engines)
-            )
+        try:
+            offer, _ = await together(self.learner.offer_weights(first=True), self.pool.begin_update(engines))
+            while not isinstance(offer, Sent):
+                # The next bucket is put together while engines load this one.
+                offer, _ = await together(
+                    self.learner.offer_weights(first=False), self.pool.receive(asdict(offer), engines)
+                )
+        except Exception:
+            with contextlib.suppress(Exception):  # what went wrong first says more
+                await self.learner.drop_offer()
+            raise
         return offer, await self.pool.commit(version, engines)
 
     async def memory_gb(self) -> dict[str, float]:

@@ -181,6 +181,10 @@ class Learner:
             return parts[0]
         return Offer(bucket=parts[0].bucket, handles={uuid: h for part in parts for uuid, h in part.handles.items()})
 
+    async def drop_offer(self) -> None:
+        """After an update by :meth:`offer_weights` that broke off."""
+        await self._all("drop_offer")
+
     async def gpus(self) -> list[str]:
         """What each rank sees as CUDA_VISIBLE_DEVICES."""
         return [gpus for _, gpus in await self._all("node")]

@@ -207,6 +207,10 @@ class LearnerRank:
         model = self.policy.model
         return self.sender.offer(whole_weights(model, max_bytes) if first else None, partial(resident_weights, model))
 
+    def drop_offer(self) -> None:
+        """Ends an update out of shared memory that broke off; comes before anything else that reads weights."""
+        self.sender.drop_offer()
+
     def node(self) -> tuple[str, str]:
         """The address of this rank's node, and the GPUs that it has there."""
         return ray.util.get_node_ip_address(), os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class WeightSender:
         self.device = device
         self._store: Any = None
         self._group: BroadcastGroup | None = None
-        self._offering: Iterator[Bucket] | None = None
+        self._offering: Generator[Bucket] | None = None
         self._staging: StagingBuffers | None = None
         self._handles: dict[int, str] = {}  # of exported staging buffers, by their numbers
         self._tables = SumTables()  # parameters that no other rank has a part of stay where they are
@@ -88,7 +88,7 @@ class WeightSender:
         """
         if buckets is not None:
             self._sums, self._num_bytes = Checksums(self._tables), 0
-            self._offering = _summed(buckets, self._sums, resident) if self.rank == 0 else buckets
+            self._offering = _summed(buckets, self._sums if self.rank == 0 else None, resident)
         assert self._offering is not None, "no update has begun"
         tensors = next(self._offering, None)
         if tensors is None:
@@ -104,6 +104,12 @@ class WeightSender:
             torch.cuda.current_stream(self.device).synchronize()  # whoever is told of the buffer reads it at once
         uuid = str(torch.cuda.get_device_properties(self.device).uuid)
         return Offer(bucket=bucket.to_json(), handles={uuid: self._handle(self._staging.number, buffer)})
+
+    def drop_offer(self) -> None:
+        """Ends an update that broke off: until then the parameters of its last bucket stay whole."""
+        if self._offering is not None:
+            self._offering.close()
+            self._offering = None
 
     def _leave(self) -> None:
         if self._group is not None:
@@ -121,7 +127,7 @@ class WeightSender:
         return self._handles[number]
 
 
-def _summed(buckets: Iterator[Bucket], sums: Checksums, resident: Resident) -> Iterator[Bucket]:
+def _summed(buckets: Iterator[Bucket], sums: Checksums | None, resident: Resident) -> Generator[Bucket]:
     """The buckets as they are. Checksums are taken when the next one is asked for: a bucket is on its way then.
 
     Of all at once, behind the first one, where that can be: engines are still getting ready, and the GPU waits.
@@ -129,6 +135,8 @@ def _summed(buckets: Iterator[Bucket], sums: Checksums, resident: Resident) -> I
     everything = None
     for number, tensors in enumerate(buckets):
         yield tensors
+        if sums is None:
+            continue
         everything = resident() if number == 0 else everything
         if everything is None:
             sums.add(tensors)

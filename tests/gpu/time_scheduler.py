@@ -171,10 +171,11 @@ def milliseconds(kind: type, path: Path, options: argparse.Namespace) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.time_scheduler", description="A step's scheduling.")
     parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, help="150; with --length 4 times as many as that")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--length", type=int, help="tokens of a sequence, on average")
     options = parser.parse_args()
+    options.steps = options.steps or 4 * (options.length or 0) or 150  # until as many end as in the long run
     init_none_hash(sha256)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from model.checksum import Checksums
+from trainer import sender
+
+_SUMMED = sender._summed
 
 
 def skip_sums(wrapper: Any, skip: bool) -> None:
@@ -42,10 +46,13 @@ class SkippedSums(Checksums):
 
 
 def _rank_skips(rank: Any, skip: bool) -> None:
-    from trainer import sender
-
     sender.Checksums = SkippedSums
     SkippedSums.skips = skip
+    sender._summed = _as_they_are if skip else _SUMMED
+
+
+def _as_they_are(buckets: Iterator[Any], *others: Any) -> Iterator[Any]:
+    return buckets
 
 
 def _engine_skips(actor: Any, skip: bool) -> None:

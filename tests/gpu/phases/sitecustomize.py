@@ -122,8 +122,9 @@ class Phases:
         seconds = self._seconds.setdefault(name, [])
 
         def note(began: float) -> None:
-            seconds.append(time.perf_counter() - began)
-            self._calls.append((began, seconds[-1], name))
+            took = time.perf_counter() - began
+            seconds.append(took)
+            self._calls.append((began, took, name))
 
         @functools.wraps(inner)  # Ray looks at what a method takes
         def timed(*args: Any, **others: Any) -> Any:
