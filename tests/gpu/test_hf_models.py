@@ -8,8 +8,6 @@ sequences of their own. Figures go to KEEL_FIGURES when that names a file.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from model.transformers_model import config_of, random_model
 from rl.config import Sampling
 from rollout.engine import Completion, Request
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.figures_file import record
 from tests.gpu.replay import figures, log_ratios
 
 SIZES: dict[str, Any] = {
@@ -93,8 +92,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     completions = asyncio.run(sample(path, asked))
     learner = load_model(path, dtype=torch.bfloat16, device="cuda").eval()
     yield Observed(name=name, learner=learner, requests=asked, completions=completions)
-    if target := os.environ.get("KEEL_FIGURES"):
-        Path(target).write_text(json.dumps(FIGURES, indent=2))
+    record(**FIGURES)
 
 
 def test_engine_and_learner_agree(seen: Observed):

@@ -1,12 +1,11 @@
 """vLLM engines killed under a pool: they come back with the learner's weights, and what they generated is issued again.
 
-Prints the seconds to recover, and writes them to KEEL_FIGURES_FAULTS when that names a file.
+Prints the seconds to recover, and writes them to KEEL_FIGURES when that names a file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -29,6 +28,7 @@ from rl.sample import Prompt, Sample
 from rl.sync import Publisher, transport_for
 from rl.system import reserve
 from rollout.pool import EnginePool
+from tests.gpu.figures_file import record
 from tests.gpu.test_vllm_engine import make_module
 from trainer.learner import Learner
 from trainer.sender import Sent
@@ -81,11 +81,8 @@ class Rig:
         return process.pid
 
     def report(self) -> None:
-        print("seconds to recover:", self.recovery_s, dict(self.pool.faults.totals))
-        if target := os.environ.get("KEEL_FIGURES_FAULTS"):
-            path = Path(target)
-            known = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(known | self.recovery_s, indent=2))
+        print("faults:", dict(self.pool.faults.totals), "seconds to recover:")
+        record(**self.recovery_s)
 
 
 @asynccontextmanager

@@ -5,7 +5,6 @@ What is measured goes to KEEL_FIGURES when that names a file; RESULTS.md holds t
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import queue
@@ -28,6 +27,7 @@ from rl.config import Domain, Learner, Model, Objective, Recipe
 from rl.durable import FileRecord
 from rl.hardware import peak_flops
 from rl.sample import Prompt, Sample
+from tests.gpu.figures_file import record
 from trainer.pack import Minibatch, WeightedSample, pack_step
 from trainer.phase import Phase
 from trainer.rank import LOOPBACK, LearnerRank
@@ -144,13 +144,6 @@ def finish(rank: LearnerRank) -> None:
     torch.cuda.empty_cache()
 
 
-def report(**figures: Any) -> None:
-    print(figures)
-    if path := os.environ.get("KEEL_FIGURES"):
-        with Path(path).open("a") as file:
-            file.write(json.dumps(figures) + "\n")
-
-
 def test_zero_stages_agree(alone: Any, model_dir: Path):
     """In a first step, in a second, which follows an update of each stage's own, and in a third."""
     norms = {}
@@ -158,7 +151,7 @@ def test_zero_stages_agree(alone: Any, model_dir: Path):
         rank = alone(smooth_recipe(zero_stage=stage), model_dir)
         norms[stage] = [rank.step([smooth_minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
         finish(rank)
-    report(grad_norms=norms)
+    record(grad_norms=norms)
     for stage in (2, 3):
         assert norms[stage][0] == pytest.approx(norms[1][0], rel=2e-3)
         assert norms[stage] == pytest.approx(norms[1], rel=0.01)
@@ -175,7 +168,7 @@ def test_recomputed_layers_give_the_same_norm_from_less_memory(alone: Any, model
         norms[recompute], seconds[recompute] = step.outcome.grad_norm, step.seconds
         peaks[recompute] = (torch.cuda.max_memory_allocated() - before) / 1e9
         finish(rank)
-    report(recompute_peak_gb=peaks, recompute_seconds=seconds)
+    record(recompute_peak_gb=peaks, recompute_seconds=seconds)
     assert norms[True] == pytest.approx(norms[False], rel=0.02)
     assert peaks[True] < 0.6 * peaks[False]
 
@@ -190,13 +183,9 @@ def test_a_sleeping_learner_leaves_the_gpu_and_goes_on(alone: Any, model_dir: Pa
     asleep, fell_asleep = torch.cuda.memory_allocated(), time.perf_counter()
     rank.wake()
     woke = time.perf_counter()
-    report(
-        stage=stage,
-        awake_gb=awake / 1e9,
-        asleep_gb=asleep / 1e9,
-        sleep_s=fell_asleep - began,
-        wake_s=woke - fell_asleep,
-    )
+    figures = {"awake_gb": awake / 1e9, "asleep_gb": asleep / 1e9}
+    figures |= {"sleep_s": fell_asleep - began, "wake_s": woke - fell_asleep}
+    record(**{f"asleep at stage {stage}": figures})
     parameters = sum(tensor.numel() for _, tensor in rank.policy.model.named_weights())
     if stage == 2:
         assert awake - asleep > 11.5 * parameters  # fp32 weights and two moments
@@ -258,14 +247,8 @@ def test_a_checkpoint_brings_back_every_bit(alone: Any, model_dir: Path, tmp_pat
     resumed = rank.step([minibatch().share(0)])[0].outcome
     assert resumed.grad_norm == pytest.approx(after.grad_norm, rel=1e-2)
     finish(rank)
-    report(
-        checkpoint=str(settings),
-        bytes=num_bytes,
-        copy_s=copied - began,
-        write_s=written - copied,
-        load_s=loaded - loading,
-        same_norm=resumed.grad_norm == after.grad_norm,
-    )
+    figures = {"bytes": num_bytes, "copy_s": copied - began, "write_s": written - copied, "load_s": loaded - loading}
+    record(**{f"checkpoint of {settings}": figures | {"same_norm": resumed.grad_norm == after.grad_norm}})
 
 
 def test_dense_attention_is_that_of_double_precision():
@@ -285,7 +268,7 @@ def test_dense_attention_is_that_of_double_precision():
     errors = {}
     for name, want, ours, simple in zip(("out", "dq", "dk", "dv"), exact, flash, plain, strict=True):
         errors[name] = [float((found.double() - want).norm() / want.norm()) for found in (ours, simple)]
-    report(dense_attention_errors=errors)
+    record(dense_attention_errors=errors)
     for name, (ours, simple) in errors.items():
         assert ours <= max(2 * simple, 1e-2), name
 
@@ -305,14 +288,9 @@ def test_the_speed_of_a_step(alone: Any, model_dir: Path):
         finish(rank)
         flops = sum(costs.training_flops(length) for length in lengths)
         peak = peak_flops(torch.cuda.get_device_name())
-        report(
-            recompute=recompute,
-            step_s=spent,
-            parts=seconds,
-            tokens_per_s=sum(lengths) / spent,
-            tflops=flops / spent / 1e12,
-            mfu=flops / spent / peak if peak else None,
-        )
+        figures = {"step_s": spent, "parts": seconds, "tokens_per_s": sum(lengths) / spent}
+        figures |= {"tflops": flops / spent / 1e12, "mfu": flops / spent / peak if peak else None}
+        record(**{f"recompute {recompute}": figures})
         assert seconds["forward"] < seconds["backward"] < spent
 
 
@@ -373,5 +351,5 @@ def test_two_ranks_over_nccl_step_like_one(alone: Any, model_dir: Path, settings
     rank = alone(smooth_recipe(), model_dir)
     norms = [rank.step([smooth_minibatch().share(0)])[0].outcome.grad_norm for _ in range(3)]
     finish(rank)
-    report(settings=settings, two_ranks=ranks[0][1], one_rank=norms)
+    record(**{f"norms with {settings}": {"two_ranks": ranks[0][1], "one_rank": norms}})
     assert ranks[0][1] == pytest.approx(norms, rel=0.01)

@@ -1,12 +1,11 @@
 """What of a weight update its verification takes, of a run's own actors: less than a twentieth.
 
-Prints the figures, and writes them to KEEL_FIGURES_VERIFICATION.CASE when that names a file.
+Figures go to KEEL_FIGURES when that names a file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import torch
 
 from rl.recipe import load_recipe
 from rl.system import prepare_model
-from tests.gpu.measure import ONE_GPU, parse, rows, verification
+from tests.gpu.figures_file import record
+from tests.gpu.measure import ONE_GPU, parse, verification
 from tests.gpu.together import LARGE
 
 LARGE_4GB = [*LARGE.split(), "model.init.num_hidden_layers=8"]
@@ -39,7 +39,5 @@ def test_verification_is_a_small_part_of_an_update(
         seen = asyncio.run(verification(recipe, prepare_model(recipe, tmp_path), options))
     finally:
         ray.shutdown()
-    print(rows("verification", seen))
-    if target := os.environ.get("KEEL_FIGURES_VERIFICATION"):
-        Path(f"{target}.{request.node.callspec.id.replace(' ', '_')}").write_text(json.dumps(seen, indent=2) + "\n")
+    record(**{request.node.callspec.id: seen})
     assert seen["share"] < 0.05

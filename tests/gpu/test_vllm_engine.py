@@ -7,7 +7,6 @@ are written to KEEL_FIGURES when that names a file; RESULTS.md holds those of th
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from model import DeepseekV32, ModelConfig, checksums, load_deepseek_v32, save_m
 from rl.config import Sampling
 from rollout.engine import Completion, EngineStats, Finish, Request
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.figures_file import record
 from tests.gpu.replay import figures, log_ratios
 from trainer.sender import Offer, WeightSender
 
@@ -237,8 +237,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(model_path: Path):
     observed = asyncio.run(scenario(model_path))
     yield observed
-    if target := os.environ.get("KEEL_FIGURES"):
-        Path(target).write_text(json.dumps(observed.figures, indent=2))
+    record(**observed.figures)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Weight updates on GPUs: how fast they are beside a plain copy, and what sleep frees.
 
-Measures, and writes to KEEL_FIGURES_SYNC when that names a file:
+Measures, and writes to KEEL_FIGURES when that names a file:
 
 * one GPU: bytes, seconds and GB/s of an update through GPU memory that two processes share, the seconds of its parts
   and the way that it took (the first through vLLM's loader, others straight), and of a plain device-to-device copy of
@@ -13,7 +13,6 @@ Measures, and writes to KEEL_FIGURES_SYNC when that names a file:
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from rl.system import reserve
 from rollout.engine import Completion, Finish, Request
 from rollout.pool import EnginePool
 from rollout.vllm_engine import EngineSettings, VllmEngineActor
+from tests.gpu.figures_file import record
 from tests.gpu.plain_copy import copy_speed
 from tests.gpu.replay import figures, log_ratios
 from tests.gpu.soil import soil_free_memory
@@ -57,14 +57,6 @@ class Seen:
     flight: list[Any] = field(default_factory=list)
     woken: dict[str, tuple[list[Request], list[Completion]]] = field(default_factory=dict)  # by what woke the engine
     used_gb: dict[str, float] = field(default_factory=dict)
-
-
-def record(name: str, figures: dict[str, Any]) -> None:
-    """Adds to the file of figures, which several tests write."""
-    if target := os.environ.get("KEEL_FIGURES_SYNC"):
-        path = Path(target)
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | {name: figures}, indent=2))
 
 
 def used_gb() -> float:
@@ -212,8 +204,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(model_path: Path) -> Seen:
     observed = asyncio.run(scenario(model_path))
-    print(json.dumps(observed.figures, indent=2))
-    record("shared_memory", observed.figures)
+    record(shared_memory=observed.figures)
     return observed
 
 
@@ -251,7 +242,7 @@ def test_what_a_woken_engine_samples_is_what_its_weights_say(seen: Seen, woken_b
     pair = seen.woken[woken_by]
     assert all(np.isfinite(completion.logprobs).all() for completion in pair[1])
     ours = figures(log_ratios(make_module(2).to("cuda"), *pair))
-    record(f"woken by {woken_by}", ours)
+    record(**{f"woken by {woken_by}": ours})
     assert ours["mean_abs"] < 0.05
 
 
@@ -294,7 +285,7 @@ async def publish_twice(recipe: Recipe, model_path: Path) -> dict[str, Any]:
 @needs_two
 def test_an_update_by_broadcast_beside_a_plain_one(cluster: None, model_path: Path):
     figures = asyncio.run(publish_twice(recipe_for(model_path), model_path))
-    record("broadcast", figures | {"plain_gb_per_s": copy_speed(figures["bytes"], across=True, on_gpu=True)})
+    record(broadcast=figures | {"plain_gb_per_s": copy_speed(figures["bytes"], across=True, on_gpu=True)})
     assert figures["num_tensors"] == len(DeepseekV32(CONFIG).state_dict())
 
 
@@ -304,12 +295,12 @@ def test_an_engine_of_two_workers_holds_what_was_sent(cluster: None, model_path:
     recipe = recipe_for(model_path, tensor_parallel=2, expert_parallel=expert_parallel)
     figures = asyncio.run(publish_twice(recipe, model_path))
     assert figures["through_loader"] == [""]
-    record(f"two_workers_{'experts' if expert_parallel else 'tensors'}", figures)
+    record(**{f"two_workers_{'experts' if expert_parallel else 'tensors'}": figures})
 
 
 @needs_three
 def test_two_engines_at_once(cluster: None, model_path: Path):
-    record("two_engines", asyncio.run(publish_twice(recipe_for(model_path, engines=2), model_path)))
+    record(two_engines=asyncio.run(publish_twice(recipe_for(model_path, engines=2), model_path)))
 
 
 @needs_two
@@ -338,4 +329,4 @@ def test_two_workers_share_their_gpus_with_two_ranks(cluster: None, model_path: 
             learner.close()
             reservation.release()
 
-    record("two_workers_shared", asyncio.run(run()))
+    record(two_workers_shared=asyncio.run(run()))

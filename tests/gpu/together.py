@@ -32,8 +32,6 @@ SHARED_CACHE = {"KEEL_GPU_CACHE_GB": "6"}
 """Lets an engine start where others take and leave memory meanwhile."""
 LOOK_S = 0.5
 
-FIGURES, SYNC, FAULTS = "KEEL_FIGURES", "KEEL_FIGURES_SYNC", "KEEL_FIGURES_FAULTS"
-VERIFICATION = "KEEL_FIGURES_VERIFICATION"
 MEASURE = "{python} -m tests.gpu.measure"
 TEST = "{python} -m pytest -s -p no:cacheprovider tests/gpu"
 ONE_GPU = "recipes/gpu/dsv32_shared_1gpu.yaml"
@@ -68,9 +66,9 @@ def _figures(name: str, arguments: str, gpus: int = 1, *, passes: int = 7, **oth
     return Job(name=name, command=command, gpus=gpus, alone=True, **others)
 
 
-def _test(name: str, file: str, gpus: int = 1, *, select: str = "", figures: str = FIGURES, **others: Any) -> Job:
+def _test(name: str, file: str, gpus: int = 1, *, select: str = "", **others: Any) -> Job:
     command = f"{TEST}/{file}" + (f" -k {shlex.quote(select)}" if select else "")
-    return Job(name=name, command=command, gpus=gpus, environment={figures: "{figures}"}, **others)
+    return Job(name=name, command=command, gpus=gpus, environment={"KEEL_FIGURES": "{figures}"}, **others)
 
 
 AFTER_LOOP = ("loop",)
@@ -106,16 +104,16 @@ JOBS = (
     _figures("sync", f"sync placement=split {TRAINED}", 2, after=AFTER_LOOP),
     _figures("sync_4gb", f"sync placement=split {LARGE} model.init.num_hidden_layers=8", 2),
     _figures("sync_10gb", f"sync placement=split {LARGE} model.init.num_hidden_layers=18", 2),
-    _test("verification", "test_verification.py", select="shared", figures=VERIFICATION, alone=True),
-    _test("verification_two", "test_verification.py", 2, select="split", figures=VERIFICATION, alone=True),
-    _test("killed", "test_killed_engine.py", select="shared", figures=FAULTS),
-    _test("killed_broadcast", "test_killed_engine.py", 2, select="not shared", figures=FAULTS),
+    _test("verification", "test_verification.py", select="shared", alone=True),
+    _test("verification_two", "test_verification.py", 2, select="split", alone=True),
+    _test("killed", "test_killed_engine.py", select="shared"),
+    _test("killed_broadcast", "test_killed_engine.py", 2, select="not shared"),
     _test("engine", "test_vllm_engine.py"),
     _test("draws", "test_draw_kernels.py"),
     _test("dsa", "test_vllm_dsa.py"),
-    _test("updates", "test_weight_sync.py", figures=SYNC, alone=True),
-    _test("updates_two", "test_weight_sync.py", 2, select="beside or share", figures=SYNC),
-    _test("updates_three", "test_weight_sync.py", 3, select="two_workers_holds or at_once", figures=SYNC),
+    _test("updates", "test_weight_sync.py", alone=True),
+    _test("updates_two", "test_weight_sync.py", 2, select="beside or share"),
+    _test("updates_three", "test_weight_sync.py", 3, select="two_workers_holds or at_once"),
     _test("hugging_face", "test_hf_models.py"),
     _test("learner", "test_learner_on_gpu.py", 2),
     _test("sleeping", "test_sleeping_memory.py"),
