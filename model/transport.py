@@ -8,17 +8,19 @@ without a GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +31,12 @@ _POLL_S, _LONGEST_POLL_S = 0.0001, 0.005
 _LOOK_S = 0.5
 """How often a process that waits looks whether its group was abandoned, and while the group meets, who is there."""
 _ABANDONED = "abandoned"
+_ABSENT = "?"
+"""No description of a bucket."""
+_KEPT_BUCKETS = 1024
+_NUM_STAGED = 3
+"""Buckets that a sender has packed at a time: with two, the group waits for the CPU that packs the next one whenever a
+small bucket is all that is on its way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,31 +53,26 @@ class Slot:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """What a packed buffer holds."""
+    """What a packed buffer holds. Updates are cut alike, so buckets are kept, and what is made of them with them."""
 
     slots: tuple[Slot, ...]
     num_bytes: int  # of the buffer, gaps included
 
-    @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Bucket:
-        slots, offset = [], 0
-        for name, tensor in tensors.items():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            slots.append(Slot(name=name, shape=tuple(tensor.shape), dtype=dtype, offset=offset))
-            offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return cls(slots=tuple(slots), num_bytes=offset)
+    @staticmethod
+    def of(tensors: Mapping[str, torch.Tensor]) -> Bucket:
+        return _bucket_of(tuple([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]))
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Bucket:
-        num_bytes, slots = json.loads(text)
-        return cls(
-            num_bytes=num_bytes,
-            slots=tuple(Slot(name=n, shape=tuple(shape), dtype=d, offset=at) for n, shape, d, at in slots),
-        )
+    @staticmethod
+    def from_json(text: str | bytes) -> Bucket:
+        return _bucket_from(text)
 
     def to_json(self) -> str:
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return json.dumps([self.num_bytes, [[slot.name, slot.shape, slot.dtype, slot.offset] for slot in self.slots]])
 
     def pack(self, tensors: Mapping[str, torch.Tensor], buffer: torch.Tensor) -> None:
@@ -85,9 +88,43 @@ class Bucket:
         return {slot.name: view for slot, view in zip(self.slots, self._views(buffer), strict=True)}
 
     def _views(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
-        for slot in self.slots:
-            octets = buffer[slot.offset : slot.offset + slot.num_bytes]
-            yield octets.view(getattr(torch, slot.dtype)).view(slot.shape)
+        octets = buffer[: self.num_bytes]
+        typed = {dtype: octets.view(dtype) for dtype, *_ in self._layout}
+        for dtype, shape, strides, first in self._layout:
+            whole = typed[dtype]
+            yield whole.as_strided(shape, strides, whole.storage_offset() + first)
+
+    @cached_property
+    def _layout(self) -> list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
+        """Of every slot its dtype, shape, strides and first element, counted in elements of its dtype."""
+        dtypes = [getattr(torch, slot.dtype) for slot in self.slots]
+        return [
+            (dtype, slot.shape, _row_major(slot.shape), slot.offset // dtype.itemsize)
+            for slot, dtype in zip(self.slots, dtypes, strict=True)
+        ]
+
+
+@functools.lru_cache(maxsize=_KEPT_BUCKETS)
+def _bucket_of(tensors: tuple[tuple[str, torch.Size, torch.dtype], ...]) -> Bucket:
+    slots, offset = [], 0
+    for name, shape, dtype in tensors:
+        slot = Slot(name=name, shape=tuple(shape), dtype=str(dtype).removeprefix("torch."), offset=offset)
+        slots.append(slot)
+        offset += -(-slot.num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return Bucket(slots=tuple(slots), num_bytes=offset)
+
+
+@functools.lru_cache(maxsize=_KEPT_BUCKETS)
+def _bucket_from(text: str | bytes) -> Bucket:
+    num_bytes, slots = json.loads(text)
+    return Bucket(
+        num_bytes=num_bytes,
+        slots=tuple(Slot(name=n, shape=tuple(shape), dtype=d, offset=at) for n, shape, d, at in slots),
+    )
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class StagingBuffers:
@@ -157,9 +194,10 @@ class BroadcastGroup:
         own = PrefixStore("group", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
         self._meet(size)
         self._backend = self._watched(lambda: _backend(host, own, rank, size, device, timeout_s))
-        self._staging = StagingBuffers(2, device) if rank == 0 else None
+        self._staging = StagingBuffers(_NUM_STAGED, device) if rank == 0 else None
         self._num_rounds = 0
-        self._keys: list[str] = []  # in the store since the last round
+        self._keys: list[str] = []  # in the store, of this round
+        self._old_keys: list[str] = []  # of the last one
 
     @classmethod
     def join(cls, host: str, port: int, **settings: Any) -> BroadcastGroup:
@@ -176,7 +214,6 @@ class BroadcastGroup:
         When a bucket's turn is over, the current stream may still have its tensors to read; nothing else has.
         """
         assert self._staging is not None, "only rank 0 sends"
-        self._forget_last_round()
         number, num_bytes, under_way = -1, 0, []
         for number, tensors in enumerate(buckets):
             if len(under_way) == self._staging.count:
@@ -186,6 +223,7 @@ class BroadcastGroup:
             under_way.append(self._broadcast(buffer))
             num_bytes += sum(slot.num_bytes for slot in bucket.slots)
         self._publish(number + 1, "")
+        self._forget_last_round()  # which everybody has taken; the last bytes are on their way meanwhile
         for work in under_way:
             self._wait(work)
         self._num_rounds += 1
@@ -195,21 +233,22 @@ class BroadcastGroup:
         """The buckets of one transfer, each in fresh memory; the next one is on its way while one is used."""
         number, coming = 0, self._take(0)
         while coming is not None:
-            bucket, buffer, work = coming
+            tensors, work = coming
             number += 1
             coming = self._take(number)  # before this one is there, so that nothing stands between the two
             self._wait(work)
-            yield bucket.unpack(buffer)
+            yield tensors
         self._num_rounds += 1
 
-    def _take(self, number: int) -> tuple[Bucket, torch.Tensor, Any] | None:
-        """A bucket, the memory that it arrives in and the broadcast that brings it; None at the transfer's end."""
+    def _take(self, number: int) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """What a bucket will have brought once its broadcast is over, and that; None at the transfer's end."""
         description = self._description(number)
         if not description:
             return None
         bucket = Bucket.from_json(description)
         buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
-        return bucket, buffer, self._broadcast(buffer)
+        work = self._broadcast(buffer)
+        return bucket.unpack(buffer), work
 
     def close(self) -> None:
         """Ends the group without waiting for the others."""
@@ -257,13 +296,22 @@ class BroadcastGroup:
         self._keys.append(self._key(number))
 
     def _description(self, number: int) -> bytes:
-        self._until(lambda: self._store.check([self._key(number)]))
-        return self._store.get(self._key(number))
+        found, key = b"", self._key(number)
+
+        def is_there() -> bool:
+            # A question in one round trip, where get() takes two and check() before it a third: what is there stays,
+            # and what is absent does not come to be.
+            nonlocal found
+            found = self._store.compare_set(key, _ABSENT, _ABSENT)
+            return found != _ABSENT.encode()
+
+        self._until(is_there)
+        return found
 
     def _forget_last_round(self) -> None:
-        for key in self._keys:
+        for key in self._old_keys:
             self._store.delete_key(key)
-        self._keys = []
+        self._old_keys, self._keys = self._keys, []
 
     def _key(self, number: int) -> str:
         return f"{self._num_rounds}/{number}"
@@ -297,6 +345,7 @@ def _backend(host: str, store: Store, rank: int, size: int, device: torch.device
         nccl: Any = torch.distributed.ProcessGroupNCCL  # pyright: ignore[reportAttributeAccessIssue]
         options = nccl.Options()
         options._timeout = timeout
+        options.is_high_priority_stream = True  # checksums that fill the GPU do not keep the next bucket from leaving
         backend = nccl(store, rank, size, options)
         backend._set_sequence_number_for_group()
         backend.eager_connect_single_device(device)

@@ -156,6 +156,7 @@ class HeldWeights:
         self._is_large = sum(view.nbytes for _, _, view in self.parts) >= _LARGE
         self._sums: dict[tuple[str, ...], tuple[NDArray, LiveSums]] = {}  # of the parts of an update's buckets
         self._written: list[tuple[NDArray, torch.Tensor]] = []  # their numbers and sums, as they were written
+        self._complete: list[NDArray] = []  # such numbers, that were those of all parts
         self._absorbed: list[tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]] = []
         self._census: Census | None = None
         self._matrices: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
@@ -217,8 +218,14 @@ class HeldWeights:
         written, self._written = self._written, []
         if not written or not self._lie_apart:
             return self.take()
-        numbers = np.sort(np.concatenate([numbers for numbers, _ in written]))
-        return self._read(written) if np.array_equal(numbers, self._all) else self.take()
+        return self._read(written) if self._are_all([numbers for numbers, _ in written]) else self.take()
+
+    def _are_all(self, numbers: list[NDArray]) -> bool:
+        """Whether every part is among them, once."""
+        as_before = len(numbers) == len(self._complete) and all(map(operator.is_, numbers, self._complete))
+        if not as_before and np.array_equal(np.sort(np.concatenate(numbers)), self._all):
+            self._complete, as_before = numbers, True
+        return as_before
 
     def _read(self, sums: Sequence[tuple[NDArray, torch.Tensor]]) -> Taken:
         """Sums of all parts, by their numbers, and which matrices for decoding differ: one wait for all."""
@@ -265,7 +272,9 @@ class HeldWeights:
             if self.tensors.get(name) != described:
                 raise ValueError(f"weight update: {name} came as {described}, but before as {self.tensors.get(name)}")
             for target, piece in self._targets[name]:
-                source = tensor.reshape(piece.shape).narrow(piece.axis, piece.start, piece.length)
+                source = tensor
+                if piece is not None:
+                    source = tensor.reshape(piece.shape).narrow(piece.axis, piece.start, piece.length)
                 fast = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
                 (alike[source.dtype] if fast else others).append((target, source))
         for pairs in filter(None, [*alike.values(), others]):
@@ -292,10 +301,12 @@ class HeldWeights:
         return numbers
 
     @cached_property
-    def _targets(self) -> dict[str, list[tuple[torch.Tensor, Piece]]]:
+    def _targets(self) -> dict[str, list[tuple[torch.Tensor, Piece | None]]]:
+        """Of every tensor where its parts go, and which they are; None for the whole tensor."""
         targets = {name: [] for name in self.tensors}  # a worker may hold nothing of one
         for name, piece, view in self.parts:
-            targets[name].append((view.view(piece.shard_shape), piece))
+            is_whole = piece.shard_shape == self.tensors[name][0]
+            targets[name].append((view.view(piece.shard_shape), None if is_whole else piece))
         return targets
 
     def absorb(self) -> None:

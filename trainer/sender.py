@@ -130,15 +130,16 @@ class WeightSender:
 def _summed(buckets: Iterator[Bucket], sums: Checksums | None, resident: Resident) -> Generator[Bucket]:
     """The buckets as they are. Checksums are taken when the next one is asked for: a bucket is on its way then.
 
-    Of all at once, behind the first one, where that can be: engines are still getting ready, and the GPU waits.
+    Of all at once, behind the last one, where that can be: nothing waits to be packed any more, and engines have this
+    one to write and their own sums to take meanwhile.
     """
     everything = None
     for number, tensors in enumerate(buckets):
         yield tensors
         if sums is None:
             continue
-        everything = resident() if number == 0 else everything
+        everything = resident() if number == 0 else everything  # engines are still getting ready
         if everything is None:
             sums.add(tensors)
-        elif number == 0:
-            sums.add(everything)
+    if sums is not None and everything is not None:
+        sums.add(everything)

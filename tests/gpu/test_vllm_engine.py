@@ -149,17 +149,17 @@ def endless(request: Request) -> Request:
 
 async def update_weights(actor: VllmEngineActor, seen: Observed) -> None:
     sender = WeightSender(rank=0, device=torch.device("cuda", 0))
-    # Version 1 is another model, and comes while sequences are on their way.
+    # Version 1 is another model, and comes while sequences are on their way: it is there before they begin.
+    moved = make_module(1).to("cuda")
     seen.requests["flight"] = [endless(r) for r in make_requests("flight", 8, 40, max_tokens=600)]
     steps = (await actor.stats()).num_decode_steps
     flight = asyncio.ensure_future(actor.generate(seen.requests["flight"]))
     while (await actor.stats()).num_decode_steps < steps + 50:
         await asyncio.sleep(0.005)
-    moved = make_module(1).to("cuda")
     began = time.perf_counter()
     seen.sums["moved"] = await update(actor, sender, moved, 1)
     seconds = time.perf_counter() - began
-    num_bytes = sum(tensor.nbytes for tensor in make_module(1).state_dict().values())
+    num_bytes = sum(tensor.nbytes for tensor in moved.state_dict().values())
     seen.figures["update"] = {"seconds": seconds, "bytes": num_bytes, "gb_per_s": num_bytes / seconds / 1e9}
     seen.completions["flight"] = await flight
     seen.requests["after"] = make_requests("after", 64, 40)
