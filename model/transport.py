@@ -31,9 +31,10 @@ _POLL_S, _LONGEST_POLL_S = 0.0001, 0.005
 _LOOK_S = 0.5
 """How often a process that waits looks whether its group was abandoned, and while the group meets, who is there."""
 _ABANDONED = "abandoned"
-_ABSENT = "?"
-"""No description of a bucket."""
+_END, _ABSENT = "end", "?"
+"""No descriptions of buckets: of what follows the last one, and of what is not there yet."""
 _KEPT_BUCKETS = 1024
+"""Descriptions that are not read or written anew, some kilobytes each; a model of half a terabyte has as many."""
 _NUM_STAGED = 3
 """Buckets that a sender has packed at a time: with two, the group waits for the CPU that packs the next one whenever a
 small bucket is all that is on its way."""
@@ -89,6 +90,8 @@ class Bucket:
 
     def _views(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
         octets = buffer[: self.num_bytes]
+        if len(octets) < self.num_bytes:  # as_strided looks no further than the memory behind it
+            raise ValueError(f"a bucket of {self.num_bytes} bytes does not lie in a buffer of {len(octets)}")
         typed = {dtype: octets.view(dtype) for dtype, *_ in self._layout}
         for dtype, shape, strides, first in self._layout:
             whole = typed[dtype]
@@ -131,6 +134,7 @@ class StagingBuffers:
     """Device buffers that buckets are packed into in turn; each is made once, and again only for a larger bucket."""
 
     def __init__(self, count: int, device: torch.device) -> None:
+        self._device = device
         self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(count)]
         self._numbers = [0] * count
         self._turn = 0
@@ -149,9 +153,9 @@ class StagingBuffers:
         bucket = Bucket.of(tensors)
         self._turn = (self._turn + 1) % len(self._buffers)
         if self._buffers[self._turn].numel() < bucket.num_bytes:
-            device = self._buffers[self._turn].device
-            self._buffers[self._turn] = torch.empty(0)  # gone before its successor is made
-            self._buffers[self._turn] = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+            # Gone before its successor is made, for which there may be no memory.
+            self._buffers[self._turn] = torch.empty(0, dtype=torch.uint8, device=self._device)
+            self._buffers[self._turn] = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
             self._numbers[self._turn] = max(self._numbers) + 1
         buffer = self._buffers[self._turn][: bucket.num_bytes]
         bucket.pack(tensors, buffer)
@@ -178,7 +182,8 @@ class BroadcastGroup:
     """Processes of which the first sends tensors to all others, beside whatever other groups they are in.
 
     Waits end after ``timeout_s`` with TimeoutError, or torch's DistError with a store, so that a partner that died is
-    noticed. After an error the group is of no use any more.
+    noticed; but a question to the store of a machine that vanished without a word ends when the connection does. After
+    an error the group is of no use any more.
     """
 
     def __init__(
@@ -208,10 +213,13 @@ class BroadcastGroup:
             own_host = route.getsockname()[0]
         return cls(own_host, store, **settings)
 
-    def send(self, buckets: Iterable[Mapping[str, torch.Tensor]]) -> int:
-        """Sends one transfer from rank 0, and returns its bytes.
+    def send(
+        self, buckets: Iterable[Mapping[str, torch.Tensor]], *, meanwhile: Callable[[], None] = lambda: None
+    ) -> int:
+        """Sends one transfer from rank 0, and returns its bytes. All receivers have taken the one before to its end.
 
         When a bucket's turn is over, the current stream may still have its tensors to read; nothing else has.
+        ``meanwhile`` is called when all buckets are on their way.
         """
         assert self._staging is not None, "only rank 0 sends"
         number, num_bytes, under_way = -1, 0, []
@@ -222,8 +230,9 @@ class BroadcastGroup:
             self._publish(number, bucket.to_json())
             under_way.append(self._broadcast(buffer))
             num_bytes += sum(slot.num_bytes for slot in bucket.slots)
-        self._publish(number + 1, "")
-        self._forget_last_round()  # which everybody has taken; the last bytes are on their way meanwhile
+        self._publish(number + 1, _END)
+        meanwhile()
+        self._forget_last_round()
         for work in under_way:
             self._wait(work)
         self._num_rounds += 1
@@ -243,7 +252,7 @@ class BroadcastGroup:
     def _take(self, number: int) -> tuple[dict[str, torch.Tensor], Any] | None:
         """What a bucket will have brought once its broadcast is over, and that; None at the transfer's end."""
         description = self._description(number)
-        if not description:
+        if description == _END.encode():
             return None
         bucket = Bucket.from_json(description)
         buffer = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
@@ -303,7 +312,7 @@ class BroadcastGroup:
             # and what is absent does not come to be.
             nonlocal found
             found = self._store.compare_set(key, _ABSENT, _ABSENT)
-            return found != _ABSENT.encode()
+            return found not in (b"", _ABSENT.encode())
 
         self._until(is_there)
         return found
@@ -345,7 +354,7 @@ def _backend(host: str, store: Store, rank: int, size: int, device: torch.device
         nccl: Any = torch.distributed.ProcessGroupNCCL  # pyright: ignore[reportAttributeAccessIssue]
         options = nccl.Options()
         options._timeout = timeout
-        options.is_high_priority_stream = True  # checksums that fill the GPU do not keep the next bucket from leaving
+        options.is_high_priority_stream = True  # what fills the GPU meanwhile, as checksums do, goes on beside it
         backend = nccl(store, rank, size, options)
         backend._set_sequence_number_for_group()
         backend.eager_connect_single_device(device)

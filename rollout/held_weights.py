@@ -222,10 +222,12 @@ class HeldWeights:
 
     def _are_all(self, numbers: list[NDArray]) -> bool:
         """Whether every part is among them, once."""
-        as_before = len(numbers) == len(self._complete) and all(map(operator.is_, numbers, self._complete))
-        if not as_before and np.array_equal(np.sort(np.concatenate(numbers)), self._all):
-            self._complete, as_before = numbers, True
-        return as_before
+        if len(numbers) == len(self._complete) and all(map(operator.is_, numbers, self._complete)):
+            return True
+        if not np.array_equal(np.sort(np.concatenate(numbers)), self._all):
+            return False
+        self._complete = numbers
+        return True
 
     def _read(self, sums: Sequence[tuple[NDArray, torch.Tensor]]) -> Taken:
         """Sums of all parts, by their numbers, and which matrices for decoding differ: one wait for all."""

@@ -95,6 +95,7 @@ class KeelTransfer(WeightTransferEngine):
         if update_info.bucket is None:
             for tensors in self.receiver.receive():
                 self._take(tensors, flowing=True)
+                del tensors  # memory for the bucket after the next one, which is asked for now
         else:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
             handle = (update_info.handles or {}).get(uuid)

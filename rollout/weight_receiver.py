@@ -41,8 +41,7 @@ class WeightReceiver:
     def receive(self) -> Iterator[Tensors]:
         """All buckets of an update, as the sender broadcasts them."""
         assert self._group is not None, "join() comes first"
-        for tensors in self._group.receive():
-            yield self._noted(tensors)
+        return map(self._noted, self._group.receive())  # which holds no bucket while the next ones come
 
     def take(self, description: str, handle: str, *, copied: bool = True) -> Tensors:
         """One bucket out of a buffer on this worker's own GPU, which another process offers with ``handle``.

@@ -48,10 +48,10 @@ class WeightSender:
         self._store: Any = None
         self._group: BroadcastGroup | None = None
         self._offering: Generator[Bucket] | None = None
+        self._summing: Summing | None = None  # of what is offered
         self._staging: StagingBuffers | None = None
         self._handles: dict[int, str] = {}  # of exported staging buffers, by their numbers
         self._tables = SumTables()  # parameters that no other rank has a part of stay where they are
-        self._sums = Checksums(self._tables)
         self._num_bytes = 0
 
     def open(self, host: str) -> int:
@@ -71,15 +71,15 @@ class WeightSender:
                 pass
             return None
         assert self._group is not None, "join() comes first"
-        sums = Checksums(self._tables)
+        summing = Summing(self._tables, resident)
         try:
-            num_bytes = self._group.send(_summed(buckets, sums, resident))
+            num_bytes = self._group.send(summing.of(buckets), meanwhile=summing.end)
         except Exception:
             self._leave()  # a broadcast that nobody takes keeps the GPU from whatever waits for all of it
             for _ in buckets:  # the other ranks go through them all, and make tensors whole together with this one
                 pass
             raise
-        return Sent(num_bytes=num_bytes, checksums=sums.result())
+        return Sent(num_bytes=num_bytes, checksums=summing.result())
 
     def offer(self, buckets: Iterator[Bucket] | None, resident: Resident = lambda: None) -> Offer | Sent:
         """The next bucket of an update, begun with ``buckets`` and continued with None; at the end, what was offered.
@@ -87,16 +87,21 @@ class WeightSender:
         An offer stands until the call after the next one.
         """
         if buckets is not None:
-            self._sums, self._num_bytes = Checksums(self._tables), 0
-            self._offering = _summed(buckets, self._sums if self.rank == 0 else None, resident)
+            self._num_bytes = 0
+            self._summing = Summing(self._tables, resident) if self.rank == 0 else None
+            self._offering = self._summing.of(buckets) if self._summing else _each(buckets)
         assert self._offering is not None, "no update has begun"
         tensors = next(self._offering, None)
         if tensors is None:
-            self._offering = None
+            checksums = {}
+            if self._summing is not None:  # the engine loads the last bucket meanwhile
+                self._summing.end()
+                checksums = self._summing.result()
+            self._offering = self._summing = None
             if self.device.type == "cuda":  # the engine on this GPU takes memory for its cache next
                 torch.cuda.ipc_collect()  # buffers that were outgrown, as far as engines have let go of them
                 torch.cuda.empty_cache()
-            return Sent(num_bytes=self._num_bytes, checksums=self._sums.result())
+            return Sent(num_bytes=self._num_bytes, checksums=checksums)
         self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         self._staging = self._staging or StagingBuffers(2, self.device)
         bucket, buffer = self._staging.pack(tensors)
@@ -127,19 +132,36 @@ class WeightSender:
         return self._handles[number]
 
 
-def _summed(buckets: Iterator[Bucket], sums: Checksums | None, resident: Resident) -> Generator[Bucket]:
-    """The buckets as they are. Checksums are taken when the next one is asked for: a bucket is on its way then.
+class Summing:
+    """Takes the checksums of an update in the shade of its transfer.
 
-    Of all at once, behind the last one, where that can be: nothing waits to be packed any more, and engines have this
-    one to write and their own sums to take meanwhile.
+    Of what lies whole on this rank anyway all at once, behind the last bucket, when nothing waits to be packed any
+    more; else of each bucket when the next one is asked for, and it is on its way.
     """
-    everything = None
-    for number, tensors in enumerate(buckets):
-        yield tensors
-        if sums is None:
-            continue
-        everything = resident() if number == 0 else everything  # engines are still getting ready
-        if everything is None:
-            sums.add(tensors)
-    if sums is not None and everything is not None:
-        sums.add(everything)
+
+    def __init__(self, tables: SumTables, resident: Resident) -> None:
+        self._sums = Checksums(tables)
+        self._resident = resident
+        self._everything: Bucket | None = None
+
+    def of(self, buckets: Iterator[Bucket]) -> Generator[Bucket]:
+        """The buckets as they are."""
+        begun = False
+        for tensors in buckets:
+            yield tensors
+            if not begun:
+                begun, self._everything = True, self._resident()  # engines are still getting ready
+            if self._everything is None:
+                self._sums.add(tensors)
+
+    def end(self) -> None:
+        """Comes when all buckets are on their way."""
+        if self._everything is not None:
+            self._sums.add(self._everything)
+
+    def result(self) -> dict[str, int]:
+        return self._sums.result()
+
+
+def _each(buckets: Iterator[Bucket]) -> Generator[Bucket]:
+    yield from buckets

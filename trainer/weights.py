@@ -38,7 +38,9 @@ def whole_weights(model: LanguageModel, max_bytes: int) -> Iterator[dict[str, Te
 
 def _whole(bucket: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     with gathered(bucket.values()):
-        yield {name: _with_all_experts(tensor) for name, tensor in bucket.items()}
+        tensors = {name: _with_all_experts(tensor) for name, tensor in bucket.items()}
+        yield tensors
+        tensors.clear()  # whoever still has this would keep it whole beside the next one
 
 
 def resident_weights(model: LanguageModel) -> dict[str, Tensor] | None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any
 
-from model.checksum import Checksums
 from trainer import sender
-
-_SUMMED = sender._summed
 
 
 def skip_sums(wrapper: Any, skip: bool) -> None:
@@ -29,30 +26,28 @@ def skip_sums(wrapper: Any, skip: bool) -> None:
         held._is_large = held._sums_as_written
 
 
-class SkippedSums(Checksums):
-    """In the place of a learner rank's checksums: where ``skips`` is set, the result is the last that was added up."""
+class KeptSums(sender.Summing):
+    """In the place of a learner rank's checksums, and keeps them."""
 
-    skips = False
     last: dict[str, int] = {}  # noqa: RUF012
 
-    def add(self, tensors: Any) -> None:
-        if not self.skips:
-            super().add(tensors)
+    def result(self) -> dict[str, int]:
+        KeptSums.last = super().result()
+        return KeptSums.last
+
+
+class SkippedSums(KeptSums):
+    """Adds nothing up; the result is the last that was."""
+
+    def of(self, buckets: Iterator[Any]) -> Generator[Any]:
+        yield from buckets
 
     def result(self) -> dict[str, int]:
-        if not self.skips:
-            type(self).last = super().result()
-        return self.last
+        return KeptSums.last
 
 
 def _rank_skips(rank: Any, skip: bool) -> None:
-    sender.Checksums = SkippedSums
-    SkippedSums.skips = skip
-    sender._summed = _as_they_are if skip else _SUMMED
-
-
-def _as_they_are(buckets: Iterator[Any], *others: Any) -> Iterator[Any]:
-    return buckets
+    sender.Summing = SkippedSums if skip else KeptSums
 
 
 def _engine_skips(actor: Any, skip: bool) -> None:

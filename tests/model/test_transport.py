@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.transport import BroadcastGroup, Bucket, StagingBuffers, open_store
+from rollout.weight_receiver import WeightReceiver
 
 DTYPES = [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64, torch.complex64]
 HOST, WAIT_S = "127.0.0.1", 20.0
@@ -61,7 +63,6 @@ class Pair:
 
     def __init__(self) -> None:
         self.store = open_store(HOST)
-        self.error: BaseException | None = None
         settings: dict[str, Any] = {"size": 2, "device": torch.device("cpu"), "timeout_s": WAIT_S}
         joined: list[BroadcastGroup] = []
         other = threading.Thread(
@@ -96,8 +97,71 @@ def test_every_transfer_arrives_whatever_came_before(pair: Pair, sizes: list[lis
         assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_receiver_that_lets_go_of_buckets_has_two_at_a_time(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    """One that it uses, and one on its way."""
+    receiver, come, alive = WeightReceiver(torch.device("cpu")), list[weakref.ref[torch.UntypedStorage]](), []
+    receiver._group = pair.receiver
+    take = pair.receiver._take
+
+    def take_and_note(number: int) -> Any:
+        taken = take(number)
+        if taken is not None:
+            come.append(weakref.ref(taken[0]["weight"].untyped_storage()))
+        alive.append(sum(memory() is not None for memory in come))
+        return taken
+
+    def receive() -> None:
+        for bucket in receiver.receive():
+            assert bucket["weight"].shape == (8,)
+            del bucket
+
+    monkeypatch.setattr(pair.receiver, "_take", take_and_note)
+    other = threading.Thread(target=receive)
+    other.start()
+    pair.sender.send([{"weight": torch.rand(8)} for _ in range(6)])
+    other.join()
+    assert alive == [1, 2, 2, 2, 2, 2, 1]
+
+
+def test_receivers_have_it_all_before_the_sender_does_anything_else(pair: Pair):
+    """What it does meanwhile keeps nobody."""
+    has_all, in_time = threading.Event(), []
+
+    def receive() -> None:
+        assert len(list(pair.receiver.receive())) == 2
+        has_all.set()
+
+    other = threading.Thread(target=receive)
+    other.start()
+    pair.sender.send([{"weight": torch.rand(8)}] * 2, meanwhile=lambda: in_time.append(has_all.wait(WAIT_S)))
+    other.join()
+    assert in_time == [True]
+
+
+def test_a_buffer_that_could_not_grow_stays_where_it_was(monkeypatch: pytest.MonkeyPatch):
+    device = torch.device("meta")
+    staging = StagingBuffers(1, device)
+    with monkeypatch.context() as full:
+        empty = torch.empty
+
+        def no_memory(size: int, **options: Any) -> torch.Tensor:
+            if size:
+                raise torch.OutOfMemoryError("full")
+            return empty(size, **options)
+
+        full.setattr(torch, "empty", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            staging.pack({"weight": empty(8, device=device)})
+    assert staging.pack({"weight": torch.empty(8, device=device)})[1].device == device
+
+
+def test_a_buffer_that_is_too_short_is_refused():
+    bucket, memory = Bucket.of({"weight": torch.rand(200)}), torch.empty(4096, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="does not lie in a buffer of 300"):
+        bucket.unpack(memory[:300])
+
+
 def test_the_store_forgets_what_was_sent(pair: Pair):
-    """Also what was asked for before it was there."""
     kept = []
     for _ in range(4):
         pair.transfer([{"weight": torch.rand(8)}] * 5)

@@ -197,6 +197,7 @@ def read_weights(make: MakeRank, recipe: Recipe, model_dir: Path, saved: Path) -
     rank.step([minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size)])
     rank.save_model(saved)
     buckets = [{n: t.clone() for n, t in b.items()} for b in whole_weights(rank.policy.model, 4096)]
+    assert not any(list(whole_weights(rank.policy.model, 4096)))  # what is held beyond its turn keeps nothing whole
     resident = resident_weights(rank.policy.model)
     if recipe.learner.zero_stage == 3 or recipe.learner.expert_parallel > 1:
         assert resident is None
