@@ -35,7 +35,7 @@ _END, _ABSENT = "end", "?"
 """No descriptions of buckets: of what follows the last one, and of what is not there yet."""
 _KEPT_BUCKETS = 1024
 """Descriptions that are not read or written anew, some kilobytes each; a model of half a terabyte has as many."""
-_NUM_STAGED = 3
+NUM_STAGED = 3
 """Buckets that a sender has packed at a time: with two, the group waits for the CPU that packs the next one whenever a
 small bucket is all that is on its way."""
 
@@ -140,10 +140,6 @@ class StagingBuffers:
         self._turn = 0
 
     @property
-    def count(self) -> int:
-        return len(self._buffers)
-
-    @property
     def number(self) -> int:
         """Of the buffer that :meth:`pack` returned last: another one has another number, be it at the same address."""
         return self._numbers[self._turn]
@@ -199,7 +195,6 @@ class BroadcastGroup:
         own = PrefixStore("group", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
         self._meet(size)
         self._backend = self._watched(lambda: _backend(host, own, rank, size, device, timeout_s))
-        self._staging = StagingBuffers(_NUM_STAGED, device) if rank == 0 else None
         self._num_rounds = 0
         self._keys: list[str] = []  # in the store, of this round
         self._old_keys: list[str] = []  # of the last one
@@ -221,12 +216,13 @@ class BroadcastGroup:
         When a bucket's turn is over, the current stream may still have its tensors to read; nothing else has.
         ``meanwhile`` is called when all buckets are on their way.
         """
-        assert self._staging is not None, "only rank 0 sends"
+        assert self.rank == 0, "only rank 0 sends"
+        staging = StagingBuffers(NUM_STAGED, self.device)  # memory that is the learner's again afterwards
         number, num_bytes, under_way = -1, 0, []
         for number, tensors in enumerate(buckets):
-            if len(under_way) == self._staging.count:
+            if len(under_way) == NUM_STAGED:
                 self._wait(under_way.pop(0))
-            bucket, buffer = self._staging.pack(tensors)
+            bucket, buffer = staging.pack(tensors)
             self._publish(number, bucket.to_json())
             under_way.append(self._broadcast(buffer))
             num_bytes += sum(slot.num_bytes for slot in bucket.slots)

@@ -70,7 +70,7 @@ def _gpu_problems(plan: Plan, room: float) -> Iterator[tuple[str, str]]:
         beside = " beside an engine" if plan.shared else ""
         yield (
             "learner",
-            f"a rank needs {plan.rank.peak_bytes / GIB:.1f} GiB at the peak of a step{beside}, and a GPU has "
+            f"a rank needs {plan.rank.peak_bytes / GIB:.1f} GiB at the peak of {plan.rank.peak}{beside}, and a GPU has "
             f"{capacity / GIB:.1f} GiB" + (f", of which an engine keeps {_kept(plan):.1f}" if plan.shared else ""),
         )
     elif plan.generating_bytes > room * capacity and plan.shared:

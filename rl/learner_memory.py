@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from model.costs import ModelCosts
-from rl.choices import Offload
+from rl.choices import EngineKind, Offload, Placement
 from rl.config import Recipe
 from rl.hardware import GIB
 
@@ -20,6 +21,10 @@ LOGIT_ROWS = 1024
 """Tokens whose logits exist at the same time (kernels.kept_logprobs)."""
 LOGIT_COPIES = 5
 """fp32 arrays of [LOGIT_ROWS, vocabulary] in its backward pass."""
+UPDATE_BYTES = 512 << 20
+"""Of trainer.learner.Learner: a bucket of a weight update, where no tensor is larger."""
+STAGED, OFFERED = 3, 2
+"""Of model.transport and trainer.sender: packed buckets for a broadcast, and out of shared memory."""
 PROCESS_BYTES = 3 * GIB
 """CUDA context, NCCL's buffers and the allocator's slack of one process; measured on no machine in particular."""
 
@@ -39,6 +44,7 @@ class RankMemory:
 
     resident: tuple[Item, ...]  # between steps, on its device
     step: tuple[Item, ...]  # what a step adds at its peak
+    update: tuple[Item, ...]  # what an update of engines' weights adds, on the rank that needs most for it
     host: tuple[Item, ...]  # in the memory of its node
     slept: float  # of the resident bytes, those that learner.sleep moves to the host while engines generate
     copied: Item  # what a checkpoint copies to the host, and keeps there until it is written beside later steps
@@ -48,8 +54,21 @@ class RankMemory:
         return sum(item.num_bytes for item in self.resident)
 
     @property
-    def peak_bytes(self) -> float:
+    def step_bytes(self) -> float:
         return self.resident_bytes + sum(item.num_bytes for item in self.step)
+
+    @property
+    def update_bytes(self) -> float:
+        return self.resident_bytes + sum(item.num_bytes for item in self.update)
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(self.step_bytes, self.update_bytes)
+
+    @property
+    def peak(self) -> str:
+        """When it is."""
+        return "a step" if self.step_bytes >= self.update_bytes else "a weight update"
 
     @property
     def host_bytes(self) -> float:
@@ -64,7 +83,8 @@ class _Counts:
     experts: int  # of them, routed experts
     ranks: int
     expert_parallel: int
-    largest_tensor: int
+    largest_tensor: int  # of one rank before ZeRO
+    largest_whole: int  # with all experts
     largest_module: int  # parameters that one module gathers together: a layer's experts, or the embedding
 
     @property
@@ -97,6 +117,9 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
         on_host.append(parameters)
     if any(domain.kl_beta for domain in recipe.domains.values()):
         resident.append(_reference(counts, stage, element))
+    if recipe.rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared:
+        bucket = _bucket_bytes(counts, element)
+        resident.append(Item(name="offered weights", num_bytes=OFFERED * bucket, how=f"{OFFERED} buckets that stay"))
     if on_gpu:
         resident.append(Item(name="process", num_bytes=PROCESS_BYTES, how="CUDA, NCCL, allocator (a constant)"))
     slept = optimizer.num_bytes + gradients.num_bytes if learner.sleep and not optimizer_on_host else 0.0
@@ -106,6 +129,7 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
     return RankMemory(
         resident=tuple(resident),
         step=(*whole, _activations(recipe, costs, element), _logits(costs, element)),
+        update=tuple(_update(recipe, counts, element)),
         host=tuple(on_host),
         slept=slept,
         copied=_copied(counts),
@@ -119,12 +143,13 @@ def element_bytes(dtype: str) -> int:
 
 def _count(recipe: Recipe, costs: ModelCosts) -> _Counts:
     spec, parallel = costs.outline, recipe.learner.expert_parallel
-    experts = largest = 0
+    experts = largest = largest_whole = 0
     modules: dict[str, float] = {}
     for name, tensor in spec.tensors.items():
         size = math.prod(tensor.shape) if tensor.trained else 0
         is_expert = ".experts." in name and len(tensor.shape) == 3
         experts += size if is_expert else 0
+        largest_whole = max(largest_whole, size)
         size //= parallel if is_expert else 1
         largest = max(largest, size)
         module = name.rpartition(".")[0]
@@ -135,6 +160,7 @@ def _count(recipe: Recipe, costs: ModelCosts) -> _Counts:
         ranks=recipe.learner.ranks,
         expert_parallel=parallel,
         largest_tensor=largest,
+        largest_whole=largest_whole,
         largest_module=round(max(modules.values())),
     )
 
@@ -202,6 +228,21 @@ def _collectives(counts: _Counts, stage: int, element: int, recomputes: bool) ->
             Item(name="gathered", num_bytes=element * live, how=f"{live / 1e9:.2f}G parameters whole at a time{why}")
         )
     return items
+
+
+def _bucket_bytes(counts: _Counts, element: int) -> float:
+    return max(min(UPDATE_BYTES, element * counts.whole), element * counts.largest_whole)
+
+
+def _update(recipe: Recipe, counts: _Counts, element: int) -> Iterator[Item]:
+    """A bucket is as large as the model's largest tensor, which is a layer's experts."""
+    if recipe.rollout.engine != EngineKind.vllm:
+        return
+    bucket = _bucket_bytes(counts, element)
+    if counts.expert_parallel > 1 or (recipe.learner.zero_stage == 3 and counts.ranks > 1):
+        yield Item(name="whole weights", num_bytes=bucket, how="one bucket of an update, gathered")
+    if recipe.placement == Placement.split:
+        yield Item(name="packed weights", num_bytes=STAGED * bucket, how=f"{STAGED} buckets on their way, of rank 0")
 
 
 def _activations(recipe: Recipe, costs: ModelCosts, element: int) -> Item:

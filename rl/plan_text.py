@@ -84,13 +84,16 @@ def _rank(plan: Plan) -> list[str]:
     lines = [_title(_each(learner.ranks, "learner rank")), *_items(rank.resident)]
     lines.append(_row("between steps", rank.resident_bytes, ""))
     lines += _items(rank.step)
-    lines.append(_row("peak of a step", rank.peak_bytes, _of_gpu(plan)))
+    lines.append(_row("peak of a step", rank.step_bytes, _of_gpu(plan)))
+    if rank.update:
+        lines += _items(rank.update)
+        lines.append(_row("weight update", rank.update_bytes, _of_gpu(plan)))
     if rank.slept:
         lines.append(_row("asleep", rank.resident_bytes - rank.slept, "while engines generate (learner.sleep)"))
     if plan.shared:
         asleep = "asleep" if engines_sleep(plan.recipe) else "that stays awake"
         lines.append(
-            _row("with an engine", plan.learning_bytes, f"{asleep}, at the peak of a step{_of_gpu(plan, ', ')}")
+            _row("with an engine", plan.learning_bytes, f"{asleep}, at the peak of {rank.peak}{_of_gpu(plan, ', ')}")
         )
     return lines
 

@@ -18,6 +18,9 @@ from torch.multiprocessing.reductions import reduce_tensor
 from model.checksum import Checksums, SumTables
 from model.transport import BroadcastGroup, StagingBuffers, open_store
 
+NUM_OFFERED = 2
+"""Buffers of a rank that offers buckets: one is filled while an engine reads the other. They stay."""
+
 Bucket = Mapping[str, torch.Tensor]
 Resident = Callable[[], Bucket | None]
 """All of an update's tensors, where they lie whole on this rank anyway; else None."""
@@ -103,7 +106,7 @@ class WeightSender:
                 torch.cuda.empty_cache()
             return Sent(num_bytes=self._num_bytes, checksums=checksums)
         self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        self._staging = self._staging or StagingBuffers(2, self.device)
+        self._staging = self._staging or StagingBuffers(NUM_OFFERED, self.device)
         bucket, buffer = self._staging.pack(tensors)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # whoever is told of the buffer reads it at once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,13 +13,16 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from torch import nn
 
+from model import transport
 from model.costs import ModelCosts, costs_of
 from model.outline import ModelOutline, TensorSpec
-from rl.choices import Offload
-from rl.config import Domain, Learner, Model, Recipe
+from rl import learner_memory
+from rl.choices import EngineKind, Offload, Placement
+from rl.config import Domain, Learner, Model, Recipe, Rollout
 from rl.learner_memory import rank_memory
 from tests.trainer.conftest import MakeRank
 from tests.trainer.processes import Ranks
+from trainer import learner, sender
 from trainer.deepspeed_engine import DeepSpeedEngine, Optimization, Sharding
 
 WIDTH, DEPTH, BUCKET = 128, 24, 20_000
@@ -162,3 +166,37 @@ def test_a_longer_sample_than_micro_tokens_counts():
         rank_memory(longer, costs).peak_bytes
         > 5 * rank_memory(short, costs).peak_bytes - 4 * rank_memory(short, costs).resident_bytes
     )
+
+
+@pytest.mark.parametrize(
+    ("placement", "kept", "added"),
+    [("split", 0, 3 + 1), ("shared", 2, 1)],
+)
+def test_an_update_takes_buckets_as_large_as_the_largest_tensor(placement: str, kept: int, added: int):
+    """600 MB of experts in one tensor, four ranks at stage 3: by hand."""
+    experts = 600_000_000 // (2 * WIDTH * WIDTH)
+    costs = stack(experts)
+    asked = replace(
+        recipe(3, 4), placement=Placement(placement), rollout=Rollout(engine=EngineKind.vllm, sleep=False, engines=1)
+    )
+    plan, without = rank_memory(asked, costs), rank_memory(recipe(3, 4), costs)
+    bucket = 2 * experts * WIDTH * WIDTH
+    assert plan.resident_bytes - without.resident_bytes == kept * bucket
+    assert plan.update_bytes - plan.resident_bytes == added * bucket
+    assert plan.peak_bytes == max(plan.step_bytes, plan.update_bytes)
+    alone = rank_memory(replace(asked, learner=replace(asked.learner, ranks=1)), costs)
+    assert alone.update_bytes - alone.resident_bytes == (added - 1) * bucket  # all of it is whole anyway
+
+
+def test_a_model_smaller_than_a_bucket_takes_no_more_than_itself():
+    asked = replace(recipe(1, 1), rollout=Rollout(engine=EngineKind.vllm))
+    plan, costs = rank_memory(asked, stack()), stack()
+    assert plan.update_bytes - plan.resident_bytes == 3 * 2 * costs.outline.num_parameters
+
+
+def test_buckets_are_those_of_the_learner():
+    sends, offers = (
+        inspect.signature(way).parameters for way in (learner.Learner.send_weights, learner.Learner.offer_weights)
+    )
+    assert sends["max_bytes"].default == offers["max_bytes"].default == learner_memory.UPDATE_BYTES
+    assert (learner_memory.STAGED, learner_memory.OFFERED) == (transport.NUM_STAGED, sender.NUM_OFFERED)
