@@ -49,6 +49,11 @@ class Slot:
     dtype: str  # torch's name for it
     offset: int  # in bytes, from the beginning of the buffer
 
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor, *, offset: int) -> Slot:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(name=name, shape=tuple(tensor.shape), dtype=dtype, offset=offset)
+
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
@@ -92,10 +97,14 @@ class Bucket:
         octets = buffer[: self.num_bytes]
         if len(octets) < self.num_bytes:  # as_strided looks no further than the memory behind it
             raise ValueError(f"a bucket of {self.num_bytes} bytes does not lie in a buffer of {len(octets)}")
-        typed = {dtype: octets.view(dtype) for dtype, *_ in self._layout}
+        typed = {dtype: octets[: len(octets) // dtype.itemsize * dtype.itemsize].view(dtype) for dtype in self._dtypes}
         for dtype, shape, strides, first in self._layout:
             whole = typed[dtype]
             yield whole.as_strided(shape, strides, whole.storage_offset() + first)
+
+    @cached_property
+    def _dtypes(self) -> list[torch.dtype]:
+        return list({dtype: None for dtype, *_ in self._layout})
 
     @cached_property
     def _layout(self) -> list[tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]:

@@ -44,10 +44,10 @@ class JoinInfo(WeightTransferInitInfo):
 
 @dataclass
 class Offer(WeightTransferUpdateInfo):
-    """A packed bucket and one handle a GPU, by the GPU's UUID; without a bucket, everything comes over the group."""
+    """As `trainer.sender.Offer`; without parts, everything comes over the group."""
 
-    bucket: str | None = None
-    handles: dict[str, str] | None = None
+    parts: dict[str, list[tuple[str, str]]] | None = None
+    stays: bool = False
 
 
 class KeelTransfer(WeightTransferEngine):
@@ -92,18 +92,18 @@ class KeelTransfer(WeightTransferEngine):
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Offer) -> None:
-        if update_info.bucket is None:
+        if update_info.parts is None:
             for tensors in self.receiver.receive():
                 self._take(tensors, flowing=True)
                 del tensors  # memory for the bucket after the next one, which is asked for now
         else:
             uuid = str(torch.cuda.get_device_properties(self.device).uuid)
-            handle = (update_info.handles or {}).get(uuid)
-            if handle is None:
+            parts = update_info.parts.get(uuid)
+            if parts is None:
                 raise ValueError(f"no learner rank offers weights on this worker's GPU, {uuid}")
             copied = bool(self.updates.through_loader)  # which keeps tensors until it has a layer's
             # vLLM waits for the GPU before it says that it has this one, and the next one is offered.
-            self._take(self.receiver.take(update_info.bucket, handle, copied=copied), flowing=False)
+            self._take(self.receiver.take(parts, stays=update_info.stays, copied=copied), flowing=False)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,14 +43,21 @@ class WeightReceiver:
         assert self._group is not None, "join() comes first"
         return map(self._noted, self._group.receive())  # which holds no bucket while the next ones come
 
-    def take(self, description: str, handle: str, *, copied: bool = True) -> Tensors:
-        """One bucket out of a buffer on this worker's own GPU, which another process offers with ``handle``.
+    def take(self, parts: Sequence[Sequence[str]], *, stays: bool = False, copied: bool = True) -> Tensors:
+        """What lies in buffers on this worker's own GPU, which another process offers: buckets with their handles.
 
-        Returns a copy for whoever keeps it beyond the update of its own bucket: the buffer is used again.
+        Returns copies, where ``copied``, for whoever keeps them beyond the update of their own bucket: such a buffer is
+        used again, unless it ``stays`` until the update has ended; what stays is all that the other process offers.
         """
-        bucket = Bucket.from_json(description)
-        octets = self._open(handle)[: bucket.num_bytes]
-        return self._noted(bucket.unpack(octets.clone() if copied else octets))
+        tensors = {}
+        if stays:
+            opened = self._opened
+            self._opened = {h: opened[h] if h in opened else open_buffer(h, self.device) for _, h in parts}
+        for description, handle in parts:
+            bucket = Bucket.from_json(description)
+            octets = self._open(handle)[: bucket.num_bytes]
+            tensors |= bucket.unpack(octets.clone() if copied and not stays else octets)
+        return self._noted(tensors)
 
     def close(self) -> None:
         self._opened = {}

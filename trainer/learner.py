@@ -172,14 +172,15 @@ class Learner:
         return (await self._all("send_weights", max_bytes))[0]
 
     async def offer_weights(self, *, first: bool, max_bytes: int = 512 << 20) -> Offer | Sent:
-        """The next bucket of the current weights in the memory of every rank's GPU; at last, what they amounted to.
+        """The next part of the current weights in the memory of every rank's GPU; at last, what they amounted to.
 
-        An offer stands until the call after the next one.
+        An offer stands until the call after the next one, or until the update has ended, as it says.
         """
         parts = await self._all("offer_weights", max_bytes, first)
         if isinstance(parts[0], Sent):
             return parts[0]
-        return Offer(bucket=parts[0].bucket, handles={uuid: h for part in parts for uuid, h in part.handles.items()})
+        by_gpu = {uuid: its for part in parts for uuid, its in part.parts.items()}
+        return Offer(parts=by_gpu, stays=parts[0].stays)
 
     async def drop_offer(self) -> None:
         """After an update by :meth:`offer_weights` that broke off."""

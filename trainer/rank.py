@@ -203,7 +203,7 @@ class LearnerRank:
         return self.sender.send(whole_weights(model, max_bytes), partial(resident_weights, model))
 
     def offer_weights(self, max_bytes: int, first: bool) -> Offer | Sent:
-        """The next bucket of weights, in this rank's GPU memory, for the engine on the same GPU; at last, the sum."""
+        """The next part of the weights, in this rank's GPU memory, for the engine on the same GPU; at last, the sum."""
         model = self.policy.model
         return self.sender.offer(whole_weights(model, max_bytes) if first else None, partial(resident_weights, model))
 

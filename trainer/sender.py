@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import base64
 import pickle
-from collections.abc import Callable, Generator, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from model.checksum import Checksums, SumTables
-from model.transport import BroadcastGroup, StagingBuffers, open_store
+from model.transport import BroadcastGroup, Slot, StagingBuffers, open_store
+from model.transport import Bucket as PackedBucket
 
 NUM_OFFERED = 2
 """Buffers of a rank that offers buckets: one is filled while an engine reads the other. They stay."""
@@ -34,12 +37,18 @@ class Sent:
     checksums: dict[str, int]  # `model.checksums` of the tensors, by in-memory name
 
 
+Part = tuple[str, str]
+"""A bucket, `model.transport.Bucket` as JSON, and the handle of the memory that holds it."""
+_MOST_HANDLES = 64
+"""Exporting memory takes some hundredths of a millisecond, packing a bucket as much in all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """A bucket in a buffer of each offering rank, for the engine workers on the ranks' GPUs."""
+    """Weights in the memory of each offering rank, for the engine workers on the ranks' GPUs."""
 
-    bucket: str  # `model.transport.Bucket` as JSON
-    handles: dict[str, str]  # by the GPU's UUID
+    parts: dict[str, list[Part]]  # by the GPU's UUID
+    stays: bool = False  # until the update has ended: the parameters themselves, all of them
 
 
 class WeightSender:
@@ -50,10 +59,11 @@ class WeightSender:
         self.device = device
         self._store: Any = None
         self._group: BroadcastGroup | None = None
-        self._offering: Generator[Bucket] | None = None
+        self._offering: Generator[Offer] | None = None
         self._summing: Summing | None = None  # of what is offered
         self._staging: StagingBuffers | None = None
         self._handles: dict[int, str] = {}  # of exported staging buffers, by their numbers
+        self._exports = Exports()  # of memory that parameters lie in
         self._tables = SumTables()  # parameters that no other rank has a part of stay where they are
         self._num_bytes = 0
 
@@ -85,39 +95,55 @@ class WeightSender:
         return Sent(num_bytes=num_bytes, checksums=summing.result())
 
     def offer(self, buckets: Iterator[Bucket] | None, resident: Resident = lambda: None) -> Offer | Sent:
-        """The next bucket of an update, begun with ``buckets`` and continued with None; at the end, what was offered.
+        """The next part of an update, begun with ``buckets`` and continued with None; at the end, what was offered.
 
-        An offer stands until the call after the next one.
+        All of it at once where weights lie whole on this rank, in few enough pieces of memory; else the next bucket,
+        which stands until the call after the next one.
         """
         if buckets is not None:
-            self._num_bytes = 0
-            self._summing = Summing(self._tables, resident) if self.rank == 0 else None
-            self._offering = self._summing.of(buckets) if self._summing else _each(buckets)
+            self._num_bytes, weights = 0, resident()
+            self._summing = Summing(self._tables, lambda: weights) if self.rank == 0 else None
+            self._offering = self._offers(buckets, weights)
         assert self._offering is not None, "no update has begun"
-        tensors = next(self._offering, None)
-        if tensors is None:
-            checksums = {}
-            if self._summing is not None:  # the engine loads the last bucket meanwhile
-                self._summing.end()
-                checksums = self._summing.result()
-            self._offering = self._summing = None
-            if self.device.type == "cuda":  # the engine on this GPU takes memory for its cache next
-                torch.cuda.ipc_collect()  # buffers that were outgrown, as far as engines have let go of them
-                torch.cuda.empty_cache()
-            return Sent(num_bytes=self._num_bytes, checksums=checksums)
-        self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        self._staging = self._staging or StagingBuffers(NUM_OFFERED, self.device)
-        bucket, buffer = self._staging.pack(tensors)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # whoever is told of the buffer reads it at once
-        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
-        return Offer(bucket=bucket.to_json(), handles={uuid: self._handle(self._staging.number, buffer)})
+        offer = next(self._offering, None)
+        if offer is not None:
+            return offer
+        checksums = {}
+        if self._summing is not None:  # the engine loads what was offered last meanwhile
+            self._summing.end()
+            checksums = self._summing.result()
+        self._offering = self._summing = None
+        if self.device.type == "cuda":  # the engine on this GPU takes memory for its cache next
+            torch.cuda.ipc_collect()  # what was outgrown, as far as engines have let go of it
+            torch.cuda.empty_cache()
+        return Sent(num_bytes=self._num_bytes, checksums=checksums)
 
     def drop_offer(self) -> None:
         """Ends an update that broke off: until then the parameters of its last bucket stay whole."""
         if self._offering is not None:
             self._offering.close()
             self._offering = None
+
+    def _offers(self, buckets: Iterator[Bucket], weights: Bucket | None) -> Generator[Offer]:
+        pieces = None if weights is None else by_memory(weights)
+        if pieces is not None:
+            self._num_bytes = sum(slot.num_bytes for bucket, _ in pieces for slot in bucket.slots)
+            self._staging, self._handles = None, {}
+            handles = self._exports.of([memory for _, memory in pieces])
+            described = [bucket.to_json() for bucket, _ in pieces]
+            yield self._offer(list(zip(described, handles, strict=True)), stays=True)
+            return
+        self._exports = Exports()
+        for tensors in self._summing.of(buckets) if self._summing else buckets:
+            self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            self._staging = self._staging or StagingBuffers(NUM_OFFERED, self.device)
+            bucket, buffer = self._staging.pack(tensors)
+            yield self._offer([(bucket.to_json(), self._handle(self._staging.number, buffer))])
+
+    def _offer(self, parts: list[Part], *, stays: bool = False) -> Offer:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # whoever is told of it reads it at once
+        return Offer(parts={str(torch.cuda.get_device_properties(self.device).uuid): parts}, stays=stays)
 
     def _leave(self) -> None:
         if self._group is not None:
@@ -130,9 +156,52 @@ class WeightSender:
         By number: an outgrown buffer's address may become another's, whose memory the old handle does not open.
         """
         if number not in self._handles:
-            whole = torch.empty(0, dtype=torch.uint8, device=buffer.device).set_(buffer.untyped_storage())
-            self._handles[number] = base64.b64encode(pickle.dumps(reduce_tensor(whole)[1])).decode()
+            self._handles[number] = _exported(buffer.untyped_storage())
         return self._handles[number]
+
+
+def by_memory(weights: Bucket) -> list[tuple[PackedBucket, torch.UntypedStorage]] | None:
+    """What lies in each piece of memory, and that; None where there are too many pieces, or a tensor has gaps or nothing in
+    it."""
+    slots: dict[int, list[Slot]] = {}
+    memory: dict[int, torch.UntypedStorage] = {}
+    for name, tensor in weights.items():
+        if not tensor.is_contiguous() or not tensor.numel():
+            return None
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        memory[place] = storage
+        slots.setdefault(place, []).append(Slot.of(name, tensor, offset=tensor.data_ptr() - place))
+    if len(memory) > _MOST_HANDLES:
+        return None
+    return [
+        (PackedBucket(slots=tuple(slots[place]), num_bytes=storage.nbytes()), storage)
+        for place, storage in memory.items()
+    ]
+
+
+class Exports:
+    """Handles of pieces of memory, each exported once: every export is counted until a receiver lets go of it."""
+
+    def __init__(self) -> None:
+        self._handles: dict[int, tuple[weakref.ref[torch.UntypedStorage], str]] = {}  # by address
+
+    def of(self, pieces: Sequence[torch.UntypedStorage]) -> list[str]:
+        """And forgets what is none of these."""
+        kept = {}
+        for memory in pieces:
+            at = memory.data_ptr()
+            of, handle = self._handles.get(at, (None, ""))
+            if of is None or of() is not memory:  # at the address of another one, which is gone
+                of, handle = weakref.ref(memory), _exported(memory)
+            kept[at] = of, handle
+        self._handles = kept
+        return [kept[memory.data_ptr()][1] for memory in pieces]
+
+
+def _exported(memory: torch.UntypedStorage) -> str:
+    whole = torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
+    return base64.b64encode(pickle.dumps(reduce_tensor(whole)[1])).decode()
 
 
 class Summing:
@@ -145,16 +214,16 @@ class Summing:
     def __init__(self, tables: SumTables, resident: Resident) -> None:
         self._sums = Checksums(tables)
         self._resident = resident
-        self._everything: Bucket | None = None
 
-    def of(self, buckets: Iterator[Bucket]) -> Generator[Bucket]:
+    @cached_property
+    def _everything(self) -> Bucket | None:
+        return self._resident()
+
+    def of(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
         """The buckets as they are."""
-        begun = False
         for tensors in buckets:
             yield tensors
-            if not begun:
-                begun, self._everything = True, self._resident()  # engines are still getting ready
-            if self._everything is None:
+            if self._everything is None:  # which is looked for behind the first one: engines are still getting ready
                 self._sums.add(tensors)
 
     def end(self) -> None:
@@ -164,7 +233,3 @@ class Summing:
 
     def result(self) -> dict[str, int]:
         return self._sums.result()
-
-
-def _each(buckets: Iterator[Bucket]) -> Generator[Bucket]:
-    yield from buckets

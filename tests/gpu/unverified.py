@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -39,8 +39,11 @@ class KeptSums(sender.Summing):
 class SkippedSums(KeptSums):
     """Adds nothing up; the result is the last that was."""
 
-    def of(self, buckets: Iterator[Any]) -> Generator[Any]:
-        yield from buckets
+    def of(self, buckets: Iterator[Any]) -> Iterator[Any]:
+        return buckets
+
+    def end(self) -> None:
+        pass
 
     def result(self) -> dict[str, int]:
         return KeptSums.last

@@ -154,13 +154,15 @@ class Offering:
         self._left = 2 if first else self._left
         await self._does("offer", 2)
         self._left -= 1
-        return Sent(num_bytes=7, checksums={"w": 1}) if self._left < 0 else Offer(bucket=str(self._left), handles={})
+        return (
+            Sent(num_bytes=7, checksums={"w": 1}) if self._left < 0 else Offer(parts={"gpu": [(str(self._left), "")]})
+        )
 
     async def begin_update(self, engines: list[int]) -> None:
         await self._does("begin", 5)
 
     async def receive(self, offer: Mapping[str, Any], engines: list[int]) -> None:
-        await self._does(f"receive {offer['bucket']}", 5)
+        await self._does(f"receive {offer['parts']['gpu'][0][0]}", 5)
 
     async def commit(self, version: int, engines: list[int]) -> dict[int, dict[str, int]]:
         await self._does(f"commit {version}", 1)

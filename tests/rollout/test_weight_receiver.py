@@ -30,7 +30,7 @@ def test_a_buffer_is_opened_once_and_held_while_it_is_offered(updates: list[list
             for size in sizes:
                 sent = {"weight": torch.rand(size)}
                 bucket, _ = staging.pack(sent)
-                received = receiver.take(bucket.to_json(), str(staging.number))
+                received = receiver.take([(bucket.to_json(), str(staging.number))])
                 assert torch.equal(received["weight"], sent["weight"])
                 assert len(receiver._opened) <= 2
     assert set(opened.values()) == {1}

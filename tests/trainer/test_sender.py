@@ -1,8 +1,11 @@
 """What a learner rank exports of its GPU memory, with the export itself and the GPU's name replaced."""
 
+import base64
 import ctypes
 import itertools
-from collections.abc import Iterator
+import pickle
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 import torch
 
 from model import checksums
+from rollout import weight_receiver
+from rollout.weight_receiver import WeightReceiver
 from trainer import sender as module
 from trainer.sender import Offer, WeightSender
 
@@ -33,7 +38,8 @@ def test_an_address_that_comes_back_is_exported_anew(monkeypatch: pytest.MonkeyP
         found = []
         offer = sender.offer(iter([{f"weight {n}": torch.zeros(s, dtype=torch.uint8)} for n, s in enumerate(sizes)]))
         while isinstance(offer, Offer):
-            found.append(offer.handles["gpu"])
+            ((_, handle),) = offer.parts["gpu"]
+            found.append(handle)
             offer = sender.offer(None)
         return found
 
@@ -61,7 +67,114 @@ def test_what_was_offered_has_the_sums_of_all_tensors(monkeypatch: pytest.Monkey
 
     for _ in range(2):  # another update begins anew
         offer = sender.offer(buckets(), lambda: weights if lie_whole else None)
+        num_offers = 0
         while isinstance(offer, Offer):
-            offer = sender.offer(None, lambda: weights if lie_whole else None)
+            num_offers += 1
+            assert offer.stays == lie_whole
+            offer = sender.offer(None)
+        assert num_offers == (1 if lie_whole else len(weights))
         assert offer.checksums == (checksums(weights.items()) if rank == 0 else {})
         assert offer.num_bytes == sum(tensor.nbytes for tensor in weights.values())
+
+
+class Machine:
+    """Exports and openings of memory within this process; ``opened`` counts them, ``alive`` says what is still held."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.exported: list[torch.UntypedStorage] = []
+        self.opened: list[int] = []
+        self.views: list[weakref.ref[torch.Tensor]] = []
+        monkeypatch.setattr(module, "reduce_tensor", self._export)
+        monkeypatch.setattr(weight_receiver, "open_buffer", self._open)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="gpu"))
+
+    def _export(self, whole: torch.Tensor) -> tuple[None, int]:
+        self.exported.append(whole.untyped_storage())
+        return None, len(self.exported) - 1
+
+    def _open(self, handle: str, device: torch.device) -> torch.Tensor:
+        number = pickle.loads(base64.b64decode(handle))
+        self.opened.append(number)
+        view = torch.empty(0, dtype=torch.uint8).set_(self.exported[number])
+        self.views.append(weakref.ref(view))
+        return view
+
+    @property
+    def held(self) -> list[int]:
+        return [number for number, view in zip(self.opened, self.views, strict=True) if view() is not None]
+
+
+def flat_weights() -> dict[str, torch.Tensor]:
+    """As DeepSpeed has them: parameters side by side in one piece of memory, buffers in others."""
+    flat = torch.randn(4096).to(torch.bfloat16)
+    parameters = {"a": flat[8:32].view(4, 6), "b": flat[64:80].view(16), "c": flat[4000:].view(2, 48)}
+    return {**parameters, "bias": torch.randn(5), "count": torch.arange(3)}
+
+
+@pytest.fixture
+def transfer(monkeypatch: pytest.MonkeyPatch) -> tuple[Machine, Callable[..., dict[str, torch.Tensor]]]:
+    machine = Machine(monkeypatch)
+    sender, receiver = (kind(device=torch.device("cpu"), **rank) for kind, rank in WAYS)
+
+    def update(weights: Mapping[str, torch.Tensor], *, lie_whole: bool = True) -> dict[str, torch.Tensor]:
+        buckets = ({name: tensor} for name, tensor in weights.items())
+        received: dict[str, torch.Tensor] = {}
+        receiver.begin()
+        offer = sender.offer(buckets, lambda: weights if lie_whole else None)
+        while isinstance(offer, Offer):
+            taken = receiver.take(offer.parts["gpu"], stays=offer.stays, copied=False)
+            received |= {name: tensor.clone() for name, tensor in taken.items()}
+            offer = sender.offer(None)
+        assert offer.checksums == checksums(weights.items())
+        assert offer.num_bytes == sum(tensor.nbytes for tensor in weights.values())
+        return received
+
+    return machine, update
+
+
+WAYS: list[tuple[Any, dict[str, int]]] = [(WeightSender, {"rank": 0}), (WeightReceiver, {})]
+
+
+def assert_same(received: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor]) -> None:
+    assert received.keys() == sent.keys()
+    for name, tensor in sent.items():
+        assert received[name].dtype == tensor.dtype and torch.equal(received[name], tensor)
+
+
+def test_weights_that_lie_whole_are_read_where_they_lie(transfer: Any):
+    """Exported and opened once, however often they change; what they lie in later is another piece of memory."""
+    machine, update = transfer
+    weights = flat_weights()
+    for _ in range(3):
+        for tensor in weights.values():
+            tensor.mul_(3)
+        assert_same(update(weights), weights)
+    assert len(machine.exported) == 3 and machine.opened == [0, 1, 2]
+
+    moved = {name: tensor.clone() if name == "bias" else tensor for name, tensor in weights.items()}
+    assert_same(update(moved), moved)
+    assert machine.opened == [0, 1, 2, 3] and machine.held == [0, 2, 3]
+
+
+def test_weights_may_come_to_lie_whole_and_apart_again(transfer: Any):
+    machine, update = transfer
+    weights = flat_weights()
+    for lie_whole in (False, True, False, True):
+        assert_same(update(weights, lie_whole=lie_whole), weights)
+    assert sorted(machine.opened) == list(range(len(machine.exported)))  # each once
+    assert len(machine.held) == 3
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {f"weight {n}": torch.rand(3) for n in range(65)},
+        {"transposed": torch.rand(3, 4).t(), "other": torch.rand(2)},
+        {"nothing": torch.rand(0), "other": torch.rand(2)},
+    ],
+    ids=["many pieces", "gaps", "nothing"],
+)
+def test_other_weights_are_packed(transfer: Any, weights: dict[str, torch.Tensor]):
+    machine, update = transfer
+    assert_same(update(weights), weights)
+    assert len(machine.exported) <= 2
