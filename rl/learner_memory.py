@@ -117,7 +117,8 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
         on_host.append(parameters)
     if any(domain.kl_beta for domain in recipe.domains.values()):
         resident.append(_reference(counts, stage, element))
-    if recipe.rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared:
+    shared = recipe.rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared
+    if shared and _is_partitioned(recipe, counts):  # else engines read the parameters themselves
         bucket = _bucket_bytes(counts, element)
         resident.append(Item(name="offered weights", num_bytes=OFFERED * bucket, how=f"{OFFERED} buckets that stay"))
     if on_gpu:
@@ -230,6 +231,10 @@ def _collectives(counts: _Counts, stage: int, element: int, recomputes: bool) ->
     return items
 
 
+def _is_partitioned(recipe: Recipe, counts: _Counts) -> bool:
+    return counts.expert_parallel > 1 or (recipe.learner.zero_stage == 3 and counts.ranks > 1)
+
+
 def _bucket_bytes(counts: _Counts, element: int) -> float:
     return max(min(UPDATE_BYTES, element * counts.whole), element * counts.largest_whole)
 
@@ -239,7 +244,7 @@ def _update(recipe: Recipe, counts: _Counts, element: int) -> Iterator[Item]:
     if recipe.rollout.engine != EngineKind.vllm:
         return
     bucket = _bucket_bytes(counts, element)
-    if counts.expert_parallel > 1 or (recipe.learner.zero_stage == 3 and counts.ranks > 1):
+    if _is_partitioned(recipe, counts):
         yield Item(name="whole weights", num_bytes=bucket, how="one bucket of an update, gathered")
     if recipe.placement == Placement.split:
         yield Item(name="packed weights", num_bytes=STAGED * bucket, how=f"{STAGED} buckets on their way, of rank 0")

@@ -161,8 +161,7 @@ class WeightSender:
 
 
 def by_memory(weights: Bucket) -> list[tuple[PackedBucket, torch.UntypedStorage]] | None:
-    """What lies in each piece of memory, and that; None where there are too many pieces, or a tensor has gaps or nothing in
-    it."""
+    """What lies in each piece of memory, and that; None where there are too many, or a tensor is empty or has gaps."""
     slots: dict[int, list[Slot]] = {}
     memory: dict[int, torch.UntypedStorage] = {}
     for name, tensor in weights.items():

@@ -154,9 +154,9 @@ class Offering:
         self._left = 2 if first else self._left
         await self._does("offer", 2)
         self._left -= 1
-        return (
-            Sent(num_bytes=7, checksums={"w": 1}) if self._left < 0 else Offer(parts={"gpu": [(str(self._left), "")]})
-        )
+        if self._left < 0:
+            return Sent(num_bytes=7, checksums={"w": 1})
+        return Offer(parts={"gpu": [(str(self._left), "")]})
 
     async def begin_update(self, engines: list[int]) -> None:
         await self._does("begin", 5)
