@@ -118,7 +118,8 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
     if any(domain.kl_beta for domain in recipe.domains.values()):
         resident.append(_reference(counts, stage, element))
     shared = recipe.rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared
-    if shared and _is_partitioned(recipe, counts):  # else engines read the parameters themselves
+    # At stages 1 and 2 DeepSpeed lays parameters side by side, and engines read them there.
+    if shared and (stage not in (1, 2) or counts.expert_parallel > 1):
         bucket = _bucket_bytes(counts, element)
         resident.append(Item(name="offered weights", num_bytes=OFFERED * bucket, how=f"{OFFERED} buckets that stay"))
     if on_gpu:

@@ -201,7 +201,7 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """Every rank offers its buckets to the engine worker on the same GPU, which reads them there.
+    """Every rank offers its weights, or bucket after bucket of them, to the engine worker on the same GPU.
 
     So an engine that dies of it does the others no harm.
     """

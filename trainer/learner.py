@@ -179,6 +179,8 @@ class Learner:
         parts = await self._all("offer_weights", max_bytes, first)
         if isinstance(parts[0], Sent):
             return parts[0]
+        if any(part.stays != parts[0].stays for part in parts):
+            raise RunStopped("some learner ranks have all weights whole and others do not, so engines cannot read them")
         by_gpu = {uuid: its for part in parts for uuid, its in part.parts.items()}
         return Offer(parts=by_gpu, stays=parts[0].stays)
 

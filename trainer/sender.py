@@ -39,8 +39,8 @@ class Sent:
 
 Part = tuple[str, str]
 """A bucket, `model.transport.Bucket` as JSON, and the handle of the memory that holds it."""
-_MOST_HANDLES = 64
-"""Exporting memory takes some hundredths of a millisecond, packing a bucket as much in all."""
+_MOST_HANDLES = 512
+"""Pieces of memory that are exported; from a thousand on torch waits for the GPU where it otherwise leaves an event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ class WeightSender:
         """Ends an update that broke off: until then the parameters of its last bucket stay whole."""
         if self._offering is not None:
             self._offering.close()
-            self._offering = None
+            self._offering = self._summing = None
 
     def _offers(self, buckets: Iterator[Bucket], weights: Bucket | None) -> Generator[Offer]:
         pieces = None if weights is None else by_memory(weights)
@@ -222,7 +222,7 @@ class Summing:
         """The buckets as they are."""
         for tensors in buckets:
             yield tensors
-            if self._everything is None:  # which is looked for behind the first one: engines are still getting ready
+            if self._everything is None:  # looked for behind the first bucket at the earliest: engines get ready now
                 self._sums.add(tensors)
 
     def end(self) -> None:

@@ -77,15 +77,28 @@ def buckets(module: DeepseekV32, num_bytes: int = BUCKET_BYTES) -> Iterator[dict
     yield bucket
 
 
+def side_by_side(module: DeepseekV32) -> DeepseekV32:
+    """The module, with its parameters in one piece of memory, as DeepSpeed has them."""
+    parameters = list(module.parameters())
+    flat = torch.cat([parameter.detach().view(-1) for parameter in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    return module
+
+
 async def update(
-    actor: VllmEngineActor, sender: WeightSender, weights: Iterator[dict[str, torch.Tensor]], version: int
+    actor: VllmEngineActor, sender: WeightSender, module: DeepseekV32, version: int, *, packed: bool
 ) -> dict[str, Any]:
     """One update as `rl.sync.SharedMemory` makes it, with the seconds of its parts."""
     torch.cuda.synchronize()
+    resident = None if packed else dict(module.state_dict())
     began = time.perf_counter()
-    offer, _ = await asyncio.gather(asyncio.to_thread(sender.offer, weights), actor.begin_update())
+    offer, _ = await asyncio.gather(
+        asyncio.to_thread(sender.offer, buckets(module), lambda: resident), actor.begin_update()
+    )
     ready = time.perf_counter()
     while isinstance(offer, Offer):
+        assert offer.stays != packed
         offer, _ = await asyncio.gather(asyncio.to_thread(sender.offer, None), actor.receive(asdict(offer)))
     loaded = time.perf_counter()
     sums = await actor.commit(version)
@@ -123,19 +136,21 @@ async def generate_woken(actor: VllmEngineActor, name: str) -> tuple[list[Reques
 async def scenario(path: Path) -> Seen:
     seen = Seen()
     actor, sender = VllmEngineActor(), WeightSender(rank=0, device=torch.device("cuda", 0))
-    modules = [make_module(seed).to("cuda") for seed in (1, 2)]
+    modules = [side_by_side(make_module(seed).to("cuda")) for seed in (1, 2)]
     settings = EngineSettings(
         dtype="bfloat16", max_num_seqs=128, max_context=2048, gpu_memory=0.4, sleeps=True, cuda_graphs=True
     )
     await actor.load(str(path), settings)
     try:
+        # Read where they lie, by vLLM's loader; packed; and read where they lie, straight.
         for version, module in enumerate([*modules, modules[0]], start=1):
-            outcome = await update(actor, sender, buckets(module), version)
+            outcome = await update(actor, sender, module, version, packed=version == 2)
             outcome |= await way(actor)
             seen.sums.append(outcome.pop("sums"))
             seen.sent.append(outcome.pop("sent"))
             num_bytes = seen.sent[-1].num_bytes
             seen.figures[f"update_{version}"] = outcome | {
+                "packed": version == 2,
                 "bytes": num_bytes,
                 "gb_per_s": num_bytes / outcome["total_s"] / 1e9,
             }
@@ -164,7 +179,7 @@ async def sleep_amid_generation(actor: VllmEngineActor, sender: WeightSender, mo
     assert (await actor.stats()).num_decode_steps == asleep_at
     soil_free_memory()
     began = time.perf_counter()
-    outcome = await update(actor, sender, buckets(module), 4)
+    outcome = await update(actor, sender, module, 4, packed=False)
     seen.figures["wake_with_update_s"] = time.perf_counter() - began
     outcome |= await way(actor)
     seen.figures["update_in_sleep"] = {name: outcome[name] for name in outcome.keys() - {"sums", "sent"}}
@@ -304,12 +319,13 @@ def test_two_engines_at_once(cluster: None, model_path: Path):
 
 
 @needs_two
-def test_two_workers_share_their_gpus_with_two_ranks(cluster: None, model_path: Path):
-    """Tensor parallel and sleep together, through the shared memory of both GPUs."""
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_workers_share_their_gpus_with_two_ranks(cluster: None, model_path: Path, zero_stage: int):
+    """Tensor parallel and sleep together, through the shared memory of both GPUs: at stage 3 what ranks pack."""
     from dataclasses import replace
 
     recipe = recipe_for(model_path, tensor_parallel=2)
-    recipe = replace(recipe, placement=Placement.shared, learner=LearnerSettings(ranks=2, zero_stage=3))
+    recipe = replace(recipe, placement=Placement.shared, learner=LearnerSettings(ranks=2, zero_stage=zero_stage))
 
     async def run() -> dict[str, Any]:
         from rl.placement import shared_gpus
@@ -329,4 +345,4 @@ def test_two_workers_share_their_gpus_with_two_ranks(cluster: None, model_path: 
             learner.close()
             reservation.release()
 
-    record(two_workers_shared=asyncio.run(run()))
+    record(**{f"two_workers_shared_{zero_stage}": asyncio.run(run())})

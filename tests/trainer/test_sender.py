@@ -168,7 +168,7 @@ def test_weights_may_come_to_lie_whole_and_apart_again(transfer: Any):
 @pytest.mark.parametrize(
     "weights",
     [
-        {f"weight {n}": torch.rand(3) for n in range(65)},
+        {f"weight {n}": torch.rand(3) for n in range(513)},
         {"transposed": torch.rand(3, 4).t(), "other": torch.rand(2)},
         {"nothing": torch.rand(0), "other": torch.rand(2)},
     ],
