@@ -235,11 +235,11 @@ def _bucket_bytes(counts: _Counts, element: int) -> float:
 
 
 def _update(recipe: Recipe, counts: _Counts, element: int) -> Iterator[Item]:
-    """A bucket is as large as the model's largest tensor, which is a layer's experts."""
+    """Of a large model a bucket is its largest tensor, a layer's experts."""
     if recipe.rollout.engine != EngineKind.vllm:
         return
     bucket = _bucket_bytes(counts, element)
-    if counts.expert_parallel > 1 or (recipe.learner.zero_stage == 3 and counts.ranks > 1):
+    if counts.expert_parallel > 1 or recipe.learner.zero_stage == 3:  # of one rank too, which gathers a copy
         yield Item(name="whole weights", num_bytes=bucket, how="one bucket of an update, gathered")
     if recipe.placement == Placement.split:
         yield Item(name="packed weights", num_bytes=STAGED * bucket, how=f"{STAGED} buckets on their way, of rank 0")
