@@ -92,7 +92,7 @@ class WeightSender:
         if buckets is not None:
             self._num_bytes = 0
             self._summing = Summing(self._tables, resident) if self.rank == 0 else None
-            self._offering = self._summing.of(buckets) if self._summing else _each(buckets)
+            self._offering = self._summing.of(buckets) if self._summing else (tensors for tensors in buckets)
         assert self._offering is not None, "no update has begun"
         tensors = next(self._offering, None)
         if tensors is None:
@@ -117,7 +117,7 @@ class WeightSender:
         """Ends an update that broke off: until then the parameters of its last bucket stay whole."""
         if self._offering is not None:
             self._offering.close()
-            self._offering = None
+            self._offering = self._summing = None
 
     def _leave(self) -> None:
         if self._group is not None:
@@ -164,7 +164,3 @@ class Summing:
 
     def result(self) -> dict[str, int]:
         return self._sums.result()
-
-
-def _each(buckets: Iterator[Bucket]) -> Generator[Bucket]:
-    yield from buckets
