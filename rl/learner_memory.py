@@ -232,20 +232,16 @@ def _collectives(counts: _Counts, stage: int, element: int, recomputes: bool) ->
     return items
 
 
-def _is_partitioned(recipe: Recipe, counts: _Counts) -> bool:
-    return counts.expert_parallel > 1 or (recipe.learner.zero_stage == 3 and counts.ranks > 1)
-
-
 def _bucket_bytes(counts: _Counts, element: int) -> float:
     return max(min(UPDATE_BYTES, element * counts.whole), element * counts.largest_whole)
 
 
 def _update(recipe: Recipe, counts: _Counts, element: int) -> Iterator[Item]:
-    """A bucket is as large as the model's largest tensor, which is a layer's experts."""
+    """Of a large model a bucket is its largest tensor, a layer's experts."""
     if recipe.rollout.engine != EngineKind.vllm:
         return
     bucket = _bucket_bytes(counts, element)
-    if _is_partitioned(recipe, counts):
+    if counts.expert_parallel > 1 or recipe.learner.zero_stage == 3:  # of one rank too, which gathers a copy
         yield Item(name="whole weights", num_bytes=bucket, how="one bucket of an update, gathered")
     if recipe.placement == Placement.split:
         yield Item(name="packed weights", num_bytes=STAGED * bucket, how=f"{STAGED} buckets on their way, of rank 0")

@@ -187,7 +187,9 @@ def test_an_update_takes_buckets_as_large_as_the_largest_tensor(placement: str, 
     side_by_side = rank_memory(replace(asked, learner=replace(asked.learner, zero_stage=2)), costs)
     assert not any(item.name == "offered weights" for item in side_by_side.resident)
     alone = rank_memory(replace(asked, learner=replace(asked.learner, ranks=1)), costs)
-    assert alone.update_bytes - alone.resident_bytes == (added - 1) * bucket  # all of it is whole anyway
+    assert alone.update_bytes - alone.resident_bytes == added * bucket
+    everywhere = rank_memory(replace(asked, learner=replace(asked.learner, zero_stage=2)), costs)
+    assert everywhere.update_bytes - everywhere.resident_bytes == (added - 1) * bucket  # all of it is whole anyway
 
 
 def test_a_model_smaller_than_a_bucket_takes_no_more_than_itself():

@@ -87,6 +87,15 @@ def test_the_arithmetic_in_the_671b_recipe_is_what_the_plan_prints(tmp_path: Pat
     assert "\n".join(comments[first:]) + "\n" == printed
 
 
+def test_what_the_documentation_shows_of_a_refusal_is_what_it_says(tmp_path: Path):
+    recipe, model = shipped("recipes/gpu/dsv32_671b.yaml", tmp_path, "learner.ranks=32")
+    hardware = assumed_hardware(recipe, num_gpus=None, num_nodes=None, gpu_bytes=268 * GIB)
+    with pytest.raises(RecipeError) as refused:
+        check_plan(recipe, model, hardware)
+    shown = " ".join((REPOSITORY / "docs/gpu.md").read_text().split())
+    assert f"keel: {refused.value}" in shown
+
+
 def test_weights_that_are_stored_quantized_are_refused(tmp_path: Path, costs: Write):
     model = costs(DEEPSEEK_V32 | {"quantization_config": {"quant_method": "fp8"}})
     (first, *_) = problems(make_plan(vllm_recipe(tmp_path), model, node(8)))

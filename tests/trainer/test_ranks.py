@@ -201,8 +201,8 @@ def read_weights(make: MakeRank, recipe: Recipe, model_dir: Path, saved: Path) -
     resident = resident_weights(rank.policy.model)
     if recipe.learner.zero_stage == 3 or recipe.learner.expert_parallel > 1:
         assert resident is None
-    elif resident is not None:  # they lie on words
-        assert checksums(resident.items()) == rank.checksums()
+    else:
+        assert resident is not None and checksums(resident.items()) == rank.checksums()
     # Reading must not disturb training.
     rank.step([minibatch.share(rank.rank) for minibatch in steps_of(model_dir, ranks=rank.world_size)])
     sums = rank.checksums()
