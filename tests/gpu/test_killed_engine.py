@@ -31,7 +31,7 @@ from rollout.pool import EnginePool
 from tests.gpu.figures_file import record
 from tests.gpu.test_vllm_engine import make_module
 from trainer.learner import Learner
-from trainer.sender import Sent
+from trainer.sender import Offer, Sent
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SAMPLING = Sampling(top_p=0.95, max_tokens=400)
@@ -124,6 +124,9 @@ def test_an_engine_on_a_shared_gpu_is_killed_while_it_generates_and_while_it_sle
             await it.publisher.publish(0)
             alone = await it.group()
             await it.publisher.publish(1)
+            offer = await it.learner.offer_weights(first=True)
+            assert isinstance(offer, Offer) and offer.stays  # so it is DeepSpeed's own memory that engines read here
+            await it.learner.drop_offer()
 
             under_way = asyncio.create_task(it.group())
             await it.generating()
