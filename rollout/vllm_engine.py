@@ -85,6 +85,7 @@ class VllmEngineActor:
         self._verifier = Verifier()
         self._version = 0
         self._updating = False
+        self._finishing: asyncio.Future[list[Answer]] | None = None  # of an update of which everything was received
         self._asleep = False
         self._in_flight: dict[str, str] = {}  # ids of requests, and what vLLM calls them
         self._numbers = itertools.count()
@@ -156,15 +157,25 @@ class VllmEngineActor:
 
     async def begin_update(self) -> None:
         """Stops between two decode steps, or takes back memory for weights; what is being generated goes on later."""
+        self._forget_finishing()
         await self._make_way()
         await self._ask(self._engine.start_weight_update())
         self._updating = True
 
     async def receive(self, offer: Mapping[str, Any]) -> None:
-        """Loads the bucket that ``offer`` describes (`trainer.sender`)."""
+        """Loads the weights that ``offer`` describes (`trainer.sender`)."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # pyright: ignore[reportMissingImports]
 
-        await self._ask(self._engine.update_weights(WeightTransferUpdateRequest(update_info=dict(offer))))
+        request = WeightTransferUpdateRequest(update_info=dict(offer))
+        loading = asyncio.ensure_future(self._ask(self._engine.update_weights(request)))
+        if offer.get("stays"):
+            # It is all: vLLM goes on to what a commit asks for, and adds up while the driver hears of this.
+            self._finishing = asyncio.ensure_future(self._of_workers("finish_update"))
+        try:
+            await loading
+        except BaseException:
+            self._forget_finishing()
+            raise
 
     async def commit(self, version: int) -> dict[str, int]:
         """As `Engine.commit`, with two differences that are vLLM's.
@@ -174,8 +185,9 @@ class VllmEngineActor:
         """
         if not self._updating:
             raise ValueError("weight update: nothing was received")
+        finishing, self._finishing = self._finishing or self._of_workers("finish_update"), None
         # vLLM does them in this order, one after the other.
-        answers, *_ = await asyncio.gather(self._of_workers("finish_update"), *self._going_on(version))
+        answers, *_ = await asyncio.gather(finishing, *self._going_on(version))
         self._updating = False
         return await self._put_into_effect(answers)
 
@@ -261,6 +273,12 @@ class VllmEngineActor:
             self._leave(request.id)
             records.close(key)
         return to_completion(output, record, request, self._recording)
+
+    def _forget_finishing(self) -> None:
+        """Of an update that broke off before its commit."""
+        if self._finishing is not None:
+            self._finishing.cancel()  # asyncio tells of a failure that nobody asked for otherwise
+            self._finishing = None
 
     async def _of_workers(self, method: str) -> list[Answer]:
         answers = await self._ask(self._engine.collective_rpc(method, args=(self._verifier.known,)))

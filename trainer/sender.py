@@ -108,10 +108,7 @@ class WeightSender:
         offer = next(self._offering, None)
         if offer is not None:
             return offer
-        checksums = {}
-        if self._summing is not None:  # the engine loads what was offered last meanwhile
-            self._summing.end()
-            checksums = self._summing.result()
+        checksums = {} if self._summing is None else self._summing.result()
         self._offering = self._summing = None
         if self.device.type == "cuda":  # the engine on this GPU takes memory for its cache next
             torch.cuda.ipc_collect()  # what was outgrown, as far as engines have let go of it
@@ -131,7 +128,10 @@ class WeightSender:
             self._staging, self._handles = None, {}
             handles = self._exports.of([memory for _, memory in pieces])
             described = [bucket.to_json() for bucket, _ in pieces]
-            yield self._offer(list(zip(described, handles, strict=True)), stays=True)
+            offer = self._offer(list(zip(described, handles, strict=True)), stays=True)
+            if self._summing is not None:  # engines are still getting ready; what they read takes the GPU's memory too
+                self._summing.end()
+            yield offer
             return
         self._exports = Exports()
         for tensors in self._summing.of(buckets) if self._summing else buckets:
@@ -139,6 +139,8 @@ class WeightSender:
             self._staging = self._staging or StagingBuffers(NUM_OFFERED, self.device)
             bucket, buffer = self._staging.pack(tensors)
             yield self._offer([(bucket.to_json(), self._handle(self._staging.number, buffer))])
+        if self._summing is not None:  # the engine loads what was offered last meanwhile
+            self._summing.end()
 
     def _offer(self, parts: list[Part], *, stays: bool = False) -> Offer:
         if self.device.type == "cuda":

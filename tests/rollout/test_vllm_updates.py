@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ from rollout.held_weights import HeldWeights
 from rollout.vllm_engine import VllmEngineActor
 
 WEIGHTS = {"model.norm.weight": torch.randn(8), "model.embed_tokens.weight": torch.randn(6, 8)}
+DEATHS, TRANSFER = "vllm.v1.engine.exceptions", "vllm.distributed.weight_transfer.base"
 DESCRIBED = {name: (tuple(tensor.shape), "float32") for name, tensor in WEIGHTS.items()}
 
 
@@ -43,6 +45,12 @@ class StandIn:
     async def start_weight_update(self) -> None:
         self.asked.append("start")
 
+    async def update_weights(self, request: Any) -> None:
+        self.asked.append("update")
+        await asyncio.sleep(0)  # what is asked meanwhile comes next
+        if self._fails == "update_weights":
+            raise RuntimeError("no learner rank offers weights")
+
     async def update_weight_version(self, version: str) -> None:
         self.asked.append(f"version {version}")
 
@@ -52,10 +60,19 @@ class StandIn:
 
 @pytest.fixture(autouse=True)
 def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["vllm", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.exceptions"]
-    for name in names:
+    transfer = "vllm.distributed.weight_transfer.base"
+    for name in (
+        "vllm",
+        "vllm.v1",
+        "vllm.v1.engine",
+        DEATHS,
+        "vllm.distributed",
+        transfer.rpartition(".")[0],
+        transfer,
+    ):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules[names[-1]].EngineDeadError = ConnectionError  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules[DEATHS].EngineDeadError = ConnectionError  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules[transfer].WeightTransferUpdateRequest = SimpleNamespace  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def actor_of(stand_in: StandIn) -> VllmEngineActor:
@@ -90,3 +107,71 @@ def test_a_commit_needs_an_update_and_goes_on_at_once():
     asyncio.run(actor.begin_update())
     assert asyncio.run(actor.commit(1)) == checksums(WEIGHTS.items())
     assert vllm.asked == ["pause", "start", "finish_update", "version 1", "resume"]
+
+
+BUCKET, ALL = {"parts": {"gpu": []}, "stays": False}, {"parts": {"gpu": []}, "stays": True}
+
+
+def test_buckets_are_finished_with_the_commit():
+    actor = actor_of(vllm := StandIn())
+
+    async def run() -> dict[str, int]:
+        await actor.begin_update()
+        await actor.receive(BUCKET)
+        await actor.receive(BUCKET)
+        return await actor.commit(1)
+
+    assert asyncio.run(run()) == checksums(WEIGHTS.items())
+    assert vllm.asked == ["pause", "start", "update", "update", "finish_update", "version 1", "resume"]
+
+
+def test_what_comes_at_once_is_finished_before_the_commit():
+    actor = actor_of(vllm := StandIn())
+
+    async def run() -> None:
+        for version in (1, 2):
+            await actor.begin_update()
+            await actor.receive(ALL)
+            assert vllm.asked == ["pause", "start", "update", "finish_update"]
+            assert actor._version == version - 1 and actor._standing  # nothing is generated before the commit
+            assert await actor.commit(version) == checksums(WEIGHTS.items())
+            assert vllm.asked[4:] == [f"version {version}", "resume"]
+            vllm.asked.clear()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("fails", ["update_weights", "finish_update"])
+def test_an_update_that_fails_or_breaks_off_leaves_nothing_to_the_next(fails: str, caplog: pytest.LogCaptureFixture):
+    actor = actor_of(vllm := StandIn(fails))
+
+    async def run() -> None:
+        await actor.begin_update()
+        if fails == "update_weights":
+            with pytest.raises(RuntimeError, match="no learner rank"):
+                await actor.receive(ALL)
+        else:
+            await actor.receive(ALL)  # the commit would say it, but the learner's end breaks off first
+            await asyncio.sleep(0.01)
+        vllm._fails = ""
+        vllm.asked.clear()
+        await actor.begin_update()
+        await actor.receive(BUCKET)
+        assert await actor.commit(1) == checksums(WEIGHTS.items())
+
+    asyncio.run(run())
+    gc.collect()  # asyncio tells of failures that nobody asked for when they are thrown away
+    assert vllm.asked == ["pause", "start", "update", "finish_update", "version 1", "resume"]
+    assert not caplog.records
+
+
+def test_a_commit_says_what_failed_before_it():
+    actor = actor_of(StandIn("finish_update"))
+
+    async def run() -> None:
+        await actor.begin_update()
+        await actor.receive(ALL)
+        with pytest.raises(RuntimeError, match="the group broke"):
+            await actor.commit(1)
+
+    asyncio.run(run())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from model import checksums
+from model.checksum import Checksums
 from rollout import weight_receiver
 from rollout.weight_receiver import WeightReceiver
 from trainer import sender as module
@@ -75,6 +76,24 @@ def test_what_was_offered_has_the_sums_of_all_tensors(monkeypatch: pytest.Monkey
         assert num_offers == (1 if lie_whole else len(weights))
         assert offer.checksums == (checksums(weights.items()) if rank == 0 else {})
         assert offer.num_bytes == sum(tensor.nbytes for tensor in weights.values())
+
+
+@pytest.mark.parametrize("lie_whole", [True, False])
+def test_sums_of_weights_that_lie_whole_begin_before_engines_read_them(
+    monkeypatch: pytest.MonkeyPatch, lie_whole: bool
+):
+    monkeypatch.setattr(module, "reduce_tensor", lambda whole: (None, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="gpu"))
+    begun, add = [], Checksums.add
+    monkeypatch.setattr(Checksums, "add", lambda self, tensors: (begun.extend(tensors), add(self, tensors))[1])
+    weights = {name: torch.randn(8) for name in "ab"}
+    sender = WeightSender(rank=0, device=torch.device("cpu"))
+    offer = sender.offer(({name: tensor} for name, tensor in weights.items()), lambda: weights if lie_whole else None)
+    assert isinstance(offer, Offer)
+    assert begun == (["a", "b"] if lie_whole else [])
+    while isinstance(offer, Offer):
+        offer = sender.offer(None)
+    assert begun == ["a", "b"] and offer.checksums == checksums(weights.items())
 
 
 class Machine:
