@@ -84,10 +84,10 @@ class DirectUpdates:
             self._arrived.append((parts, sums))
 
     @torch.inference_mode()
-    def write(self, tensors: Mapping[str, torch.Tensor], *, flowing: bool) -> None:
+    def write(self, tensors: Mapping[str, torch.Tensor], *, flowing: bool = False, stays: bool = False) -> None:
         """As `HeldWeights.write`."""
         assert self._held is not None
-        self._held.write(tensors, flowing=flowing)
+        self._held.write(tensors, flowing=flowing, stays=stays)
 
     @torch.inference_mode()
     def finish(self) -> None:

@@ -157,6 +157,7 @@ class HeldWeights:
         self._sums: dict[tuple[str, ...], tuple[NDArray, LiveSums]] = {}  # of the parts of an update's buckets
         self._written: list[tuple[NDArray, torch.Tensor]] = []  # their numbers and sums, as they were written
         self._complete: list[NDArray] = []  # such numbers, that were those of all parts
+        self._standing: tuple[Mapping[str, torch.Tensor], list[Any]] | None = None  # what stays, and its copies
         self._absorbed: list[tuple[str, list[tuple[torch.Tensor, torch.Tensor]]]] = []
         self._census: Census | None = None
         self._matrices: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
@@ -262,12 +263,26 @@ class HeldWeights:
         description = None if self.key in known else self._description
         return Answer(self.key, sums.tobytes(), unabsorbed, description)
 
-    def write(self, tensors: Mapping[str, torch.Tensor], *, flowing: bool) -> None:
+    def write(self, tensors: Mapping[str, torch.Tensor], *, flowing: bool = False, stays: bool = False) -> None:
         """Copies the worker's parts of whole tensors to where it holds them.
 
-        ``flowing``: whether more is on its way meanwhile; a large worker adds up what lies there now, then. Raises
-        ValueError for a tensor that is none of these, or has another shape or dtype.
+        ``flowing``: whether more is on its way meanwhile; a large worker adds up what lies there now, then. ``stays``:
+        whether the same mapping may come again. Raises ValueError for a tensor that is none of these, or has another
+        shape or dtype.
         """
+        if self._standing is None or self._standing[0] is not tensors:
+            self._standing = tensors, list(self._copies(tensors))
+        for targets, sources in self._standing[1]:
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+        if not stays:
+            self._standing = None
+        if flowing and self._is_large:
+            numbers, sums = self._bucket_of(tuple(tensors))
+            if len(numbers):
+                self._written.append((numbers, sums.sums()))
+
+    def _copies(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Targets and sources, of as few launches as they take."""
         alike, others = defaultdict(list), []
         for name, tensor in tensors.items():
             described = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
@@ -280,11 +295,7 @@ class HeldWeights:
                 fast = source.dtype == target.dtype and source.is_contiguous() and target.is_contiguous()
                 (alike[source.dtype] if fast else others).append((target, source))
         for pairs in filter(None, [*alike.values(), others]):
-            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])  # pyright: ignore[reportPrivateImportUsage]
-        if flowing and self._is_large:
-            numbers, sums = self._bucket_of(tuple(tensors))
-            if len(numbers):
-                self._written.append((numbers, sums.sums()))
+            yield [target for target, _ in pairs], [source for _, source in pairs]
 
     def _bucket_of(self, names: tuple[str, ...]) -> tuple[NDArray, LiveSums]:
         """The numbers of these tensors' parts, and their sums; kept, as updates are cut alike."""

@@ -103,7 +103,8 @@ class KeelTransfer(WeightTransferEngine):
                 raise ValueError(f"no learner rank offers weights on this worker's GPU, {uuid}")
             copied = bool(self.updates.through_loader)  # which keeps tensors until it has a layer's
             # vLLM waits for the GPU before it says that it has this one, and the next one is offered.
-            self._take(self.receiver.take(parts, stays=update_info.stays, copied=copied), flowing=False)
+            tensors = self.receiver.take(parts, stays=update_info.stays, copied=copied)
+            self._take(tensors, stays=update_info.stays)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportMissingImports]
@@ -118,11 +119,12 @@ class KeelTransfer(WeightTransferEngine):
     def shutdown(self) -> None:
         self.receiver.close()
 
-    def _take(self, tensors: Tensors, *, flowing: bool) -> None:
+    def _take(self, tensors: Tensors, **how: bool) -> None:
+        """``how``: as `DirectUpdates.write` takes it."""
         if self.updates.through_loader:
             self._load(tensors)
         else:
-            self.updates.write(tensors, flowing=flowing)
+            self.updates.write(tensors, **how)
 
     def _load(self, tensors: Tensors) -> None:
         from vllm.model_executor.model_loader.mtp_validation import (  # pyright: ignore[reportMissingImports]

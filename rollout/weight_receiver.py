@@ -28,6 +28,7 @@ class WeightReceiver:
         """(shape, dtype) of what the update has brought so far, by in-memory name; dtypes by torch's names."""
         self._group: BroadcastGroup | None = None
         self._opened: dict[str, torch.Tensor] = {}  # buffers of other processes, by their handles
+        self._standing: tuple[Sequence[Sequence[str]], Tensors] | None = None  # what stays, and the tensors in it
 
     def join(self, *, host: str, port: int, rank: int, size: int, timeout_s: float) -> None:
         """Enters the group of `model.transport` that rank 0 opened at ``host``, and leaves the one before."""
@@ -47,23 +48,31 @@ class WeightReceiver:
         """What lies in buffers on this worker's own GPU, which another process offers: buckets with their handles.
 
         Returns copies, where ``copied``, for whoever keeps them beyond the update of their own bucket: such a buffer is
-        used again, unless it ``stays`` until the update has ended; what stays is all that the other process offers.
+        used again, unless it ``stays`` until the update has ended; what stays is all that the other process offers, and
+        the same tensors when it offers the same again.
         """
-        tensors = {}
         if stays:
-            opened = self._opened
-            self._opened = {h: opened[h] if h in opened else open_buffer(h, self.device) for _, h in parts}
-        for description, handle in parts:
-            bucket = Bucket.from_json(description)
-            octets = self._open(handle)[: bucket.num_bytes]
-            tensors |= bucket.unpack(octets.clone() if copied and not stays else octets)
-        return self._noted(tensors)
+            if self._standing is None or self._standing[0] != parts:
+                opened, self._standing = self._opened, None
+                self._opened = {h: opened[h] if h in opened else open_buffer(h, self.device) for _, h in parts}
+                self._standing = parts, self._unpacked(parts, copied=False)
+            return self._noted(self._standing[1])
+        self._standing = None
+        return self._noted(self._unpacked(parts, copied=copied))
 
     def close(self) -> None:
-        self._opened = {}
+        self._opened, self._standing = {}, None
         if self._group is not None:
             self._group.close()
             self._group = None
+
+    def _unpacked(self, parts: Sequence[Sequence[str]], *, copied: bool) -> Tensors:
+        tensors = {}
+        for description, handle in parts:
+            bucket = Bucket.from_json(description)
+            octets = self._open(handle)[: bucket.num_bytes]
+            tensors |= bucket.unpack(octets.clone() if copied else octets)
+        return tensors
 
     def _open(self, handle: str) -> torch.Tensor:
         """The buffer behind a handle, opened once: torch counts one release for every export, not for every use."""

@@ -30,7 +30,7 @@ import torch
 
 from model import ModelOutline, load_model, outline
 from model.tokenizer import load_tokenizer
-from rl.choices import Dsa, EngineKind
+from rl.choices import Dsa, EngineKind, Placement
 from rl.config import Recipe
 from rl.recipe import load_recipe
 from rl.system import prepare_model, start
@@ -230,7 +230,7 @@ async def sync(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figur
         ways = [await engine.actor.update_way.remote() for engine in system.pool._engines if gpus]
     seconds = [update.seconds for update in updates[1:]]
     num_bytes = updates[0].num_bytes
-    plain = copy_speed(num_bytes, across=recipe.placement.value == "split", on_gpu=gpus)
+    plain = copy_speed(num_bytes, across=recipe.placement == Placement.split, on_gpu=gpus)
     speed = num_bytes / statistics.median(seconds) / 1e9
     return {
         "bytes": num_bytes,
@@ -244,7 +244,8 @@ async def sync(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figur
 
 
 async def verification(recipe: Recipe, path: Path, options: argparse.Namespace) -> Figures:
-    """Updates of the real actors with their verification and without, in turn, after those that open the way."""
+    """Updates of the real actors with their verification and without, in turn, after those that open the way; and a
+    plain copy of the same bytes."""
     recipe = replace(recipe, supervised=replace(recipe.supervised, steps=0))  # the learner begins with RL
     seconds: dict[bool, list[float]] = {False: [], True: []}
     async with start(recipe, path, Conversation(load_tokenizer(path))) as system:
@@ -258,8 +259,13 @@ async def verification(recipe: Recipe, path: Path, options: argparse.Namespace) 
                 seconds[turn % 2 == 1].append(update.seconds)
     verified, unverified = (statistics.median(seconds[skip]) for skip in (False, True))
     share = 1 - statistics.median(without / whole for whole, without in zip(*seconds.values(), strict=True))
+    speed = update.num_bytes / verified / 1e9
+    plain = copy_speed(update.num_bytes, across=recipe.placement == Placement.split, on_gpu=gpus)
     return {
         "bytes": update.num_bytes,
+        "gb_per_s": speed,
+        "plain_gb_per_s": plain,
+        "share_of_plain": speed / plain,
         "with_s": verified,
         "without_s": unverified,
         "share": share,

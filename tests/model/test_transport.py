@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -101,13 +102,19 @@ def test_a_receiver_that_lets_go_of_buckets_has_two_at_a_time(pair: Pair, monkey
     """One that it uses, and one on its way."""
     receiver, come, alive = WeightReceiver(torch.device("cpu")), list[weakref.ref[torch.UntypedStorage]](), []
     receiver._group = pair.receiver
-    take = pair.receiver._take
+    take, most = pair.receiver._take, [1, 2, 2, 2, 2, 2, 1]
+
+    def num_alive() -> int:
+        return sum(memory() is not None for memory in come)
 
     def take_and_note(number: int) -> Any:
         taken = take(number)
         if taken is not None:
             come.append(weakref.ref(taken[0]["weight"].untyped_storage()))
-        alive.append(sum(memory() is not None for memory in come))
+        until = time.monotonic() + 1
+        while num_alive() > most[len(alive)] and time.monotonic() < until:
+            time.sleep(0.001)  # gloo's own thread lets go of a tensor a moment after it has come
+        alive.append(num_alive())
         return taken
 
     def receive() -> None:
@@ -120,7 +127,7 @@ def test_a_receiver_that_lets_go_of_buckets_has_two_at_a_time(pair: Pair, monkey
     other.start()
     pair.sender.send([{"weight": torch.rand(8)} for _ in range(6)])
     other.join()
-    assert alive == [1, 2, 2, 2, 2, 2, 1]
+    assert alive == most
 
 
 def test_receivers_have_it_all_before_the_sender_does_anything_else(pair: Pair):

@@ -1,6 +1,7 @@
 """Updates of a worker's parameters, laid out by an independent hand: through a loader at first, then straight."""
 
 import itertools
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -249,6 +250,39 @@ def test_a_direct_update_takes_nothing_else():
         updates.write({"model.norm.weight": torch.zeros(24)}, flowing=True)
     with pytest.raises(ValueError, match=r"model.norms came as .* but before as None"):
         updates.write({"model.norms": torch.zeros(24)}, flowing=True)
+
+
+def test_what_stays_is_written_as_it_is_now_and_kept_no_longer_than_it_comes():
+    s = Shapes()
+    weights = moe_model(s)
+    engine = Engine(weights, s, 2)
+    engine.update(weights)
+
+    def write(tensors: Weights, **how: bool) -> None:
+        answers = []
+        for updates in engine.updates:
+            assert updates.begin({name: list(tensor.shape) for name, tensor in tensors.items()})
+            updates.write(tensors, **how)
+            updates.finish()
+            held, taken = updates.taken(described(tensors))
+            answers.append(held.answer(engine.verifier.known, taken))
+        engine.assert_holds(tensors)
+        assert engine.verifier.checksums(answers) == checksums(tensors.items())
+
+    standing = changed(weights, 1)
+    for turn in range(3):
+        for name, tensor in changed(weights, 2 + turn).items():
+            standing[name].copy_(tensor)  # as an optimizer step does
+        write(standing, stays=True)
+    moved = {name: tensor.clone() for name, tensor in standing.items()}
+    standing["model.norm.weight"].zero_()
+    write(moved, stays=True)
+    passing = {name: tensor.clone() for name, tensor in moved.items()}
+    gone = [weakref.ref(tensors["model.norm.weight"]) for tensors in (moved, passing)]
+    write(passing)
+    del moved, passing
+    assert [tensor() for tensor in gone] == [None, None]
+    write(standing, stays=True)
 
 
 def test_a_tensor_that_was_not_written_shows(monkeypatch: pytest.MonkeyPatch):

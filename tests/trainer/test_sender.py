@@ -102,6 +102,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.exported: list[torch.UntypedStorage] = []
         self.opened: list[int] = []
+        self.taken: list[int] = []
         self.views: list[weakref.ref[torch.Tensor]] = []
         monkeypatch.setattr(module, "reduce_tensor", self._export)
         monkeypatch.setattr(weight_receiver, "open_buffer", self._open)
@@ -142,6 +143,7 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> tuple[Machine, Callable[..., di
         offer = sender.offer(buckets, lambda: weights if lie_whole else None)
         while isinstance(offer, Offer):
             taken = receiver.take(offer.parts["gpu"], stays=offer.stays, copied=False)
+            machine.taken.append(id(taken))
             received |= {name: tensor.clone() for name, tensor in taken.items()}
             offer = sender.offer(None)
         assert offer.checksums == checksums(weights.items())
@@ -169,6 +171,7 @@ def test_weights_that_lie_whole_are_read_where_they_lie(transfer: Any):
             tensor.mul_(3)
         assert_same(update(weights), weights)
     assert len(machine.exported) == 3 and machine.opened == [0, 1, 2]
+    assert len(set(machine.taken)) == 1  # the same tensors, whose copies an engine keeps ready
 
     moved = {name: tensor.clone() if name == "bias" else tensor for name, tensor in weights.items()}
     assert_same(update(moved), moved)
