@@ -118,7 +118,8 @@ def rank_memory(recipe: Recipe, costs: ModelCosts, *, on_gpu: bool = True) -> Ra
     if any(domain.kl_beta for domain in recipe.domains.values()):
         resident.append(_reference(counts, stage, element))
     shared = recipe.rollout.engine == EngineKind.vllm and recipe.placement == Placement.shared
-    # At stages 1 and 2 DeepSpeed lays parameters side by side, and engines read them there.
+    # At stages 1 and 2 DeepSpeed lays parameters side by side, and engines read them there. A model with some five
+    # hundred tensors that are not trained, each a piece of memory of its own, is packed all the same: not counted.
     if shared and (stage not in (1, 2) or counts.expert_parallel > 1):
         bucket = _bucket_bytes(counts, element)
         resident.append(Item(name="offered weights", num_bytes=OFFERED * bucket, how=f"{OFFERED} buckets that stay"))

@@ -213,7 +213,7 @@ class SharedMemory:
         try:
             offer, _ = await together(self.learner.offer_weights(first=True), self.pool.begin_update(engines))
             while not isinstance(offer, Sent):
-                # The next bucket is put together while engines load this one.
+                # What comes next, a bucket or the sums, is put together while engines load this.
                 offer, _ = await together(
                     self.learner.offer_weights(first=False), self.pool.receive(asdict(offer), engines)
                 )

@@ -250,7 +250,7 @@ class EnginePool:
         await self._call_all("begin_update", engines=engines)
 
     async def receive(self, offer: Mapping[str, Any], engines: Sequence[int] | None = None) -> None:
-        """Lets engines load a bucket that the learner offers."""
+        """Lets engines load what the learner offers: a bucket, or all weights where they lie."""
         await self._call_all("receive", offer, engines=engines)
 
     async def take_broadcast(self, version: int, engine: int) -> dict[str, int]:

@@ -185,9 +185,13 @@ class VllmEngineActor:
         """
         if not self._updating:
             raise ValueError("weight update: nothing was received")
-        finishing, self._finishing = self._finishing or self._of_workers("finish_update"), None
-        # vLLM does them in this order, one after the other.
-        answers, *_ = await asyncio.gather(finishing, *self._going_on(version))
+        finishing, self._finishing = self._finishing, None
+        if finishing is not None:
+            answers = await finishing  # most likely there already; without it nothing goes on
+            await asyncio.gather(*self._going_on(version))
+        else:
+            # vLLM does them in this order, one after the other.
+            answers, *_ = await asyncio.gather(self._of_workers("finish_update"), *self._going_on(version))
         self._updating = False
         return await self._put_into_effect(answers)
 

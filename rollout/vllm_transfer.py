@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -46,7 +46,8 @@ class JoinInfo(WeightTransferInitInfo):
 class Offer(WeightTransferUpdateInfo):
     """As `trainer.sender.Offer`; without parts, everything comes over the group."""
 
-    parts: dict[str, list[tuple[str, str]]] | None = None
+    buckets: list[str] = field(default_factory=list)
+    parts: dict[str, list[tuple[int, str]]] | None = None
     stays: bool = False
 
 
@@ -102,8 +103,9 @@ class KeelTransfer(WeightTransferEngine):
             if parts is None:
                 raise ValueError(f"no learner rank offers weights on this worker's GPU, {uuid}")
             copied = bool(self.updates.through_loader)  # which keeps tensors until it has a layer's
+            here = [(update_info.buckets[number], handle) for number, handle in parts]
             # vLLM waits for the GPU before it says that it has this one, and the next one is offered.
-            tensors = self.receiver.take(parts, stays=update_info.stays, copied=copied)
+            tensors = self.receiver.take(here, stays=update_info.stays, copied=copied)
             self._take(tensors, stays=update_info.stays)
 
     def finish_weight_update(self) -> None:

@@ -176,13 +176,8 @@ class Learner:
 
         An offer stands until the call after the next one, or until the update has ended, as it says.
         """
-        parts = await self._all("offer_weights", max_bytes, first)
-        if isinstance(parts[0], Sent):
-            return parts[0]
-        if any(part.stays != parts[0].stays for part in parts):
-            raise RunStopped("some learner ranks have all weights whole and others do not, so engines cannot read them")
-        by_gpu = {uuid: its for part in parts for uuid, its in part.parts.items()}
-        return Offer(parts=by_gpu, stays=parts[0].stays)
+        offers = await self._all("offer_weights", max_bytes, first)
+        return offers[0] if isinstance(offers[0], Sent) else Offer.joined(offers)
 
     async def drop_offer(self) -> None:
         """After an update by :meth:`offer_weights` that broke off."""

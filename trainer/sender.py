@@ -37,8 +37,8 @@ class Sent:
     checksums: dict[str, int]  # `model.checksums` of the tensors, by in-memory name
 
 
-Part = tuple[str, str]
-"""A bucket, `model.transport.Bucket` as JSON, and the handle of the memory that holds it."""
+Part = tuple[int, str]
+"""The number of a bucket, and the handle of the memory that holds it."""
 _MOST_HANDLES = 512
 """Pieces of memory that are exported; from a thousand on torch waits for the GPU where it otherwise leaves an event."""
 
@@ -47,8 +47,22 @@ _MOST_HANDLES = 512
 class Offer:
     """Weights in the memory of each offering rank, for the engine workers on the ranks' GPUs."""
 
+    buckets: list[str]  # `model.transport.Bucket` as JSON; ranks mostly have the same ones
     parts: dict[str, list[Part]]  # by the GPU's UUID
     stays: bool = False  # until the update has ended: the parameters themselves, all of them
+
+    @classmethod
+    def joined(cls, offers: Sequence[Offer]) -> Offer:
+        """Those of all ranks. Raises ValueError where some stay and others do not."""
+        if any(offer.stays != offers[0].stays for offer in offers):
+            raise ValueError("some ranks have all weights whole and others do not")
+        numbers = {bucket: number for number, bucket in enumerate({b: None for of in offers for b in of.buckets})}
+        parts = {
+            uuid: [(numbers[offer.buckets[number]], handle) for number, handle in of_gpu]
+            for offer in offers
+            for uuid, of_gpu in offer.parts.items()
+        }
+        return cls(buckets=list(numbers), parts=parts, stays=offers[0].stays)
 
 
 class WeightSender:
@@ -128,7 +142,7 @@ class WeightSender:
             self._staging, self._handles = None, {}
             handles = self._exports.of([memory for _, memory in pieces])
             described = [bucket.to_json() for bucket, _ in pieces]
-            offer = self._offer(list(zip(described, handles, strict=True)), stays=True)
+            offer = self._offer(described, handles, stays=True)
             if self._summing is not None:  # engines are still getting ready; what they read takes the GPU's memory too
                 self._summing.end()
             yield offer
@@ -138,14 +152,15 @@ class WeightSender:
             self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
             self._staging = self._staging or StagingBuffers(NUM_OFFERED, self.device)
             bucket, buffer = self._staging.pack(tensors)
-            yield self._offer([(bucket.to_json(), self._handle(self._staging.number, buffer))])
+            yield self._offer([bucket.to_json()], [self._handle(self._staging.number, buffer)])
         if self._summing is not None:  # the engine loads what was offered last meanwhile
             self._summing.end()
 
-    def _offer(self, parts: list[Part], *, stays: bool = False) -> Offer:
+    def _offer(self, buckets: list[str], handles: list[str], *, stays: bool = False) -> Offer:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # whoever is told of it reads it at once
-        return Offer(parts={str(torch.cuda.get_device_properties(self.device).uuid): parts}, stays=stays)
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        return Offer(buckets=buckets, parts={uuid: list(enumerate(handles))}, stays=stays)
 
     def _leave(self) -> None:
         if self._group is not None:

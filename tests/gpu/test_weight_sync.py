@@ -337,6 +337,9 @@ def test_two_workers_share_their_gpus_with_two_ranks(cluster: None, model_path: 
         try:
             transport = transport_for(recipe, learner, pool)
             await publish(transport, 0)
+            offer = await learner.offer_weights(first=True)
+            assert isinstance(offer, Offer) and offer.stays == (zero_stage == 2)
+            await learner.drop_offer()
             await pool.sleep()
             sync = await publish(transport, 1)
             return {"bytes": sync.num_bytes, "seconds": sync.seconds, "memory_gb": sync.memory_gb}

@@ -156,13 +156,13 @@ class Offering:
         self._left -= 1
         if self._left < 0:
             return Sent(num_bytes=7, checksums={"w": 1})
-        return Offer(parts={"gpu": [(str(self._left), "")]})
+        return Offer(buckets=[str(self._left)], parts={"gpu": [(0, "")]})
 
     async def begin_update(self, engines: list[int]) -> None:
         await self._does("begin", 5)
 
     async def receive(self, offer: Mapping[str, Any], engines: list[int]) -> None:
-        await self._does(f"receive {offer['parts']['gpu'][0][0]}", 5)
+        await self._does(f"receive {offer['buckets'][0]}", 5)
 
     async def commit(self, version: int, engines: list[int]) -> dict[int, dict[str, int]]:
         await self._does(f"commit {version}", 1)

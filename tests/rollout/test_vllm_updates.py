@@ -165,8 +165,8 @@ def test_an_update_that_fails_or_breaks_off_leaves_nothing_to_the_next(fails: st
     assert not caplog.records
 
 
-def test_a_commit_says_what_failed_before_it():
-    actor = actor_of(StandIn("finish_update"))
+def test_a_commit_says_what_failed_before_it_and_nothing_goes_on():
+    actor = actor_of(vllm := StandIn("finish_update"))
 
     async def run() -> None:
         await actor.begin_update()
@@ -175,3 +175,5 @@ def test_a_commit_says_what_failed_before_it():
             await actor.commit(1)
 
     asyncio.run(run())
+    assert vllm.asked == ["pause", "start", "update", "finish_update"]
+    assert actor._version == 0 and actor._standing

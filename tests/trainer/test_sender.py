@@ -2,6 +2,7 @@
 
 import base64
 import ctypes
+import gc
 import itertools
 import pickle
 import weakref
@@ -17,7 +18,7 @@ from model.checksum import Checksums
 from rollout import weight_receiver
 from rollout.weight_receiver import WeightReceiver
 from trainer import sender as module
-from trainer.sender import Offer, WeightSender
+from trainer.sender import Exports, Offer, WeightSender
 
 ROOM = (ctypes.c_uint8 * (1 << 14))()
 
@@ -103,6 +104,7 @@ class Machine:
         self.exported: list[torch.UntypedStorage] = []
         self.opened: list[int] = []
         self.taken: list[int] = []
+        self.stays: list[bool] = []
         self.views: list[weakref.ref[torch.Tensor]] = []
         monkeypatch.setattr(module, "reduce_tensor", self._export)
         monkeypatch.setattr(weight_receiver, "open_buffer", self._open)
@@ -142,7 +144,9 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> tuple[Machine, Callable[..., di
         receiver.begin()
         offer = sender.offer(buckets, lambda: weights if lie_whole else None)
         while isinstance(offer, Offer):
-            taken = receiver.take(offer.parts["gpu"], stays=offer.stays, copied=False)
+            parts = [(offer.buckets[number], handle) for number, handle in offer.parts["gpu"]]
+            taken = receiver.take(parts, stays=offer.stays, copied=False)
+            machine.stays.append(offer.stays)
             machine.taken.append(id(taken))
             received |= {name: tensor.clone() for name, tensor in taken.items()}
             offer = sender.offer(None)
@@ -199,4 +203,49 @@ def test_weights_may_come_to_lie_whole_and_apart_again(transfer: Any):
 def test_other_weights_are_packed(transfer: Any, weights: dict[str, torch.Tensor]):
     machine, update = transfer
     assert_same(update(weights), weights)
-    assert len(machine.exported) <= 2
+    assert len(machine.exported) <= 2 and not any(machine.stays)
+
+
+def test_memory_that_takes_the_place_of_other_memory_is_exported_anew(monkeypatch: pytest.MonkeyPatch):
+    exports = itertools.count()
+    monkeypatch.setattr(module, "reduce_tensor", lambda whole: (None, next(exports)))
+    kept = Exports()
+    stays, first = torch.zeros(8).untyped_storage(), in_one_place(64).untyped_storage()
+    handles = kept.of([stays, first])
+    gc.collect()
+    assert kept.of([stays, first]) == handles
+    address = first.data_ptr()
+    del first
+    second = in_one_place(64).untyped_storage()
+    assert second.data_ptr() == address
+    again = kept.of([stays, second])
+    assert again[0] == handles[0] and again[1] != handles[1]
+
+
+def test_memory_that_only_a_parameter_holds_is_exported_once(monkeypatch: pytest.MonkeyPatch):
+    """Whoever asks for a tensor's storage may get another Python object for it each time."""
+    exports = itertools.count()
+    monkeypatch.setattr(module, "reduce_tensor", lambda whole: (None, next(exports)))
+    kept, weight = Exports(), torch.nn.Parameter(torch.zeros(8))
+    handles = [kept.of([weight.detach().untyped_storage()])[0] for _ in range(3) if gc.collect() >= 0]
+    assert len(set(handles)) == 1
+
+
+def offer_of(gpu: str, *buckets: str, stays: bool = True) -> Offer:
+    parts = {gpu: [(number, f"{gpu}, {bucket}") for number, bucket in enumerate(buckets)]}
+    return Offer(buckets=list(buckets), parts=parts, stays=stays)
+
+
+def test_what_ranks_have_alike_is_described_once():
+    joined = Offer.joined([offer_of("gpu 0", "a", "b"), offer_of("gpu 1", "b", "c"), offer_of("gpu 2", "a", "b")])
+    assert joined.buckets == ["a", "b", "c"] and joined.stays
+    assert joined.parts == {
+        "gpu 0": [(0, "gpu 0, a"), (1, "gpu 0, b")],
+        "gpu 1": [(1, "gpu 1, b"), (2, "gpu 1, c")],
+        "gpu 2": [(0, "gpu 2, a"), (1, "gpu 2, b")],
+    }
+
+
+def test_ranks_offer_all_in_one_way():
+    with pytest.raises(ValueError, match="some ranks have all weights whole and others do not"):
+        Offer.joined([offer_of("gpu 0", "a"), offer_of("gpu 1", "a", stays=False)])
