@@ -203,7 +203,7 @@ class Exports:
         self._handles: dict[int, tuple[weakref.ref[torch.UntypedStorage], str]] = {}  # by address
 
     def of(self, pieces: Sequence[torch.UntypedStorage]) -> list[str]:
-        """And forgets what is none of these."""
+        """Of each, which is there once; and forgets what is none of these."""
         kept = {}
         for memory in pieces:
             at = memory.data_ptr()
@@ -212,7 +212,7 @@ class Exports:
                 of, handle = weakref.ref(memory), _exported(memory)
             kept[at] = of, handle
         self._handles = kept
-        return [kept[memory.data_ptr()][1] for memory in pieces]
+        return [handle for _, handle in kept.values()]
 
 
 def _exported(memory: torch.UntypedStorage) -> str:
@@ -223,8 +223,8 @@ def _exported(memory: torch.UntypedStorage) -> str:
 class Summing:
     """Takes the checksums of an update in the shade of its transfer.
 
-    Of what lies whole on this rank anyway all at once, behind the last bucket, when nothing waits to be packed any
-    more; else of each bucket when the next one is asked for, and it is on its way.
+    Of what lies whole on this rank anyway all at once, when nothing waits to be packed: behind the last bucket, or
+    where there are none. Else of each bucket when the next one is asked for, and it is on its way.
     """
 
     def __init__(self, tables: SumTables, resident: Resident) -> None:
